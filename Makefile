@@ -1,0 +1,41 @@
+# Two commands matter: `make quickstart` and `make test`. Each makes its own virtual environment first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: quickstart test test-slow test-online lint benchmark clean
+
+# Stamps, so that a second call does not install again; a changed pin does.
+$(VENV)/.hf: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "neox needs Python 3.11 or newer; set PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[hf]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.hf
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+quickstart: $(VENV)/.hf
+	$(BIN)/neox quickstart
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow and not gpu and not online"
+
+# Reads real models from the Hugging Face hub: never part of CI.
+test-online: $(VENV)/.dev
+	$(BIN)/python -m pytest -m online
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(VENV)/.dev
+	$(BIN)/python benchmarks/train_cpu.py
+
+clean:
+	rm -rf $(VENV) runs

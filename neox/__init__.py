@@ -1,0 +1,1 @@
+"""NeoX: train, run, evaluate and study GPT-NeoX language models."""
