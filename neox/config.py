@@ -1,0 +1,489 @@
+"""Every option of neox: typed, validated, frozen.
+
+A value is looked up in four places, the later one wins: the defaults in this file, a preset, TOML files, ``key=value``
+overrides. Whatever is wrong is said in one line that names the key and where its value came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from datetime import date, datetime, time
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from neox import presets
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. ``key`` is the option at fault, as ``section.key``."""
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+
+
+# TOML has no null, and a resolved file must still be able to undo what a preset sets: hence the word.
+def _none(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+def _listed(value: Any) -> Any:
+    """TOML and JSON have lists where a frozen section holds tuples; one string is a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+OptionalInt = Annotated[int | None, BeforeValidator(_none)]
+OptionalFloat = Annotated[float | None, BeforeValidator(_none)]
+OptionalStr = Annotated[str | None, BeforeValidator(_none)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Ints = Annotated[tuple[int, ...], BeforeValidator(_listed)]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of options. Unknown keys, wrong types and bad values raise ConfigError with one line."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _one_line(type(self), error) from None
+
+
+class ModelConfig(Section):
+    """The decoder's shape, in the names of Hugging Face's GPTNeoX config, plus flags for GPT-J and GPT-Neo."""
+
+    model_type: Literal["gpt_neox", "gptj", "gpt_neo"] = "gpt_neox"
+    """Family whose names and file layout a Hugging Face export uses."""
+    vocab_size: Positive = 8192
+    """Rows of the embedding and of the head, padding rows included."""
+    hidden_size: Positive = 256
+    """Width of the residual stream."""
+    num_hidden_layers: Positive = 4
+    """Number of blocks."""
+    num_attention_heads: Positive = 4
+    """Heads per block; they split hidden_size evenly."""
+    intermediate_size: OptionalInt = Field(default=None, gt=0)
+    """Width inside the MLP; none = 4 * hidden_size."""
+    hidden_act: Literal["gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh"] = "gelu"
+    """gelu is exact (erf); the other three are names of one tanh approximation."""
+    max_position_embeddings: Positive = 2048
+    """Longest context, in tokens."""
+    rotary_pct: float = Field(default=0.25, ge=0, le=1)
+    """Fraction of each head's dims that is rotated."""
+    rotary_emb_base: float = Field(default=10000.0, gt=0)
+    """Base of the geometric sequence of rotary frequencies."""
+    layer_norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the variance in every layer norm."""
+    use_parallel_residual: bool = True
+    """x + attention(ln1(x)) + mlp(ln2(x)) if true, else one after the other."""
+    tie_word_embeddings: bool = False
+    """The head uses the embedding's weight."""
+    init_method: Literal["small_init", "normal"] = "small_init"
+    """small_init: std sqrt(2/(5h)), residual outputs 2/(L sqrt(h)). normal: initializer_range, residual outputs
+    scaled by 1/sqrt(2L)."""
+    initializer_range: float = Field(default=0.02, gt=0)
+    """Standard deviation that init_method = "normal" draws with."""
+    position_embedding: Literal["rotary", "learned"] = "rotary"
+    """How positions enter: rotated queries and keys, or a learned table."""
+    shared_layer_norm: bool = False
+    """Attention and MLP read one layer norm (GPT-J) in place of two."""
+    qkv_bias: bool = True
+    """Bias on the fused query-key-value projection."""
+    dense_bias: bool = True
+    """Bias on the attention's output projection."""
+    mlp_bias: bool = True
+    """Biases on both MLP projections."""
+    head_bias: bool = False
+    """Bias on the output head."""
+    attention_scale: OptionalFloat = Field(default=None, gt=0)
+    """Factor on the attention scores; none = head_dim ** -0.5."""
+    local_window: NotNegative = 0
+    """In local layers, position i sees only the local_window positions i - local_window < j <= i."""
+    local_layers: Ints = ()
+    """Numbers (from 0) of the layers that attend locally."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated dims per head, rounded down as Hugging Face does; 0 without rotary positions."""
+        return int(self.head_dim * self.rotary_pct) if self.position_embedding == "rotary" else 0
+
+    @property
+    def ffn_size(self) -> int:
+        """Width inside the MLP."""
+        return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on the attention scores."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size: {self.hidden_size} does not split into {self.num_attention_heads} heads")
+        if self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_pct: {self.rotary_pct} of {self.head_dim} dims per head rotates {self.rotary_dim}, "
+                "which must be even"
+            )
+        if self.shared_layer_norm and not self.use_parallel_residual:
+            raise ValueError("shared_layer_norm: needs use_parallel_residual = true")
+        outside = [n for n in self.local_layers if not 0 <= n < self.num_hidden_layers]
+        if outside:
+            raise ValueError(f"local_layers: no layer {outside[0]}, they are 0 to {self.num_hidden_layers - 1}")
+        if len(set(self.local_layers)) < len(self.local_layers):
+            raise ValueError("local_layers: names a layer twice")
+        if self.local_layers and not self.local_window:
+            raise ValueError("local_window: must be at least 1 where local_layers are given")
+        return self
+
+
+class TokenizerConfig(Section):
+    """Where the tokenizer comes from."""
+
+    path: OptionalStr = None
+    """A tokenizer.json; none = one is trained on the text."""
+    vocab_size: Positive = 8192
+    """Number of tokens when one is trained."""
+
+
+class DataConfig(Section):
+    """What is read, and in what order."""
+
+    train: Strings = ()
+    """Prefixes of .bin/.idx pairs (what `neox prepare` writes) or text files, for training."""
+    valid: Strings = ()
+    """The same, held out for evaluation."""
+    seq_length: Positive = 256
+    """Tokens per sample."""
+    order: Literal["permuted"] = "permuted"
+    """permuted: a keyed permutation of the samples, without index files."""
+    text_key: str = "text"
+    """Key of the text in a JSON lines file."""
+    append_eod: bool = True
+    """End each document with the end-of-document token."""
+
+
+class TrainConfig(Section):
+    """How long, how wide and on what."""
+
+    steps: Positive = 1000
+    """Optimizer steps."""
+    global_batch_size: Positive = 16
+    """Sequences per step, over all ranks."""
+    micro_batch_size: Positive = 4
+    """Sequences per forward pass on one rank."""
+    seed: NotNegative = 1234
+    """Of initialisation and data order."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the matrix products; parameters and optimizer state stay fp32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes an accelerator where there is one."""
+    loss_chunk: Positive = 2048
+    """Tokens whose logits exist at one time: the head and the loss run chunk by chunk."""
+
+
+class OptimConfig(Section):
+    """The optimizer."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon updates the blocks' matrices with Muon and all else with AdamW."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_listed)] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of AdamW's second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled; not on biases and layer norms."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 = no clipping."""
+    muon_lr: float = Field(default=0.02, gt=0)
+    """Peak learning rate of the matrices under Muon."""
+    muon_momentum: Fraction = 0.95
+    """Muon's momentum."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run."""
+
+    name: Literal["cosine"] = "cosine"
+    """Linear warmup, then a cosine down to min_lr at the last step."""
+    warmup: float = Field(default=0.01, ge=0, le=1)
+    """Fraction of the steps."""
+    min_lr: float = Field(default=1e-4, ge=0)
+    """Learning rate at the end (absolute)."""
+
+
+class CheckpointConfig(Section):
+    """What is kept of a run."""
+
+    every: NotNegative = 1000
+    """Steps between checkpoints; 0 = only at the end."""
+
+
+class LogConfig(Section):
+    """What a run tells, and where."""
+
+    every: Positive = 10
+    """Steps between log lines."""
+    out: str = Field(default="runs/neox", min_length=1)
+    """Run directory."""
+
+
+class EvalConfig(Section):
+    """Evaluation on data.valid during training."""
+
+    every: NotNegative = 0
+    """Steps between evaluations; 0 = never."""
+    batches: Positive = 10
+    """Global batches per evaluation."""
+
+
+class GenerateConfig(Section):
+    """Sampling."""
+
+    max_tokens: Positive = 128
+    """New tokens per prompt, at most."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Divides the logits; 0 = greedy."""
+    top_k: NotNegative = 0
+    """Sample from the k likeliest tokens; 0 = from all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that hold this probability together."""
+    seed: NotNegative = 1234
+    """The same seed and prompt give the same text."""
+
+
+class Config(Section):
+    """All sections of a run, checked against each other. Build one with `load_config`."""
+
+    preset: OptionalStr = None
+    """Name of the preset that the values started from."""
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()
+    generate: GenerateConfig = GenerateConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        longest = self.model.max_position_embeddings
+        if self.data.seq_length > longest:
+            raise ValueError(
+                f"data.seq_length: {self.data.seq_length} is more than model.max_position_embeddings ({longest})"
+            )
+        if self.schedule.min_lr > self.optim.lr:
+            raise ValueError(f"schedule.min_lr: {self.schedule.min_lr} is above optim.lr ({self.optim.lr})")
+        return self
+
+    def to_toml(self) -> str:
+        """Every option with its resolved value, as TOML that `load_config` turns into an equal Config."""
+        import tomli_w
+
+        def plain(value: Any) -> Any:
+            return "none" if value is None else list(value) if isinstance(value, tuple) else value
+
+        tables = {s: {k: plain(v) for k, v in getattr(self, s)} for s in SECTIONS}
+        return tomli_w.dumps({"preset": plain(self.preset), **tables})
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+_NAMES = {cls: name for name, cls in SECTIONS.items()}
+
+
+def load_config(preset: str | None = None, files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
+    """Resolve defaults < preset < TOML files, in order < ``key=value`` overrides, in order.
+
+    An override's key is ``section.key``, or ``key`` alone where only one section has it; its value is a TOML literal
+    or, failing that, a bare string. A file or an override may name the preset (``preset = "pythia-160m"``); an
+    override wins over the argument, the argument over a file.
+
+    Raises ConfigError (a ValueError) with one line: what is wrong, which key, and the file and line it came from.
+    """
+    values: dict[str, dict[str, Any]] = {s: {} for s in SECTIONS}
+    origin: dict[str, str] = {}
+    layers: list[tuple[dict[str, Any], dict[str, str]]] = []
+    chosen: tuple[str | None, str] = (preset, "the preset argument")
+    for file in files:
+        table, lines = _read_toml(Path(file))
+        named = table.pop("preset", "none")
+        if not isinstance(named, str):
+            raise ConfigError(f"preset: must be a name, got {named!r} ({lines.get('preset', file)})", "preset")
+        if named != "none" and preset is None:
+            chosen = (named, lines.get("preset", str(file)))
+        layers.append((table, lines))
+    for text in overrides:
+        section, key, value = _parse_override(text)
+        if section:
+            layers.append(({section: {key: value}}, {f"{section}.{key}": f"from {text}"}))
+        else:
+            chosen = (None if value == "none" else str(value), f"from {text}")
+
+    name, where = chosen
+    if name is not None:
+        try:
+            layers.insert(0, (presets.preset(name), {}))
+        except ValueError as error:
+            raise ConfigError(f"preset: {error} ({where})", "preset") from None
+    for table, lines in layers:
+        for section, keys in table.items():
+            _check_section(section, keys, lines)
+            for key, value in keys.items():
+                values[section][key] = value
+                origin[f"{section}.{key}"] = lines.get(f"{section}.{key}", lines.get(section, f"preset {name}"))
+    try:
+        sections: dict[str, Any] = {s: cls(**values[s]) for s, cls in SECTIONS.items()}
+        return Config(preset=name, **sections)
+    except ConfigError as error:
+        source = origin.get(error.key.partition("[")[0])
+        raise ConfigError(f"{error} ({source})" if source else str(error), error.key) from None
+
+
+def _check_section(section: str, keys: Any, lines: Mapping[str, str]) -> None:
+    where = f" ({lines[section]})" if section in lines else ""
+    if section not in SECTIONS:
+        options = [*SECTIONS, *(f"{s}.{section}" for s, cls in SECTIONS.items() if section in cls.model_fields)]
+        raise ConfigError(f"{section}: no such section{_did_you_mean(section, options)}{where}", section)
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{section}: is a section, write [{section}] and its keys below it{where}", section)
+
+
+def _read_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Content of a TOML file, and the file:line of each section and key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r" \(at line (\d+), column \d+\)$", str(error))
+        place = f"{path}:{line[1]}" if line else str(path)
+        raise ConfigError(f"{place}: not valid TOML: {str(error)[: line.start()] if line else error}") from None
+    lines, section = {}, ""
+    for number, line_text in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([\w-]+)\s*\]", line_text):
+            section = header[1]
+            lines[section] = f"{path}:{number}"
+        elif key := re.match(r"\s*([\w.-]+)\s*=", line_text):
+            full = f"{section}.{key[1]}" if section else key[1]
+            lines.setdefault(full, f"{path}:{number}")
+            lines.setdefault(full.partition(".")[0], f"{path}:{number}")
+    for name in table:
+        lines.setdefault(name, str(path))
+    return table, lines
+
+
+def _parse_override(text: str) -> tuple[str, str, Any]:
+    """Section, key and value of one ``key=value``; the section is empty for ``preset``."""
+    name, equals, raw = text.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise ConfigError(f"{text!r}: expected key=value, such as train.steps=10")
+    if name == "preset":
+        return "", name, raw.strip()
+    section, dot, key = name.rpartition(".")
+    if not dot:
+        owners = [s for s, cls in SECTIONS.items() if key in cls.model_fields]
+        if len(owners) > 1:
+            raise ConfigError(f"{key}: is in several sections, write {' or '.join(f'{s}.{key}=' for s in owners)}", key)
+        section = owners[0] if owners else ""
+    if section not in SECTIONS or key not in SECTIONS[section].model_fields:
+        raise ConfigError(f"{name}: no such key{_suggest_key(section, key)} (from {text})", name)
+    return section, key, _literal(raw.strip(), SECTIONS[section].model_fields[key].annotation, text)
+
+
+def _literal(raw: str, annotation: Any, text: str) -> Any:
+    try:
+        table = tomllib.loads(f"value = {raw}")
+        value = table["value"] if len(table) == 1 else raw
+    except tomllib.TOMLDecodeError:
+        if raw.startswith("[") and raw.endswith("]"):
+            raise ConfigError(f'{text}: not a list; its texts need quotes, as in \'["a", "b"]\'') from None
+        return raw
+    # A directory may be called 2024-01-01, or 7: where text is wanted, what was typed is the text.
+    wants_text = annotation is str or str in get_args(annotation)
+    if isinstance(value, date | time | datetime) or (wants_text and not isinstance(value, str)):
+        return raw
+    return value
+
+
+def _one_line(cls: type[Section], error: ValidationError) -> ConfigError:
+    """The first of pydantic's complaints as one line, led by section.key."""
+    section = _NAMES.get(cls, "") if cls is not Config else ""
+    found = error.errors()
+    first = found[0]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    key = section
+    for part in first["loc"]:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"{key}: no such key{_suggest_key(section, str(first['loc'][-1]))}{more}", key)
+    if first["type"] == "value_error":
+        inner = str(first["ctx"]["error"])
+        named = re.match(r"[\w.]+(?=(\[\d+\])?: )", inner)
+        if named:
+            key = f"{section}.{named[0]}" if section else named[0]
+            return ConfigError((f"{section}." if section else "") + inner + more, key)
+        return ConfigError(f"{key}: {inner}{more}", key)
+    if first["type"] == "missing":
+        return ConfigError(f"{key}: is missing{more}", key)
+    message = first["msg"].replace("Input should", "must")
+    return ConfigError(f"{key}: {message}, got {first['input']!r}{more}", key)
+
+
+def _suggest_key(section: str, key: str) -> str:
+    """Hint for an unknown key: the same name elsewhere, then the nearest in its section, then anywhere."""
+    everywhere = [f"{s}.{k}" for s, cls in SECTIONS.items() for k in cls.model_fields]
+    same = [name for name in everywhere if name.endswith(f".{key}")]
+    if same:
+        return f"; did you mean {' or '.join(same)}?"
+    if section in SECTIONS:
+        near = difflib.get_close_matches(key, SECTIONS[section].model_fields, 1)
+        if near:
+            return f"; did you mean {section}.{near[0]}?"
+    bare = {name.partition(".")[2]: name for name in reversed(everywhere)}
+    near = difflib.get_close_matches(key, bare, 1)
+    if near:
+        return f"; did you mean {bare[near[0]]}?"
+    return f"; {section} has {', '.join(SECTIONS[section].model_fields)}" if section in SECTIONS else ""
+
+
+def _did_you_mean(word: str, options: Iterable[str]) -> str:
+    options = list(options)
+    exact = [o for o in options if o.endswith(f".{word}")]
+    near = exact or difflib.get_close_matches(word, options, 1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(options)}"

@@ -1,0 +1,226 @@
+"""The one table of named models and recipes, as plain rows.
+
+A row holds what differs within a family; the family holds the rest; `preset` joins them into sections of options.
+Where the published record contradicts itself, a note says what is taken, why, and from where.
+"""
+
+from __future__ import annotations
+
+import difflib
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+Sections = dict[str, dict[str, Any]]
+
+
+class Row(NamedTuple):
+    """One model: shape, padded vocabulary, peak lr, batch in sequences, steps. None: not recorded, default stays."""
+
+    name: str
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    vocab: int
+    lr: float | None
+    batch: int | None
+    steps: int | None
+
+
+# fmt: off
+ROWS: tuple[Row, ...] = (
+    #   name            family        layers hidden heads  vocab  lr       batch  steps
+    Row("quickstart",   "quickstart",      4,   192,   6,   4096, 2e-3,      16,    300),
+    Row("neox-20b",     "20b",            44,  6144,  64,  50432, 0.97e-4, 1536, 150000),
+    Row("pythia-14m",   "pythia",          6,   128,   4,  50304, 1e-3,    1024, 143000),
+    Row("pythia-31m",   "pythia",          6,   256,   8,  50304, 1e-3,    1024, 143000),
+    Row("pythia-70m",   "pythia",          6,   512,   8,  50304, 1e-3,    1024, 143000),
+    Row("pythia-160m",  "pythia",         12,   768,  12,  50304, 6e-4,    1024, 143000),
+    Row("pythia-410m",  "pythia",         24,  1024,  16,  50304, 3e-4,    1024, 143000),
+    Row("pythia-1b",    "pythia",         16,  2048,   8,  50304, 2.5e-4,  1024, 143000),
+    Row("pythia-1.4b",  "pythia",         24,  2048,  16,  50304, 2e-4,    1024, 143000),
+    Row("pythia-2.8b",  "pythia",         32,  2560,  32,  50304, 1.6e-4,  1024, 143000),
+    Row("pythia-6.9b",  "pythia-normal",  32,  4096,  32,  50432, 1.2e-4,  1024, 143000),
+    Row("pythia-12b",   "pythia-normal",  36,  5120,  40,  50688, 1.2e-4,  1024, 143000),
+    Row("neox-19m",     "gpt",             6,   512,   8,  50304, 1e-3,       4, 143000),
+    Row("neox-49m",     "gpt-49m",        10,   640,  10,  50304, 8e-4,      32, 143000),
+    Row("neox-125m",    "gpt",            12,   768,  12,  50304, 6e-4,       4, 320000),
+    Row("neox-350m",    "gpt",            24,  1024,  16,  50304, 3e-4,       4, 320000),
+    Row("neox-760m",    "gpt-760m",       24,  1536,  16,  50304, 2.5e-4,     4, 320000),
+    Row("neox-800m",    "gpt",            16,  2048,   8,  50304, 2.5e-4,    16, 143000),
+    Row("neox-1.3b",    "gpt",            24,  2048,  16,  50304, 2e-4,       4, 320000),
+    Row("neox-2.7b",    "gpt",            32,  2560,  32,  50304, 1.6e-4,     4, 320000),
+    Row("neox-6.7b",    "gpt",            32,  4096,  32,  50304, 1.2e-4,     4, 320000),
+    Row("neox-13b",     "gpt",            40,  5120,  40,  50304, 1e-4,       4, 320000),
+    Row("neox-175b",    "gpt",            96, 12288,  96,  50304, 6e-5,       4, 320000),
+    Row("gpt-j-6b",     "gpt-j",          28,  4096,  16,  50400, None,    None,   None),
+    Row("gpt-neo-125m", "gpt-neo",        12,   768,  12,  50257, None,    None,   None),
+    Row("gpt-neo-1.3b", "gpt-neo",        24,  2048,  16,  50257, None,    None,   None),
+    Row("gpt-neo-2.7b", "gpt-neo",        32,  2560,  20,  50257, None,    None,   None),
+)
+# fmt: on
+
+_NEOX: dict[str, Any] = {
+    "model_type": "gpt_neox",
+    "hidden_act": "gelu",
+    "rotary_pct": 0.25,
+    "use_parallel_residual": True,
+    "init_method": "small_init",
+}
+_ADAM: dict[str, Any] = {"name": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
+_RECIPE: Sections = {
+    "model": _NEOX,
+    "optim": _ADAM,
+    "schedule": {"name": "cosine", "warmup": 0.01},
+    "checkpoint": {"every": 1000},
+}
+_NORMAL_INIT: dict[str, Any] = {"init_method": "normal", "initializer_range": 0.02}
+_SERIAL: dict[str, Any] = {"use_parallel_residual": False, "rotary_pct": 1.0}
+_GPT_J: dict[str, Any] = {
+    "model_type": "gptj",
+    "hidden_act": "gelu_new",
+    "rotary_pct": 0.25,
+    "use_parallel_residual": True,
+    "shared_layer_norm": True,
+    "qkv_bias": False,
+    "dense_bias": False,
+    "head_bias": True,
+}
+_GPT_NEO: dict[str, Any] = {
+    "model_type": "gpt_neo",
+    "hidden_act": "gelu_new",
+    "position_embedding": "learned",
+    "use_parallel_residual": False,
+    "qkv_bias": False,
+    "tie_word_embeddings": True,
+    "attention_scale": 1.0,
+    "local_window": 256,
+}
+
+
+def _with(base: Sections, **changes: dict[str, Any]) -> Sections:
+    return {s: {**base.get(s, {}), **changes.get(s, {})} for s in {**base, **changes}}
+
+
+_FAMILIES: dict[str, Sections] = {
+    "20b": _with(
+        _RECIPE,
+        model={"hidden_act": "gelu_fast"},
+        optim={"weight_decay": 0.01},
+        checkpoint={"every": 500},
+        eval={"every": 1000, "batches": 10},
+    ),
+    "pythia": _RECIPE,
+    "pythia-normal": _with(_RECIPE, model=_NORMAL_INIT),
+    "gpt": _with(_RECIPE, model=_SERIAL),
+    "gpt-49m": _RECIPE,
+    "gpt-760m": _with(_RECIPE, model=_SERIAL, optim={"betas": [0.9, 0.999]}),
+    "gpt-j": {"model": _GPT_J},
+    "gpt-neo": {"model": _GPT_NEO},
+    "quickstart": _with(
+        _RECIPE,
+        model={"max_position_embeddings": 256},
+        data={"seq_length": 256},
+        tokenizer={"vocab_size": 4096},
+        schedule={"warmup": 0.05},
+    ),
+}
+
+_FP16 = "Precision: trained in fp16 with a dynamic loss scale; neox trains in fp32 or bf16, so train.dtype stays fp32."
+_GELU_PYTHIA = (
+    "GELU: trained with the tanh approximation (bias_gelu_fusion), but the released Hugging Face configs say gelu "
+    "(erf) and the published evaluations run that; hidden_act follows the released files. hidden_act=gelu_fast is "
+    "as trained."
+)
+_GPT_BATCH = (
+    "Batch: gpt-neox's config fixes only the micro batch per GPU and leaves their number open; "
+    "global_batch_size is that of one GPU, raise it to suit the run."
+)
+_NO_RECIPE = (
+    "Training recipe: not recorded here; optim, schedule and train hold neox's defaults, not the original values."
+)
+_FAMILY_NOTES: dict[str, tuple[str, ...]] = {
+    "20b": (
+        "Learning rate: 0.97e-4, as in gpt-neox's configs/20B.yml and the run log of gpt-neox issue #792. The paper "
+        "and the model card print 0.97e-5, which is the config's min_lr.",
+        "Batch: 1536 sequences = micro batch 4 x 32 accumulations x 12 data-parallel ranks (configs/20B.yml). "
+        "The paper and the model card say 1538.",
+        "Vocabulary: 50432 rows, as in the released weights = the tokenizer's 50277 tokens padded to a multiple of "
+        "128 x tensor parallel 2. The paper and the model card say 50257.",
+        "Parameters: 20,554,567,680, as on the model card. An early draft of the card says 20,556,201,984, "
+        "which no vocabulary size explains.",
+        "Layer norms: two per block on the same input. One shared norm was intended; the released weights have two.",
+        _FP16,
+    ),
+    "pythia": (_GELU_PYTHIA, _FP16),
+    "pythia-normal": (
+        "Initialisation: normal(0.02) with scaled residual outputs. The config leaves out the small_init / wang_init "
+        "of the other sizes, an acknowledged erratum (pythia issue #135); the preset keeps what was run.",
+        _GELU_PYTHIA,
+        _FP16,
+    ),
+    "gpt": (_GPT_BATCH, _FP16),
+    "gpt-49m": (
+        "Residual: parallel with rotary_pct 0.25, unlike gpt-neox's other GPT configs (configs/49M.yml).",
+        _GPT_BATCH,
+        _FP16,
+    ),
+    "gpt-760m": ("Betas: 0.9 and 0.999, unlike gpt-neox's other GPT configs (configs/760M.yml).", _GPT_BATCH, _FP16),
+    "gpt-j": (_NO_RECIPE,),
+    "gpt-neo": (_NO_RECIPE,),
+    "quickstart": ("Recipe: our own, sized so that a laptop's CPU finishes it in minutes.",),
+}
+_OWN_NOTES: dict[str, tuple[str, ...]] = {
+    "pythia-1b": (
+        "Learning rate: 2.5e-4, as in the config that was run (configs/pythia/1B.yml). Pythia's README says 3.0e-4.",
+        _GELU_PYTHIA,
+        "Precision: trained in bf16, after an irrecoverable loss spike in fp16; train.dtype=bf16 repeats that.",
+    ),
+}
+_BY_NAME = {row.name: row for row in ROWS}
+
+
+def names() -> tuple[str, ...]:
+    """All preset names, in the table's order."""
+    return tuple(_BY_NAME)
+
+
+def preset(name: str) -> Sections:
+    """The sections that the preset sets, as a fresh dict of dicts. Raises ValueError for an unknown name."""
+    row = _row(name)
+    sections = deepcopy(
+        _with({"model": {}, "data": {}, "train": {}, "optim": {}, "schedule": {}}, **_FAMILIES[row.family])
+    )
+    sections["model"] |= {
+        "vocab_size": row.vocab,
+        "hidden_size": row.hidden,
+        "num_hidden_layers": row.layers,
+        "num_attention_heads": row.heads,
+    }
+    sections["model"].setdefault("max_position_embeddings", 2048)
+    sections["data"].setdefault("seq_length", 2048)
+    if row.family == "gpt-neo":
+        sections["model"]["local_layers"] = list(range(1, row.layers, 2))
+    if row.lr is not None:
+        sections["optim"]["lr"] = row.lr
+        # Every published recipe decays to a tenth; rounded, since 6e-4 / 10 is not 6e-5 in binary.
+        sections["schedule"]["min_lr"] = float(f"{row.lr / 10:.6g}")
+    if row.batch is not None:
+        sections["train"]["global_batch_size"] = row.batch
+    if row.steps is not None:
+        sections["train"]["steps"] = row.steps
+    return {s: keys for s, keys in sections.items() if keys}
+
+
+def notes(name: str) -> tuple[str, ...]:
+    """Where the record of this model is doubtful: what the preset takes, why, and the source."""
+    row = _row(name)
+    return _OWN_NOTES.get(name, _FAMILY_NOTES[row.family])
+
+
+def _row(name: str) -> Row:
+    if name not in _BY_NAME:
+        near = difflib.get_close_matches(name, _BY_NAME, 1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_BY_NAME)}"
+        raise ValueError(f"no preset {name!r}{hint}")
+    return _BY_NAME[name]
