@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ def prepare(
     eod = tokenizer.eod_id if append_eod else None
     if append_eod and eod is None:
         raise ValueError(f"the tokenizer has no {END_OF_TEXT} token to end documents with; set data.append_eod=false")
+    _check_manifest(pair(out_prefix)[0].with_suffix(".json"))
     # Read nothing before every source is known to exist: the tenth file's typing error should not cost an hour.
     streams = [read_documents(path, text_key) for path in paths]
     del streams
@@ -101,6 +103,18 @@ def _batches(paths: Sequence[Path], text_key: str, advance: Advance) -> Iterator
                 batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _check_manifest(path: Path) -> None:
+    """Refuse an output name whose `.json` is something else, a corpus perhaps: it would be overwritten."""
+    if not path.exists():
+        return
+    try:
+        known = "tokenizer_sha256" in json.loads(path.read_bytes())
+    except (ValueError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{path}: exists and is no manifest of prepare; choose another output name or move it away")
 
 
 def _check_range(ids: np.ndarray, vocab_size: int) -> None:

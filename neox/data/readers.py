@@ -82,9 +82,9 @@ def _document(path: Path, number: int, offset: int, line: bytes, text_key: str) 
     if not json_text.strip():
         return ""
     try:
-        value = json.loads(json_text)
+        value = json.loads(json_text.rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        reason = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise ValueError(f"{where}: not JSON ({reason}); every line must be one JSON object") from None
     if not isinstance(value, dict):
         raise ValueError(f'{where}: the line holds {_kind(value)}, not a JSON object such as {{"{text_key}": "..."}}')
