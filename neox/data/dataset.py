@@ -1,0 +1,69 @@
+"""Token files cut into windows of seq_length + 1 tokens, fetched by sample number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from neox.data.mmap import TokenFile
+from neox.data.order import PermutedOrder, SequentialOrder
+
+ORDERS = ("permuted", "sequential")
+
+
+class TokenDataset:
+    """Windows over one or more token files.
+
+    In each file window w is tokens [w*T, w*T + T] with T = seq_length: T + 1 tokens, sharing one with the next window,
+    so that each token is a label once. A file has (tokens - 1) // T windows and no window crosses into another file;
+    a tail shorter than T, and a file too short for one window, is left out.
+    `order` is "permuted" (reshuffled each epoch, see `PermutedOrder`) or "sequential".
+    Raises ValueError on files that are not whole, an unknown order, and when there is not one window in all.
+    """
+
+    def __init__(self, prefixes: Sequence[str | Path], seq_length: int, seed: int, order: str = "permuted") -> None:
+        if isinstance(prefixes, str | Path):
+            prefixes = [prefixes]
+        if not prefixes:
+            raise ValueError("no token files given: set data.train to at least one prefix")
+        if seq_length < 1:
+            raise ValueError(f"data.seq_length = {seq_length}: must be at least 1")
+        if order not in ORDERS:
+            raise ValueError(f'data.order = "{order}": must be one of {", ".join(ORDERS)}')
+        self.files = [TokenFile(prefix) for prefix in prefixes]
+        self.seq_length = seq_length
+        windows = [max(0, len(file.tokens) - 1) // seq_length for file in self.files]
+        self._ends = np.cumsum(windows, dtype=np.int64)
+        self.num_windows = int(self._ends[-1])
+        if not self.num_windows:
+            longest = max(self.files, key=lambda file: len(file.tokens))
+            raise ValueError(
+                f"{longest.bin} has {len(longest.tokens)} tokens; seq_length {seq_length} needs at least "
+                f"{seq_length + 1}: lower data.seq_length or add text"
+            )
+        self.order = PermutedOrder(self.num_windows, seed) if order == "permuted" else SequentialOrder(self.num_windows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Labels in one epoch: num_windows * seq_length."""
+        return self.num_windows * self.seq_length
+
+    def sample(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Tokens [n, seq_length + 1] of n sample numbers, which count on over epochs without end."""
+        return self.sequential(self.order(np.asarray(samples, dtype=np.int64)))
+
+    def sequential(self, windows: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Tokens [n, seq_length + 1] of n window numbers, each in 0 .. num_windows - 1, whatever the order."""
+        numbers = np.atleast_1d(np.asarray(windows, dtype=np.int64))
+        if numbers.size and not (numbers.min() >= 0 and numbers.max() < self.num_windows):
+            raise IndexError(f"windows are 0 to {self.num_windows - 1}; asked for {numbers.min()} to {numbers.max()}")
+        owners = np.searchsorted(self._ends, numbers, side="right")
+        starts = self._ends - np.diff(self._ends, prepend=0)
+        out = np.empty((len(numbers), self.seq_length + 1), dtype=np.int64)
+        for row, (number, owner) in enumerate(zip(numbers.tolist(), owners.tolist(), strict=True)):
+            at = (number - int(starts[owner])) * self.seq_length
+            out[row] = self.files[owner].tokens[at : at + self.seq_length + 1]
+        return out

@@ -1,0 +1,268 @@
+"""Token files: gpt-neox's `.bin`/`.idx` pair ("mmap" layout), written as a stream and read through np.memmap.
+
+`.idx`, little-endian: 9 bytes magic, u64 version 1, u8 dtype code, u64 N, u64 D, int32 sizes[N] (tokens a document),
+int64 pointers[N] (byte offsets into `.bin`), int64 doc_idx[D] (0 and the number of documents after each document).
+`.bin`: the documents' tokens, one after another.
+Source: EleutherAI/gpt-neox, megatron/data/indexed_dataset.py (MMapIndexedDataset).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from array import array
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from neox.files import sync_folder, temporary_name, write_atomic, write_error, write_synced
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, D
+DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f4"),
+    7: np.dtype("<f8"),
+    8: np.dtype("<u2"),
+}
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
+BLOCK = 1 << 20  # documents whose index entries are held in memory at once, beside the sizes
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The dtype gpt-neox stores ids of such a vocabulary in: uint16 below 65500, else int32."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def pair(prefix: str | Path) -> tuple[Path, Path]:
+    """The `.bin` and the `.idx` of a prefix; the name of either file may stand for the prefix."""
+    name = str(prefix)
+    if name.endswith((".bin", ".idx")):
+        name = name[:-4]
+    return Path(name + ".bin"), Path(name + ".idx")
+
+
+class TokenWriter:
+    """Writes a `.bin`/`.idx` pair; `with TokenWriter(prefix, dtype) as w: w.add_document(tokens)`.
+
+    The tokens stream to a temporary name. On leaving the block the `.bin` is put in place, then the manifest if one
+    is set, then the `.idx`, whose presence marks the pair as complete; an exception removes what was written.
+    An older pair of the same prefix stays whole until then.
+    Raises OSError naming the file (disk full, folder missing); `add_document` raises ValueError on unfit tokens.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in CODE_OF_DTYPE or self.dtype.kind not in "iu":
+            names = ", ".join(str(d) for d in CODE_OF_DTYPE if d.kind in "iu")
+            raise ValueError(f"{prefix}: tokens cannot be stored as {np.dtype(dtype)}; take one of {names}")
+        self.bin, self.idx = pair(prefix)
+        self.manifest: dict[str, Any] | None = None
+        """Written as JSON to `<prefix>.json` between `.bin` and `.idx`."""
+        self.tokens = 0
+        self._sizes = array("i")
+        self._file: IO[bytes] | None = None
+
+    @property
+    def documents(self) -> int:
+        """Documents added so far."""
+        return len(self._sizes)
+
+    def __enter__(self) -> TokenWriter:
+        self.bin.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = temporary_name(self.bin)
+        self._file = _open_alone(self._temporary)
+        return self
+
+    def add_document(self, tokens: npt.ArrayLike) -> None:
+        """Append one document: a flat sequence of integer ids that fit the dtype. Raises ValueError on others."""
+        assert self._file is not None, "add_document outside of the with block"
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise ValueError(f"{self.bin}: a document must be a flat sequence of integers, not {ids.dtype} {ids.shape}")
+        limits = np.iinfo(self.dtype)
+        if ids.size and not (limits.min <= int(ids.min()) and int(ids.max()) <= limits.max):
+            raise ValueError(f"{self.bin}: token ids {ids.min()} to {ids.max()} do not fit {self.dtype}")
+        if ids.size > np.iinfo(np.int32).max:
+            raise ValueError(f"{self.bin}: a document of {ids.size} tokens is too long for the format; split it")
+        try:
+            self._file.write(ids.astype(self.dtype).tobytes())
+        except OSError as error:
+            raise write_error(error, self.bin) from error
+        self._sizes.append(ids.size)
+        self.tokens += ids.size
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        if kind is None:
+            try:
+                self._commit(self._file)
+            except BaseException:
+                self._discard(self._file)
+                raise
+        else:
+            self._discard(self._file)
+        self._file = None
+
+    def _commit(self, file: IO[bytes]) -> None:
+        try:
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(error, self.bin) from error
+        new_idx = temporary_name(self.idx)
+        write_synced(new_idx, self._write_idx)
+        # The old index goes first: beside the new .bin it could pass for a complete pair.
+        self.idx.unlink(missing_ok=True)
+        sync_folder(self.bin.parent)
+        os.replace(self._temporary, self.bin)
+        file.close()
+        sync_folder(self.bin.parent)
+        if self.manifest is not None:
+            content = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
+            write_atomic(self.bin.with_suffix(".json"), content.encode("utf-8"))
+        os.replace(new_idx, self.idx)
+        sync_folder(self.bin.parent)
+
+    def _discard(self, file: IO[bytes]) -> None:
+        with suppress(OSError):  # closing flushes once more, and the disk may still be full
+            file.close()
+        for path in (self._temporary, temporary_name(self.idx)):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _write_idx(self, file: IO[bytes]) -> None:
+        sizes = np.frombuffer(self._sizes, dtype=np.int32) if self._sizes else np.zeros(0, np.int32)
+        count = len(sizes)
+        file.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], count, count + 1))
+        file.write(sizes.astype("<i4").tobytes())
+        start = 0
+        for block in _blocks(count):
+            ends = start + np.cumsum(sizes[block], dtype=np.int64) * self.dtype.itemsize
+            file.write(np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes())
+            start = int(ends[-1])
+        for block in _blocks(count + 1):
+            file.write(np.arange(block.start, block.stop, dtype="<i8").tobytes())
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
+
+
+def _open_alone(path: Path) -> IO[bytes]:
+    """Open `path` for writing, emptied, unless another process is writing it: two at once would mix their tokens."""
+    try:
+        file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
+    except OSError as error:
+        raise write_error(error, path) from error
+    try:
+        import fcntl
+    except ImportError:  # not POSIX: no advisory locks to ask for
+        file.truncate(0)
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between our open and our lock its writer may have put the file in place: then it is no longer ours to empty.
+        alone = path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except BlockingIOError:
+        alone = False
+    if not alone:
+        file.close()
+        raise ValueError(f"{path}: another process is writing this file now; wait for it or choose another output name")
+    file.truncate(0)
+    return file
+
+
+class TokenFile:
+    """A `.bin`/`.idx` pair, read through the page cache: nothing but the index header is loaded.
+
+    `tokens`: all tokens, flat, in document order; `sizes` [N] int32; `doc_idx` [D] int64; `document(i)`; `len`.
+    Raises FileNotFoundError, and ValueError that names the file with what was expected and found, when the pair is
+    not whole.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.bin, self.idx = pair(prefix)
+        for path in (self.idx, self.bin):
+            if not path.is_file():
+                hint = f"; run prepare with {self.bin.with_suffix('')} as its output"
+                raise FileNotFoundError(f"{path}: no such token file{hint}")
+        found = self.idx.stat().st_size
+        with self.idx.open("rb") as file:
+            head = file.read(HEADER.size)
+        if head[: len(MAGIC)] != MAGIC[: len(head)]:
+            raise self._broken(self.idx, f"it starts with {head[: len(MAGIC)]!r}, not with {MAGIC!r}")
+        if len(head) < HEADER.size:
+            raise self._broken(self.idx, f"expected at least {HEADER.size} bytes, found {found}")
+        _, version, code, count, marks = HEADER.unpack(head)
+        if version != VERSION:
+            raise self._broken(self.idx, f"expected version {VERSION}, found {version}")
+        if code not in DTYPE_OF_CODE or DTYPE_OF_CODE[code].kind not in "iu":
+            known = ", ".join(f"{c} ({d})" for c, d in DTYPE_OF_CODE.items() if d.kind in "iu")
+            raise self._broken(self.idx, f"expected a dtype code of integers, {known}; found {code}")
+        expected = HEADER.size + 12 * count + 8 * marks
+        if found != expected:
+            raise self._broken(
+                self.idx, f"expected {expected} bytes for {count} documents and {marks} marks, found {found}"
+            )
+        self.dtype = DTYPE_OF_CODE[code]
+        self.sizes: npt.NDArray[np.int32] = _map(self.idx, "<i4", HEADER.size, count)
+        self._pointers: npt.NDArray[np.int64] = _map(self.idx, "<i8", HEADER.size + 4 * count, count)
+        self.doc_idx: npt.NDArray[np.int64] = _map(self.idx, "<i8", HEADER.size + 12 * count, marks)
+        tokens = self._count()
+        found = self.bin.stat().st_size
+        if found != tokens * self.dtype.itemsize:
+            raise self._broken(
+                self.bin,
+                f"expected {tokens * self.dtype.itemsize} bytes for {tokens} tokens of {self.dtype}, found {found}",
+            )
+        self.tokens: npt.NDArray[Any] = _map(self.bin, self.dtype, 0, tokens)
+
+    def _count(self) -> int:
+        """Tokens in all; the documents must lie in the `.bin` one after another, without gaps."""
+        start = 0
+        for block in _blocks(len(self.sizes)):
+            sizes = self.sizes[block].astype(np.int64) * self.dtype.itemsize
+            expected = start + np.cumsum(sizes) - sizes
+            wrong = np.flatnonzero((self._pointers[block] != expected) | (sizes < 0))
+            if wrong.size:
+                first = int(wrong[0])
+                raise self._broken(
+                    self.idx,
+                    f"document {block.start + first} of {self.sizes[block][first]} tokens should start at byte "
+                    f"{expected[first]} of the .bin, found {self._pointers[block][first]}",
+                )
+            start = int(expected[-1] + sizes[-1])
+        return start // self.dtype.itemsize
+
+    def _broken(self, path: Path, what: str) -> ValueError:
+        return ValueError(f"{path}: damaged or incomplete: {what}; run prepare again")
+
+    def __len__(self) -> int:
+        """Documents."""
+        return len(self.sizes)
+
+    def document(self, i: int) -> npt.NDArray[Any]:
+        """Tokens of document `i`, [sizes[i]], a view. Raises IndexError outside of 0 .. len - 1."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.bin}: document {i} does not exist; there are {len(self)}")
+        start = int(self._pointers[i]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.sizes[i])]
+
+
+def _map(path: Path, dtype: npt.DTypeLike, offset: int, count: int) -> npt.NDArray[Any]:
+    if count == 0:  # an empty range cannot be mapped
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))

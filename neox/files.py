@@ -1,0 +1,89 @@
+"""Files that are whole or absent, and one progress bar measured in bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames done in `folder` survive a power cut (POSIX only; elsewhere the system orders them itself)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where the bytes of `path` live until they are whole: the same folder, so that the rename is atomic."""
+    return path.with_name(path.name + ".tmp")
+
+
+def write_synced(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Call `write(file)` on a fresh binary file at `path` and fsync it; on failure no file stays behind.
+
+    Raises OSError naming `path` when the disk is full or the folder is not writable.
+    """
+    try:
+        with open(path, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        with suppress(OSError):
+            path.unlink()
+        if isinstance(error, OSError):
+            raise write_error(error, path) from error
+        raise
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: a reader, or a crash at any moment, sees the old file or the new one, never a part.
+
+    Raises OSError naming `path` when the disk is full or the folder is not writable.
+    """
+    temporary = temporary_name(path)
+
+    def write(file: IO[bytes]) -> None:
+        file.write(content)
+
+    write_synced(temporary, write)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_error(error: OSError, path: Path) -> OSError:
+    """The same error, but saying which file could not be written: write() itself reports only the cause."""
+    return OSError(error.errno, f"{error.strerror or error}: nothing was kept of", str(path))
+
+
+def byte_progress(show: bool = True) -> Progress:
+    """A progress bar on stderr with MB, MB/s and time left, for tasks whose total is in bytes."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not show,
+    )

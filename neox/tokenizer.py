@@ -1,0 +1,295 @@
+"""Text to token ids and back: reads a tokenizer.json, trains a 20B-style byte-level BPE, decodes a stream.
+
+Literal `<|endoftext|>` (or any other special token's spelling) in a text becomes that token's id, as in the
+GPT-NeoX-20B tokenizer: it is the caller's part to remove it where a text must not be able to end a document.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from neox.files import byte_progress, write_atomic
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+LONGEST_SPACE_RUN = 24
+# One Encoding costs about 130 bytes of memory per character, so a text is encoded in pieces of about this many.
+PIECE_CHARACTERS = 1 << 20
+# Between a single line break and the next line's first character byte-level BPE always splits, and NFC never joins:
+# cutting there leaves every id as it was. Two line breaks in a row would not do: they may form one token.
+CUT = re.compile(r"(?<=[!-~]\n)(?=[!-~])")
+
+
+class Tokenizer:
+    """A tokenizer.json: `encode` text to ids, `decode` ids to text.
+
+    Raises ValueError where the text is no tokenizer.json that the `tokenizers` library can read.
+    """
+
+    def __init__(self, text: str, source: str = "tokenizer") -> None:
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{source}: not a tokenizer.json that can be read ({error})") from error
+        self._text = text
+        # A file saved while truncating would otherwise cut training documents short without a word.
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError(f"{source}: the vocabulary is empty")
+        self._ids: dict[str, int] = vocabulary
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        """Ids in use: the highest id + 1, added tokens included."""
+        self.eod_id: int | None = vocabulary.get(END_OF_TEXT)
+        """Id of `<|endoftext|>`, which ends a document; None where the file has no such token."""
+
+    @classmethod
+    def from_str(cls, text: str) -> Tokenizer:
+        """From the content of a tokenizer.json."""
+        return cls(text)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """From a tokenizer.json, or from a folder that holds one.
+
+        Raises FileNotFoundError where there is none, ValueError where it cannot be read as one.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such tokenizer; give a tokenizer.json or a folder that holds one")
+        try:
+            text = file.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not a tokenizer.json (no UTF-8 at byte {error.start})") from error
+        return cls(text, str(file))
+
+    def save(self, path: str | Path) -> None:
+        """Write to `path`, byte for byte as read, atomically; in a folder the name is `tokenizer.json`."""
+        path = Path(path)
+        write_atomic(path / "tokenizer.json" if path.is_dir() else path, self._text.encode("utf-8"))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of the tokenizer.json, as `sha256sum tokenizer.json` prints it."""
+        return hashlib.sha256(self._text.encode("utf-8")).hexdigest()
+
+    def padded_vocab_size(self, multiple: int = 128) -> int:
+        """`vocab_size` rounded up to `multiple` (gpt-neox pads to 128 x tensor-parallel ranks)."""
+        if multiple < 1:
+            raise ValueError(f"padded_vocab_size: multiple must be at least 1, not {multiple}")
+        return -(-self.vocab_size // multiple) * multiple
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text. Raises ValueError on a lone surrogate, which is no character and has no UTF-8 form."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores; each text alone gives the same ids. Raises ValueError as `encode` does."""
+        pieces: list[str] = []
+        owner: list[int] = []
+        for number, text in enumerate(texts):
+            for piece in self._pieces(text):
+                pieces.append(piece)
+                owner.append(number)
+        result: list[list[int]] = [[] for _ in texts]
+        start = 0
+        while start < len(pieces):
+            stop, characters = start, 0
+            while stop < len(pieces) and (stop == start or characters + len(pieces[stop]) <= 4 * PIECE_CHARACTERS):
+                characters += len(pieces[stop])
+                stop += 1
+            for number, ids in zip(owner[start:stop], self._encode(pieces[start:stop]), strict=True):
+                result[number] += ids
+            start = stop
+        return result
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        try:
+            return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+        except TypeError as error:
+            for text in texts:
+                if not isinstance(text, str):
+                    raise TypeError(f"encode takes str, not {type(text).__name__}") from error
+                check_characters(text)
+            raise
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        if not isinstance(text, str) or len(text) <= PIECE_CHARACTERS or not self._cuttable:
+            yield text
+            return
+        start = 0
+        while len(text) - start > PIECE_CHARACTERS and (found := CUT.search(text, start + PIECE_CHARACTERS)):
+            yield text[start : found.start()]
+            start = found.start()
+        yield text[start:]
+
+    @cached_property
+    def _cuttable(self) -> bool:
+        file = json.loads(self._inner.to_str())
+        pre = file["pre_tokenizer"] or {}
+        return (
+            pre.get("type") == "ByteLevel"
+            and not pre.get("add_prefix_space")
+            and pre.get("use_regex", True)
+            and (file["normalizer"] or {"type": "NFC"})["type"] == "NFC"
+            and not any("\n" in t["content"] or t["lstrip"] or t["rstrip"] for t in file["added_tokens"])
+        )
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of `ids`; bytes that form no UTF-8 become U+FFFD. `skip_special` leaves special tokens out.
+
+        Raises ValueError naming the first id that stands for no token, such as a padding row of a model.
+        """
+        ids = [int(id) for id in ids]
+        for id in ids:
+            self._check(id)
+        text: str = self._inner.decode(ids, skip_special_tokens=skip_special)
+        return text
+
+    def _check(self, id: int) -> None:
+        if not 0 <= id < self.vocab_size or self._tokens[id] is None:
+            raise ValueError(f"token id {id} stands for no token: this tokenizer's ids are 0 to {self.vocab_size - 1}")
+
+    @cached_property
+    def _tokens(self) -> list[str | None]:
+        tokens: list[str | None] = [None] * self.vocab_size
+        for token, id in self._ids.items():
+            tokens[id] = token
+        return tokens
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(id for id, token in self._inner.get_added_tokens_decoder().items() if token.special)
+
+    def token_bytes(self, id: int, skip_special: bool = False) -> bytes:
+        """The bytes that token `id` adds to a text: a part of a character, maybe.
+
+        Raises ValueError on an id that stands for no token, and where the tokenizer is not byte-level.
+        """
+        self._check(id)
+        if skip_special and id in self._special:
+            return b""
+        return self._token_bytes[id]
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        if not isinstance(self._inner.decoder, decoders.ByteLevel):
+            raise ValueError("the tokenizer is not byte-level (its decoder is not ByteLevel): it cannot be streamed")
+        # A token with a character outside the byte alphabet, such as an added run of spaces, stands for itself.
+        return [
+            bytes(BYTE_OF[c] for c in token) if all(c in BYTE_OF for c in token) else token.encode("utf-8")
+            for token in (token or "" for token in self._tokens)
+        ]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's map of bytes to visible characters, reversed: visible Latin-1 is itself, the rest follows from 256."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in set(visible)]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+BYTE_OF = _byte_alphabet()
+
+
+def check_characters(text: str) -> None:
+    """Raise ValueError where `text` holds a lone surrogate, naming the place."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start} of the text is a lone surrogate (U+{ord(text[error.start]):04X}): "
+            "it has no UTF-8 form; remove it"
+        ) from None
+
+
+class StreamDecoder:
+    """Decodes ids one by one into whole characters: what all calls return, joined, is `tokenizer.decode(ids)`.
+
+    A character whose last bytes are still to come is held back, never shown as U+FFFD. Constant time per token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """The text that token `id` completes, often one word, sometimes nothing. Raises ValueError on an unknown id."""
+        return self._decoder.decode(self._tokenizer.token_bytes(id, self._skip_special))
+
+    def finish(self) -> str:
+        """What is held back: empty, or U+FFFD for a character that never came whole. Ready for a new text after."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True) -> Tokenizer:
+    """Train a byte-level BPE by the recipe of GPT-NeoX-20B's tokenizer; the same texts give the same file.
+
+    NFC, no prefix space, `<|endoftext|>` = 0, `<|padding|>` = 1, all 256 bytes, merges, and at the end runs of
+    24, 23, .. 2 spaces: `vocab_size` ids in all, fewer where the texts are too small for as many merges.
+    Raises ValueError on a `vocab_size` that cannot hold the bytes, on a lone surrogate, and where there is no text.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    runs = [" " * length for length in range(LONGEST_SPACE_RUN, 1, -1)]
+    smallest = 2 + len(alphabet) + len(runs)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"tokenizer.vocab_size = {vocab_size} is too small: 256 bytes, 2 special tokens and {len(runs)} runs of "
+            f"spaces need at least {smallest}"
+        )
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.normalizer = normalizers.NFC()
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    inner.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(runs),
+        initial_alphabet=alphabet,
+        special_tokens=[END_OF_TEXT, PADDING],
+        show_progress=False,
+    )
+    seen = 0
+    failure: ValueError | None = None
+
+    with byte_progress(progress) as bar:
+        task = bar.add_task("tokenizer: counting words", total=None)
+
+        def counted() -> Iterator[str]:
+            nonlocal seen, failure
+            try:
+                for text in texts:
+                    check_characters(text)
+                    size = len(text.encode("utf-8"))
+                    seen += size
+                    bar.advance(task, size)
+                    yield text
+            except ValueError as error:
+                failure = error
+                raise
+            bar.update(task, description="tokenizer: learning merges")
+
+        try:
+            inner.train_from_iterator(counted(), trainer)
+        except Exception:
+            if failure is not None:  # the library wraps what the iterator raises
+                raise failure from None
+            raise
+        bar.update(task, total=seen, description="tokenizer: trained")
+    if not seen:
+        raise ValueError("no text to train a tokenizer on: every document is empty")
+    inner.add_tokens([tokenizers.AddedToken(run, normalized=True, special=False) for run in runs])
+    return Tokenizer.from_str(inner.to_str(pretty=True))

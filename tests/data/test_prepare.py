@@ -1,0 +1,203 @@
+"""prepare: what it writes against the tokenizer alone, its report and manifest, and every way it can fail."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neox.data import TokenFile, prepare
+from neox.tokenizer import Tokenizer, train_bpe
+
+module = sys.modules["neox.data.prepare"]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(["the cat sat on the mat, the dog on the log"] * 20, 290, progress=False)
+
+
+def jsonl(path: Path, documents: list[str], key: str = "text") -> Path:
+    path.write_text("".join(json.dumps({key: text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    files=st.lists(st.tuples(st.booleans(), st.lists(texts, max_size=8)), min_size=1, max_size=4),
+    append_eod=st.booleans(),
+    batch=st.sampled_from([1, 3, 4096]),
+)
+def test_the_documents_of_the_files_in_order(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: Tokenizer,
+    files: list[tuple[bool, list[str]]],
+    append_eod: bool,
+    batch: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("prepare")
+    sources, documents = [], []
+    for number, (one_text, content) in enumerate(files):
+        if one_text:
+            path = folder / f"{number}.txt"
+            joined = "|".join(content)
+            path.write_bytes(joined.encode())
+            documents.append(joined.removeprefix("\ufeff"))
+        else:
+            path = jsonl(folder / f"{number}.jsonl", content)
+            documents += content
+        sources.append(path)
+    documents = [text for text in documents if text]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BATCH_DOCUMENTS", batch)
+        if not documents:
+            with pytest.raises(ValueError, match="every document is empty"):
+                prepare(sources, folder / "out", tokenizer, progress=False)
+            assert sorted(folder.iterdir()) == sorted(sources)
+            return
+        report = prepare(sources, folder / "out", tokenizer, append_eod=append_eod, progress=False)
+    expected = [tokenizer.encode(text) + [0] * append_eod for text in documents]
+    file = TokenFile(folder / "out")
+    assert [file.document(i).tolist() for i in range(len(file))] == expected
+    assert report.prefix == str(folder / "out")
+    assert (report.documents, report.tokens) == (len(documents), sum(map(len, expected)))
+    assert report.bytes == len("".join(documents).encode())
+    manifest = json.loads((folder / "out.json").read_text())
+    assert manifest == {
+        "format": 1,
+        "sources": [{"path": str(path), "bytes": path.stat().st_size} for path in sources],
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": 290,
+        "text_key": "text",
+        "append_eod": append_eod,
+        "dtype": "uint16",
+        "documents": report.documents,
+        "bytes": report.bytes,
+        "tokens": report.tokens,
+    }
+
+
+def test_twice_gives_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["the cat", "the dog"])
+    contents = []
+    for _ in range(2):
+        prepare([source], tmp_path / "sub" / "out", tokenizer, progress=False)
+        contents.append({p.name: p.read_bytes() for p in (tmp_path / "sub").iterdir()})
+    assert contents[0] == contents[1]
+    assert sorted(contents[0]) == ["out.bin", "out.idx", "out.json"]
+
+
+def test_other_key(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["the cat"], key="body")
+    assert prepare([source], tmp_path / "out", tokenizer, text_key="body", progress=False).documents == 1
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: no key 'text'"):
+        prepare([source], tmp_path / "out", tokenizer, progress=False)
+
+
+def test_a_bad_line_late_leaves_the_earlier_output_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["the cat"] * 5)
+    prepare([source], tmp_path / "out", tokenizer, progress=False)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p != source}
+    with source.open("a") as file:
+        file.write('{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:6: key 'text' holds a number"):
+        prepare([source], tmp_path / "out", tokenizer, progress=False)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p != source} == before
+
+
+def test_every_source_is_checked_before_the_first_is_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_bytes(b"\xff")
+    with pytest.raises(FileNotFoundError, match=r"nope\.txt: no such file"):
+        prepare([broken, tmp_path / "nope.txt"], tmp_path / "out", tokenizer, progress=False)
+    assert list(tmp_path.iterdir()) == [broken]
+
+
+def test_nothing_to_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="no input files"):
+        prepare([], tmp_path / "out", tokenizer)
+    empty = tmp_path / "a.txt"
+    empty.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no text in .*a\.txt: every document is empty"):
+        prepare([empty], tmp_path / "out", tokenizer, progress=False)
+    assert list(tmp_path.iterdir()) == [empty]
+
+
+def test_no_end_of_document_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = json.loads(tokenizer._text)
+    file["added_tokens"] = [t for t in file["added_tokens"] if t["id"] != 0]
+    file["model"]["vocab"] = {t if id else "<|end|>": id for t, id in file["model"]["vocab"].items()}
+    without = Tokenizer.from_str(json.dumps(file))
+    source = jsonl(tmp_path / "a.jsonl", ["the cat"])
+    with pytest.raises(ValueError, match=r"no <\|endoftext\|> token.*set data\.append_eod=false"):
+        prepare([source], tmp_path / "out", without, progress=False)
+    assert prepare([source], tmp_path / "out", without, append_eod=False, progress=False).documents == 1
+
+
+@pytest.mark.parametrize("wrong", [-1, 290, 65535])
+def test_ids_outside_of_the_vocabulary(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: [[5, wrong, 6] for _ in texts])
+    source = jsonl(tmp_path / "a.jsonl", ["the cat"])
+    with pytest.raises(ValueError, match=rf"token id {wrong} is outside of the tokenizer's vocabulary \(0 to 289\)"):
+        prepare([source], tmp_path / "out", tokenizer, progress=False)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("content", ['{"my": "settings"}', "[]", "3", "not json"])
+def test_a_foreign_json_beside_is_not_overwritten(tmp_path: Path, tokenizer: Tokenizer, content: str) -> None:
+    source = jsonl(tmp_path / "out.jsonl", ["the cat"])
+    (tmp_path / "out.json").write_text(content)
+    with pytest.raises(ValueError, match=r"out\.json: exists and is no manifest"):
+        prepare([source], tmp_path / "out", tokenizer, progress=False)
+    assert (tmp_path / "out.json").read_text() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.jsonl"]
+
+
+FULL_DISK = """
+import resource, sys
+from neox.data import prepare
+from neox.tokenizer import Tokenizer
+assert "torch" not in sys.modules, "preparing needs no torch"
+tokenizer = Tokenizer.from_file(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))
+try:
+    prepare([sys.argv[2]], sys.argv[3], tokenizer, progress=False)
+except OSError as error:
+    print(error.errno, error, sep="|")
+"""
+
+
+@pytest.mark.parametrize(("limit", "which"), [(0, "bin"), (5000, "bin"), (150_000, "bin"), (400_000, "idx")])
+def test_full_disk(tmp_path: Path, tokenizer: Tokenizer, limit: int, which: str) -> None:
+    """A limit on file sizes makes write() fail as a full disk does, midway, in the real system call."""
+    source = jsonl(tmp_path / "a.jsonl", ["the cat"] * 40_000)  # a .bin of 240,000 bytes, an .idx of 800,042
+    tokenizer.save(tmp_path / "tokenizer.json")
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = [str(tmp_path), str(source), str(out / "c"), str(limit)]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    number, message = done.stdout.split("|")
+    assert int(number) == errno.EFBIG
+    assert f"c.{which}" in message
+    assert list(out.iterdir()) == []
+
+
+def test_progress_is_shown_in_bytes(tmp_path: Path, tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["the cat"] * 100)
+    prepare([source], tmp_path / "out", tokenizer)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "prepare" in err
+    assert "2.0/2.0 kB" in err  # 100 lines of 20 bytes
