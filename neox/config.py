@@ -6,25 +6,14 @@ overrides. Whatever is wrong is said in one line that names the key and where it
 
 from __future__ import annotations
 
-import difflib
-import re
-import tomllib
 from collections.abc import Iterable, Mapping
-from datetime import date, datetime, time
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from neox import presets
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. ``key`` is the option at fault, as ``section.key``."""
-
-    def __init__(self, message: str, key: str = "") -> None:
-        super().__init__(message)
-        self.key = key
+from neox.options import SECTIONS, ConfigError, Section, did_you_mean, parse_override, read_toml
 
 
 # TOML has no null, and a resolved file must still be able to undo what a preset sets: hence the word.
@@ -45,25 +34,6 @@ Ints = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A frozen group of options. Unknown keys, wrong types and bad values raise ConfigError with one line."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,
-    )
-
-    def __init__(self, /, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise _one_line(type(self), error) from None
 
 
 class ModelConfig(Section):
@@ -315,12 +285,11 @@ class Config(Section):
         return tomli_w.dumps({"preset": plain(self.preset), **tables})
 
 
-SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation
+SECTIONS.update(
+    (name, field.annotation)
     for name, field in Config.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-}
-_NAMES = {cls: name for name, cls in SECTIONS.items()}
+)
 
 
 def load_config(preset: str | None = None, files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -335,9 +304,9 @@ def load_config(preset: str | None = None, files: Iterable[str | Path] = (), ove
     values: dict[str, dict[str, Any]] = {s: {} for s in SECTIONS}
     origin: dict[str, str] = {}
     layers: list[tuple[dict[str, Any], dict[str, str]]] = []
-    chosen: tuple[str | None, str] = (preset, "the preset argument")
+    chosen: tuple[str | None, str] = (preset, "")
     for file in files:
-        table, lines = _read_toml(Path(file))
+        table, lines = read_toml(Path(file))
         named = table.pop("preset", "none")
         if not isinstance(named, str):
             raise ConfigError(f"preset: must be a name, got {named!r} ({lines.get('preset', file)})", "preset")
@@ -345,7 +314,7 @@ def load_config(preset: str | None = None, files: Iterable[str | Path] = (), ove
             chosen = (named, lines.get("preset", str(file)))
         layers.append((table, lines))
     for text in overrides:
-        section, key, value = _parse_override(text)
+        section, key, value = parse_override(text)
         if section:
             layers.append(({section: {key: value}}, {f"{section}.{key}": f"from {text}"}))
         else:
@@ -356,7 +325,7 @@ def load_config(preset: str | None = None, files: Iterable[str | Path] = (), ove
         try:
             layers.insert(0, (presets.preset(name), {}))
         except ValueError as error:
-            raise ConfigError(f"preset: {error} ({where})", "preset") from None
+            raise ConfigError(f"{error} ({where})" if where else str(error), "preset") from None
     for table, lines in layers:
         for section, keys in table.items():
             _check_section(section, keys, lines)
@@ -375,115 +344,6 @@ def _check_section(section: str, keys: Any, lines: Mapping[str, str]) -> None:
     where = f" ({lines[section]})" if section in lines else ""
     if section not in SECTIONS:
         options = [*SECTIONS, *(f"{s}.{section}" for s, cls in SECTIONS.items() if section in cls.model_fields)]
-        raise ConfigError(f"{section}: no such section{_did_you_mean(section, options)}{where}", section)
+        raise ConfigError(f"{section}: no such section{did_you_mean(section, options)}{where}", section)
     if not isinstance(keys, dict):
         raise ConfigError(f"{section}: is a section, write [{section}] and its keys below it{where}", section)
-
-
-def _read_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Content of a TOML file, and the file:line of each section and key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        line = re.search(r" \(at line (\d+), column \d+\)$", str(error))
-        place = f"{path}:{line[1]}" if line else str(path)
-        raise ConfigError(f"{place}: not valid TOML: {str(error)[: line.start()] if line else error}") from None
-    lines, section = {}, ""
-    for number, line_text in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([\w-]+)\s*\]", line_text):
-            section = header[1]
-            lines[section] = f"{path}:{number}"
-        elif key := re.match(r"\s*([\w.-]+)\s*=", line_text):
-            full = f"{section}.{key[1]}" if section else key[1]
-            lines.setdefault(full, f"{path}:{number}")
-            lines.setdefault(full.partition(".")[0], f"{path}:{number}")
-    for name in table:
-        lines.setdefault(name, str(path))
-    return table, lines
-
-
-def _parse_override(text: str) -> tuple[str, str, Any]:
-    """Section, key and value of one ``key=value``; the section is empty for ``preset``."""
-    name, equals, raw = text.partition("=")
-    name = name.strip()
-    if not equals or not name:
-        raise ConfigError(f"{text!r}: expected key=value, such as train.steps=10")
-    if name == "preset":
-        return "", name, raw.strip()
-    section, dot, key = name.rpartition(".")
-    if not dot:
-        owners = [s for s, cls in SECTIONS.items() if key in cls.model_fields]
-        if len(owners) > 1:
-            raise ConfigError(f"{key}: is in several sections, write {' or '.join(f'{s}.{key}=' for s in owners)}", key)
-        section = owners[0] if owners else ""
-    if section not in SECTIONS or key not in SECTIONS[section].model_fields:
-        raise ConfigError(f"{name}: no such key{_suggest_key(section, key)} (from {text})", name)
-    return section, key, _literal(raw.strip(), SECTIONS[section].model_fields[key].annotation, text)
-
-
-def _literal(raw: str, annotation: Any, text: str) -> Any:
-    try:
-        table = tomllib.loads(f"value = {raw}")
-        value = table["value"] if len(table) == 1 else raw
-    except tomllib.TOMLDecodeError:
-        if raw.startswith("[") and raw.endswith("]"):
-            raise ConfigError(f'{text}: not a list; its texts need quotes, as in \'["a", "b"]\'') from None
-        return raw
-    # A directory may be called 2024-01-01, or 7: where text is wanted, what was typed is the text.
-    wants_text = annotation is str or str in get_args(annotation)
-    if isinstance(value, date | time | datetime) or (wants_text and not isinstance(value, str)):
-        return raw
-    return value
-
-
-def _one_line(cls: type[Section], error: ValidationError) -> ConfigError:
-    """The first of pydantic's complaints as one line, led by section.key."""
-    section = _NAMES.get(cls, "") if cls is not Config else ""
-    found = error.errors()
-    first = found[0]
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    key = section
-    for part in first["loc"]:
-        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
-    if first["type"] == "extra_forbidden":
-        return ConfigError(f"{key}: no such key{_suggest_key(section, str(first['loc'][-1]))}{more}", key)
-    if first["type"] == "value_error":
-        inner = str(first["ctx"]["error"])
-        named = re.match(r"[\w.]+(?=(\[\d+\])?: )", inner)
-        if named:
-            key = f"{section}.{named[0]}" if section else named[0]
-            return ConfigError((f"{section}." if section else "") + inner + more, key)
-        return ConfigError(f"{key}: {inner}{more}", key)
-    if first["type"] == "missing":
-        return ConfigError(f"{key}: is missing{more}", key)
-    message = first["msg"].replace("Input should", "must")
-    return ConfigError(f"{key}: {message}, got {first['input']!r}{more}", key)
-
-
-def _suggest_key(section: str, key: str) -> str:
-    """Hint for an unknown key: the same name elsewhere, then the nearest in its section, then anywhere."""
-    everywhere = [f"{s}.{k}" for s, cls in SECTIONS.items() for k in cls.model_fields]
-    same = [name for name in everywhere if name.endswith(f".{key}")]
-    if same:
-        return f"; did you mean {' or '.join(same)}?"
-    if section in SECTIONS:
-        near = difflib.get_close_matches(key, SECTIONS[section].model_fields, 1)
-        if near:
-            return f"; did you mean {section}.{near[0]}?"
-    bare = {name.partition(".")[2]: name for name in reversed(everywhere)}
-    near = difflib.get_close_matches(key, bare, 1)
-    if near:
-        return f"; did you mean {bare[near[0]]}?"
-    return f"; {section} has {', '.join(SECTIONS[section].model_fields)}" if section in SECTIONS else ""
-
-
-def _did_you_mean(word: str, options: Iterable[str]) -> str:
-    options = list(options)
-    exact = [o for o in options if o.endswith(f".{word}")]
-    near = exact or difflib.get_close_matches(word, options, 1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(options)}"

@@ -1,0 +1,159 @@
+"""How options are read and refused: the base of every section, TOML with line numbers, ``key=value``, one-line errors.
+
+The options themselves are in `neox.config`, which enters its sections in `SECTIONS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable
+from datetime import date, time
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. ``key`` is the option at fault, as ``section.key``."""
+
+    def __init__(self, message: str, key: str = "") -> None:
+        # A value or a file name may hold a line break; the message stays one line.
+        super().__init__(" ".join(message.split("\n")))
+        self.key = key
+
+
+class Section(BaseModel):
+    """A frozen group of options. Unknown keys, wrong types and bad values raise ConfigError with one line."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _one_line(type(self), error) from None
+
+
+SECTIONS: dict[str, type[Section]] = {}
+"""Every section by name; filled by neox.config."""
+
+
+def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Content of a TOML file, and the file:line of each section and key. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r" \(at line (\d+), column \d+\)$", str(error))
+        place = f"{path}:{line[1]}" if line else str(path)
+        raise ConfigError(f"{place}: not valid TOML: {str(error)[: line.start()] if line else error}") from None
+    lines, section = {}, ""
+    for number, line_text in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([\w-]+)\s*\]", line_text):
+            section = header[1]
+            lines[section] = f"{path}:{number}"
+        elif key := re.match(r"\s*([\w.-]+)\s*=", line_text):
+            full = f"{section}.{key[1]}" if section else key[1]
+            lines.setdefault(full, f"{path}:{number}")
+            lines.setdefault(full.partition(".")[0], f"{path}:{number}")
+    for name in table:
+        lines.setdefault(name, str(path))
+    return table, lines
+
+
+def parse_override(text: str) -> tuple[str, str, Any]:
+    """Section, key and value of one ``key=value``; the section is empty for ``preset``. Raises ConfigError."""
+    name, equals, raw = text.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise ConfigError(f"{text!r}: expected key=value, such as train.steps=10")
+    if name == "preset":
+        return "", name, raw.strip()
+    section, dot, key = name.rpartition(".")
+    if not dot:
+        owners = [s for s, cls in SECTIONS.items() if key in cls.model_fields]
+        if len(owners) > 1:
+            raise ConfigError(f"{key}: is in several sections, write {' or '.join(f'{s}.{key}=' for s in owners)}", key)
+        section = owners[0] if owners else ""
+    if section not in SECTIONS or key not in SECTIONS[section].model_fields:
+        raise ConfigError(f"{name}: no such key{suggest_key(section, key)} (from {text})", name)
+    return section, key, _literal(raw.strip(), SECTIONS[section].model_fields[key].annotation, text)
+
+
+def _literal(raw: str, annotation: Any, text: str) -> Any:
+    try:
+        table = tomllib.loads(f"value = {raw}")
+        value = table["value"] if len(table) == 1 else raw
+    except (ValueError, RecursionError):  # the first also for an integer of more digits than Python reads
+        if raw.startswith("[") and raw.endswith("]"):
+            raise ConfigError(f'{text}: not a list; its texts need quotes, as in \'["a", "b"]\'') from None
+        return raw
+    # A directory may be called 2024-01-01, or 7: where text is wanted, what was typed is the text.
+    wants_text = annotation is str or str in get_args(annotation)
+    if isinstance(value, date | time) or (wants_text and not isinstance(value, str | list)):
+        return raw
+    return value
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Hint for an unknown word: the nearest option, or all of them."""
+    options = list(options)
+    exact = [o for o in options if o.endswith(f".{word}")]
+    near = exact or difflib.get_close_matches(word, options, 1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(options)}"
+
+
+def suggest_key(section: str, key: str) -> str:
+    """Hint for an unknown key: the same name elsewhere, then the nearest in its section, then anywhere."""
+    everywhere = [f"{s}.{k}" for s, cls in SECTIONS.items() for k in cls.model_fields]
+    same = [name for name in everywhere if name.endswith(f".{key}")]
+    if same:
+        return f"; did you mean {' or '.join(same)}?"
+    if section in SECTIONS:
+        near = difflib.get_close_matches(key, SECTIONS[section].model_fields, 1)
+        if near:
+            return f"; did you mean {section}.{near[0]}?"
+    bare = {name.partition(".")[2]: name for name in reversed(everywhere)}
+    near = difflib.get_close_matches(key, bare, 1)
+    if near:
+        return f"; did you mean {bare[near[0]]}?"
+    return f"; {section} has {', '.join(SECTIONS[section].model_fields)}" if section in SECTIONS else ""
+
+
+def _one_line(cls: type[Section], error: ValidationError) -> ConfigError:
+    """The first of pydantic's complaints as one line, led by section.key."""
+    section = next((name for name, section in SECTIONS.items() if section is cls), "")
+    found = error.errors()
+    first = found[0]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    key = section
+    for part in first["loc"]:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"{key}: no such key{suggest_key(section, str(first['loc'][-1]))}{more}", key)
+    if first["type"] == "value_error":
+        inner = str(first["ctx"]["error"])
+        named = re.match(r"[\w.]+(?=(\[\d+\])?: )", inner)
+        if named:
+            key = f"{section}.{named[0]}" if section else named[0]
+            return ConfigError((f"{section}." if section else "") + inner + more, key)
+        return ConfigError(f"{key}: {inner}{more}", key)
+    if first["type"] == "missing":
+        return ConfigError(f"{key}: is missing{more}", key)
+    message = re.sub(r"^\w+ should", "must", first["msg"])
+    got = repr(first["input"])
+    return ConfigError(f"{key}: {message}, got {got if len(got) <= 60 else got[:57] + '...'}{more}", key)
