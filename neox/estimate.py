@@ -1,0 +1,268 @@
+"""What a model costs before any of it is spent: parameters, FLOPs and memory, from its shape alone.
+
+All of it is arithmetic on a ModelConfig, without torch. Legend: C hidden_size, L layers, F MLP width, V vocab rows,
+T tokens of context. GB is 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import Literal
+
+from neox import presets
+from neox.config import SECTIONS, Config, ModelConfig
+
+Storage = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Number of parameters, by component."""
+
+    embedding: int
+    """Token embedding, V x C, and the table of learned positions."""
+    attention: int
+    """Query-key-value and output projections, all layers."""
+    mlp: int
+    """Both MLP projections, all layers."""
+    norms: int
+    """Layer norms, the final one included."""
+    head: int
+    """Output head, 0 where it is the embedding's weight."""
+
+    @property
+    def total(self) -> int:
+        """All parameters; a tied head counts once."""
+        return self.embedding + self.non_embedding + self.head
+
+    @property
+    def non_embedding(self) -> int:
+        """All but embedding and head: what the Pythia and GPT-NeoX-20B papers call by this name."""
+        return self.attention + self.mlp + self.norms
+
+
+def parameters(model: ModelConfig) -> Parameters:
+    """Count the parameters. With every bias and F = 4C a block has 12C^2 + 13C of them."""
+    c, f, layers, v = model.hidden_size, model.ffn_size, model.num_hidden_layers, model.vocab_size
+    positions = model.max_position_embeddings if model.position_embedding == "learned" else 0
+    norms_per_layer = 1 if model.shared_layer_norm else 2
+    return Parameters(
+        embedding=(v + positions) * c,
+        attention=layers * (4 * c * c + 3 * c * model.qkv_bias + c * model.dense_bias),
+        mlp=layers * (2 * c * f + (f + c) * model.mlp_bias),
+        norms=(layers * norms_per_layer + 1) * 2 * c,
+        head=(0 if model.tie_word_embeddings else v * c) + v * model.head_bias,
+    )
+
+
+def attention_pairs(model: ModelConfig, tokens: int, past: int = 0, causal: bool = True) -> int:
+    """Query-key pairs, summed over layers, when `tokens` new tokens follow `past` cached ones.
+
+    causal counts what the mask keeps; otherwise every query meets every key, which is what most published FLOP
+    counts assume. A local layer reaches back local_window tokens at most, in either convention.
+    """
+    local = len(model.local_layers)
+    keys = past + tokens
+
+    def pairs(reach: int) -> int:
+        if not causal:
+            return tokens * min(keys, reach)
+        rising = max(0, min(keys, reach) - past)  # the first queries see fewer than `reach` keys: past+1, past+2, ...
+        return rising * past + rising * (rising + 1) // 2 + (tokens - rising) * reach
+
+    return (model.num_hidden_layers - local) * pairs(keys) + (local * pairs(model.local_window) if local else 0)
+
+
+def forward_flops(
+    model: ModelConfig, tokens: int, past: int = 0, scored: int | None = None, causal: bool = True
+) -> int:
+    """FLOPs of one forward pass over `tokens` tokens of one sequence: 2 per parameter and token, 4C per attention pair.
+
+    The head runs on `scored` positions only (default: all). A multiply-add is 2 FLOPs. Source: Kaplan et al. 2020,
+    table 1, with the attention term of PaLM (Chowdhery et al. 2022, appendix B).
+    """
+    scored = tokens if scored is None else scored
+    head = model.vocab_size * (model.hidden_size + model.head_bias)  # a tied head holds no parameters and still runs
+    blocks = parameters(model).non_embedding
+    pairs = attention_pairs(model, tokens, past, causal)
+    return 2 * blocks * tokens + 2 * head * scored + 4 * model.hidden_size * pairs
+
+
+def train_flops_per_token(model: ModelConfig, seq_length: int, causal: bool = False) -> float:
+    """FLOPs of forward and backward per token: 6 (N + head) + 12 L C T; causal halves the attention term.
+
+    N is the non-embedding count. The backward pass costs twice the forward one; nothing is recomputed. The full
+    convention (causal=False) is that of the PaLM paper and of most published utilisation figures; causal counts the
+    (T + 1) / 2 keys that a token sees on average.
+    """
+    return 3 * forward_flops(model, seq_length, causal=causal) / seq_length
+
+
+def generate_flops(model: ModelConfig, prompt: int, new: int) -> int:
+    """FLOPs to read a prompt of `prompt` tokens and sample `new` tokens, with a KV cache.
+
+    The head runs once per sampled token; the last sampled token is not fed back.
+    """
+    read = forward_flops(model, prompt, scored=1)
+    return read + sum(forward_flops(model, 1, past=prompt + i) for i in range(new - 1))
+
+
+def kv_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
+    """Bytes of one token's keys and values in all layers: 2 L C values."""
+    return 2 * model.num_hidden_layers * model.hidden_size * bytes_per_value
+
+
+def weight_bytes(model: ModelConfig, storage: Storage) -> int:
+    """Bytes of the weights at rest.
+
+    int8: 1 byte per weight of every linear layer and an fp32 scale per output row. int4: half a byte and a 16-bit
+    scale per group of 128 in the blocks, the head in int8. In both, the embedding, biases and norms take 16 bits.
+    """
+    p, c, f, layers = parameters(model), model.hidden_size, model.ffn_size, model.num_hidden_layers
+    if storage in ("fp32", "fp16", "bf16"):
+        return p.total * (4 if storage == "fp32" else 2)
+    matrices = layers * (4 * c * c + 2 * c * f)
+    rows = layers * (3 * c + c + f + c)
+    head_matrix, head_rows = (0, 0) if model.tie_word_embeddings else (model.vocab_size * c, model.vocab_size)
+    rest = 2 * (p.total - matrices - head_matrix) + head_matrix + 4 * head_rows
+    if storage == "int8":
+        return rest + matrices + 4 * rows
+    groups = layers * (4 * c * -(-c // 128) + f * -(-c // 128) + c * -(-f // 128))
+    return rest + matrices // 2 + 2 * groups
+
+
+@dataclass(frozen=True)
+class TrainMemory:
+    """Bytes that training holds on one device without sharding."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts, an estimate: allocator slack and temporary buffers come on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def train_memory(config: Config) -> TrainMemory:
+    """Memory of training one micro batch.
+
+    Weights, gradients and AdamW's two moments are fp32: 16 bytes per parameter. Muon keeps one moment for the blocks'
+    matrices. Activations are what autograd keeps per token and block (Korthikanti et al. 2022, section 4.1, without
+    dropout and without the attention matrix, which the fused kernel does not keep): the norms' input and outputs,
+    q, k, v, the attention's output, and the MLP before and after its activation: 7C + 2F values. 2C more with rotary
+    positions (v is a view of the fused projection, so q and k stay beside their rotated copies), C more for a serial
+    residual (its second norm has an input of its own), C less for a shared norm. Logits: one chunk of the loss with
+    its gradient, fp32.
+    """
+    model, train = config.model, config.train
+    p, c, f = parameters(model), model.hidden_size, model.ffn_size
+    matrices = model.num_hidden_layers * (4 * c * c + 2 * c * f)
+    rotated = 2 if model.rotary_dim else 0
+    per_layer = (7 + rotated + (not model.use_parallel_residual) - model.shared_layer_norm) * c + 2 * f
+    tokens = train.micro_batch_size * config.data.seq_length
+    bytes_per_value = 4 if train.dtype == "fp32" else 2
+    return TrainMemory(
+        weights=4 * p.total,
+        gradients=4 * p.total,
+        optimizer=8 * p.total - (4 * matrices if config.optim.name == "muon" else 0),
+        # On top of the blocks: the final norm's input and output.
+        activations=bytes_per_value * tokens * (model.num_hidden_layers * per_layer + 2 * c),
+        logits=2 * 4 * min(train.loss_chunk, tokens) * model.vocab_size,
+    )
+
+
+def show(config: Config) -> str:
+    """The resolved config and what it costs, as plain text of at most 100 columns."""
+    model, train = config.model, config.train
+    p, context, length = parameters(model), model.max_position_embeddings, config.data.seq_length
+    tokens_per_step = train.global_batch_size * length
+    full, causal = (train_flops_per_token(model, length, causal=kind) for kind in (False, True))
+    run = tokens_per_step * train.steps
+    memory = train_memory(config)
+    parts = [
+        ("embedding", p.embedding),
+        ("attention", p.attention),
+        ("mlp", p.mlp),
+        ("norms", p.norms),
+        ("head", p.head),
+    ]
+    lines = [f"{config.preset or 'config'}: {_count(p.total)} parameters, context {context}", ""]
+    for section in SECTIONS:
+        values = "  ".join(f"{key}={_literal(value)}" for key, value in getattr(config, section))
+        lines += textwrap.wrap(f"[{section}]  {values}", 100, subsequent_indent="    ", break_long_words=False)
+    lines += [
+        "",
+        "Parameters",
+        f"  {'total':<34}{p.total:>22,}",
+        f"  {'non-embedding':<34}{p.non_embedding:>22,}",
+        *(f"    {name:<32}{count:>22,}" for name, count in parts),
+        "",
+        f"Training, {length} tokens a sequence, {train.global_batch_size} sequences a step, {train.steps:,} steps",
+        f"  {'tokens per step':<34}{tokens_per_step:>22,}",
+        f"  {'tokens in all':<34}{run:>22,}",
+        f"  {'FLOPs per token, full attention':<34}{full:>22.4g}",
+        f"  {'FLOPs per token, causal':<34}{causal:>22.4g}",
+        f"  {'FLOPs in all, full attention':<34}{full * run:>22.4g}",
+        "",
+        f"Memory to train, {train.micro_batch_size} sequences at once, {train.dtype}, one device, nothing sharded",
+        f"  {'weights, gradients, moments':<34}{_bytes(memory.weights + memory.gradients + memory.optimizer):>22}",
+        f"  {'activations (estimate)':<34}{_bytes(memory.activations + memory.logits):>22}",
+        f"  {'total (estimate)':<34}{_bytes(memory.total):>22}",
+        "",
+        "Memory to run",
+        f"  {'weights, fp32':<34}{_bytes(weight_bytes(model, 'fp32')):>22}",
+        f"  {'weights, fp16 or bf16':<34}{_bytes(weight_bytes(model, 'bf16')):>22}",
+        f"  {'weights, int8':<34}{_bytes(weight_bytes(model, 'int8')):>22}",
+        f"  {'weights, int4':<34}{_bytes(weight_bytes(model, 'int4')):>22}",
+        *(
+            f"  {f'KV cache per token, {label}':<34}{_bytes(kv_bytes_per_token(model, size)):>22}"
+            f"  full context {_bytes(kv_bytes_per_token(model, size) * context)}"
+            for label, size in (("fp32", 4), ("fp16 or bf16", 2))
+        ),
+        f"  {'FLOPs per token at full context':<34}{forward_flops(model, 1, past=context - 1):>22.4g}",
+    ]
+    notes = presets.notes(config.preset) if config.preset else ()
+    if notes:
+        lines += ["", "Notes"]
+        for note in notes:
+            lines += textwrap.wrap(note, 100, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def table() -> str:
+    """One line per preset: its parameters and its shape."""
+    lines = [f"{'preset':<14}{'parameters':>17}{'layers':>8}{'hidden':>8}{'heads':>7}{'vocab':>8}{'context':>9}"]
+    for name in presets.names():
+        model = ModelConfig(**presets.preset(name)["model"])
+        lines.append(
+            f"{name:<14}{parameters(model).total:>17,}{model.num_hidden_layers:>8}{model.hidden_size:>8}"
+            f"{model.num_attention_heads:>7}{model.vocab_size:>8}{model.max_position_embeddings:>9}"
+        )
+    return "\n".join(lines)
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _bytes(number: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def _literal(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)
