@@ -1,0 +1,7 @@
+"""``python -m neox`` is ``neox``."""
+
+import sys
+
+from neox.cli import main
+
+sys.exit(main())

@@ -1,0 +1,197 @@
+"""The command line: ``neox VERB [TARGET...] key=value ...``.
+
+A verb is one function of (targets, options) whose docstring is its help; it imports what it needs when it runs, so
+that ``neox --help`` answers at once. It returns nothing, prints results to stdout, and raises ValueError or OSError
+with one line for the user.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import neox
+
+if TYPE_CHECKING:
+    from neox.config import Config
+
+Verb = Callable[[list[str], list[str]], None]
+VERBS: dict[str, Verb] = {}
+
+
+class UsageError(Exception):
+    """The command itself is wrong, not what it was given: exit status 2."""
+
+
+def verb(function: Verb) -> Verb:
+    """Enter a function in the table under its own name."""
+    VERBS[function.__name__] = function
+    return function
+
+
+@verb
+def show(targets: list[str], options: list[str]) -> None:
+    """Show a config and what it costs: parameters, FLOPs, memory, notes on the record.
+
+    neox show [PRESET] [FILE.toml ...] [key=value ...]
+
+    Without anything, lists the presets. Later files win over earlier ones, key=value over files.
+
+    Examples:
+      neox show
+      neox show neox-20b
+      neox show pythia-160m train.micro_batch_size=8 dtype=bf16
+      neox show recipe.toml
+    """
+    from neox import estimate
+
+    print(estimate.show(resolve(targets, options)) if targets or options else estimate.table())
+
+
+@verb
+def prepare(targets: list[str], options: list[str]) -> None:
+    """Turn text into tokens: SOURCE files in, one .bin/.idx pair out.
+
+    neox prepare SOURCE... out=PREFIX [tokenizer=tokenizer.json] [key=value ...]
+
+    Options:
+      out=PREFIX                writes PREFIX.bin and PREFIX.idx
+      tokenizer=tokenizer.json  encode with this tokenizer; without it, one is trained on the sources
+                                and saved as PREFIX-tokenizer.json
+      vocab_size=8192           tokens of the tokenizer that is trained
+      text_key=text             key of the text in JSON lines
+      append_eod=true           end each document with the end-of-document token
+
+    Examples:
+      neox prepare corpus.txt out=data/corpus
+      neox prepare a.jsonl b.jsonl out=data/ab tokenizer=tokenizer.json text_key=content
+    """
+    from neox.config import load_config
+    from neox.options import parse_override
+
+    out, overrides = "", []
+    for option in options:
+        key, _, value = option.partition("=")
+        if key == "out":
+            out = value
+            continue
+        full = {"tokenizer": "tokenizer.path", "vocab_size": "tokenizer.vocab_size"}.get(key, key) + "=" + value
+        section, name, _ = parse_override(full)
+        if section != "tokenizer" and name not in ("text_key", "append_eod"):
+            raise UsageError(f"prepare has no option {key}; it has out, tokenizer, vocab_size, text_key, append_eod")
+        overrides.append(full)
+    if not targets:
+        raise UsageError("prepare needs a SOURCE")
+    if not out:
+        raise UsageError("prepare needs out=PREFIX")
+    config = load_config(overrides=overrides)
+    path, data = config.tokenizer.path, config.data
+    if path and any(override.startswith("tokenizer.vocab_size=") for override in overrides):
+        raise UsageError("give tokenizer= to use one or vocab_size= to train one, not both")
+
+    from neox.data.prepare import prepare as run
+    from neox.data.readers import read_documents
+    from neox.tokenizer import Tokenizer, train_bpe
+
+    if path:
+        tokenizer = Tokenizer.from_file(path)
+    else:
+        # A list, so that a source that does not exist is missed now and not after the others were read.
+        texts = itertools.chain.from_iterable([read_documents(source, data.text_key) for source in targets])
+        tokenizer = train_bpe(texts, config.tokenizer.vocab_size)
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(f"{out}-tokenizer.json")
+        print(f"{out}-tokenizer.json: {tokenizer.vocab_size} tokens")
+    report = run(targets, out, tokenizer, text_key=data.text_key, append_eod=data.append_eod)
+    print(
+        f"{report.prefix}.bin: {report.tokens:,} tokens of {report.documents:,} documents, "
+        f"{report.bytes / max(report.tokens, 1):.2f} bytes a token, {report.seconds:.1f} s"
+    )
+
+
+def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
+    """The config that a preset's name, TOML files and key=value options add up to."""
+    from neox import presets
+    from neox.config import load_config
+
+    files = [t for t in targets if t not in presets.names() and (t.endswith(".toml") or os.path.isfile(t))]
+    named = [t for t in targets if t not in files]
+    if len(named) > 1:
+        raise UsageError(f"one preset at a time, not {' and '.join(named)}")
+    return load_config(named[0] if named else None, files, options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 for an error, 2 for bad usage, 130 when interrupted."""
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:
+        # The reader has gone (`neox show | head`). Without this, Python complains when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
+    except ValueError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(_usage())
+        return
+    if argv[0] == "--version":
+        print(f"neox {neox.__version__}")
+        return
+    name, arguments = argv[0], argv[1:]
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        raise UsageError(f"no verb {name!r}; {hint}")
+    if "--help" in arguments or "-h" in arguments:
+        print(inspect.getdoc(VERBS[name]))
+        return
+    targets: list[str] = []
+    options: list[str] = []
+    for argument in arguments:
+        if argument.startswith("-") and argument != "-":
+            raise UsageError(f"no flag {argument}; options are written key=value, see `neox {name} --help`")
+        # A path may hold an equals sign; a key holds no slash and does not start with a dot.
+        is_option = re.match(r"[A-Za-z_][\w.]*=", argument)
+        (options if is_option else targets).append(argument)
+    VERBS[name](targets, options)
+
+
+def _usage() -> str:
+    lines = [
+        "neox VERB [TARGET...] key=value ...",
+        "",
+        "Train, run and study GPT-NeoX language models.",
+        "",
+        "Verbs:",
+        *(f"  {name:<12}{(inspect.getdoc(function) or '').partition(chr(10))[0]}" for name, function in VERBS.items()),
+        "",
+        "Examples:",
+        "  neox show neox-20b",
+        "  neox prepare corpus.txt out=data/corpus",
+        "",
+        "neox VERB --help says more; neox --version prints the version.",
+    ]
+    return "\n".join(lines)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"neox: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    return status

@@ -1,0 +1,125 @@
+"""The layer table: imports go down only, siblings never import each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "neox"
+# Where a layer is ordered, a later module may import an earlier one of it.
+LAYERS = (
+    ("ordered", ["presets", "options", "config"]),
+    ("ordered", ["files", "runtime", "model", "cache", "kernels", "quantize", "adapters", "tokenizer"]),
+    ("siblings", ["data", "parallel", "checkpoint"]),
+    ("siblings", ["train", "generate"]),
+    ("siblings", ["evaluation", "inspect", "serve", "estimate", "quickstart"]),
+    ("ordered", ["__init__", "cli", "__main__"]),
+)
+LAYER = {module: number for number, (_, modules) in enumerate(LAYERS) for module in modules}
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> set[str]:
+    """Dotted names that the code imports, at any depth; names of attributes included, `torch.distributed` too."""
+    found = set()
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parent, *([base] if base else [])])
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.add(f"{node.value.id}.{node.attr}") if node.value.id == "torch" else None
+    return found
+
+
+def violations(sources: dict[str, str]) -> list[str]:
+    """What is wrong with a package, given as {path below neox/: source}."""
+    wrong = []
+    for path, source in sources.items():
+        parts = path.removesuffix(".py").split("/")
+        is_package = parts[-1] == "__init__" and len(parts) > 1
+        top = parts[0]
+        module = ".".join(["neox", *(parts[:-1] if parts[-1] == "__init__" else parts)])
+        if top not in LAYER:
+            wrong.append(f"{path}: {top} is not in the layer table")
+            continue
+        for name in imports(ast.parse(source), module, is_package or path == "__init__.py"):
+            first, _, rest = name.partition(".")
+            if first == "torch" and LAYER[top] == 0:
+                wrong.append(f"{path}: layer 0 imports torch")
+            if name.startswith("torch.distributed") and top in ("model", "data"):
+                wrong.append(f"{path}: imports torch.distributed")
+            if first != "neox":
+                continue
+            target = rest.partition(".")[0]
+            if target not in LAYER:
+                target = "__init__"  # a public name, or the package itself
+            if target == top:
+                continue
+            kind, modules = LAYERS[LAYER[top]]
+            down = LAYER[target] < LAYER[top]
+            earlier = LAYER[target] == LAYER[top] and kind == "ordered" and modules.index(target) < modules.index(top)
+            if not down and not earlier:
+                wrong.append(f"{path}: {top} imports {target}")
+    return wrong
+
+
+def test_the_package_holds_the_layer_table():
+    sources = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
+    assert {"presets.py", "config.py", "cli.py", "__init__.py"} <= set(sources)
+    assert violations(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("config.py", "import torch"),
+        ("presets.py", "from neox.config import Config"),
+        ("presets.py", "from .config import Config"),
+        ("options.py", "def late():\n    from torch import nn"),
+        ("model.py", "import torch.distributed as dist"),
+        ("model.py", "from torch import distributed"),
+        ("model.py", "import torch\n\ndef late():\n    return torch.distributed.get_rank()"),
+        ("model.py", "from neox.cache import KVCache"),
+        ("data/loader.py", "from torch.distributed import get_rank"),
+        ("data/loader.py", "from neox.checkpoint import load"),
+        ("data/loader.py", "from ..parallel import mesh"),
+        ("checkpoint/legacy.py", "from neox import parallel"),
+        ("train/trainer.py", "def late():\n    from neox.generate import Engine"),
+        ("train/trainer.py", "from neox.evaluation import evaluate"),
+        ("train/__init__.py", "from .. import generate"),
+        ("train/loss.py", "import importlib\nimportlib.import_module('neox.serve')"),
+        ("generate/engine.py", "import neox"),
+        ("generate/engine.py", "from neox import load"),
+        ("estimate.py", "from neox.inspect import features"),
+        ("serve/app.py", "from neox.cli import main"),
+        ("surprise.py", ""),
+    ],
+)
+def test_a_planted_violation_is_caught(path, source):
+    assert len(violations({path: source})) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("config.py", "from neox import presets\nfrom neox.options import Section"),
+        ("cache.py", "import torch\nfrom neox.model import GPTNeoX"),
+        ("parallel/mesh.py", "import torch.distributed\nfrom neox.runtime import rank\nfrom .plan import table"),
+        (
+            "data/__init__.py",
+            "from . import mmap\nfrom neox.data.loader import Loader\nfrom ..files import write_atomic",
+        ),
+        ("train/trainer.py", "from neox.checkpoint import save\nfrom neox.train.loss import loss\nfrom . import loss"),
+        ("cli.py", "import neox\nfrom neox import estimate\nfrom neox.train import Trainer"),
+        ("quickstart.py", "from neox.generate import Engine\nfrom neox.train import Trainer"),
+    ],
+)
+def test_what_is_allowed_passes(path, source):
+    assert violations({path: source}) == []
