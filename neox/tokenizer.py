@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 
 import tokenizers
@@ -47,7 +48,6 @@ class Tokenizer:
         vocabulary = self._inner.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError(f"{source}: the vocabulary is empty")
-        self._ids: dict[str, int] = vocabulary
         self.vocab_size: int = max(vocabulary.values()) + 1
         """Ids in use: the highest id + 1, added tokens included."""
         self.eod_id: int | None = vocabulary.get(END_OF_TEXT)
@@ -96,23 +96,19 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, on all cores; each text alone gives the same ids. Raises ValueError as `encode` does."""
-        pieces: list[str] = []
-        owner: list[int] = []
-        for number, text in enumerate(texts):
-            for piece in self._pieces(text):
-                pieces.append(piece)
-                owner.append(number)
+        short = [number for number, text in enumerate(texts) if not self._long(text)]
         result: list[list[int]] = [[] for _ in texts]
-        start = 0
-        while start < len(pieces):
-            stop, characters = start, 0
-            while stop < len(pieces) and (stop == start or characters + len(pieces[stop]) <= 4 * PIECE_CHARACTERS):
-                characters += len(pieces[stop])
-                stop += 1
-            for number, ids in zip(owner[start:stop], self._encode(pieces[start:stop]), strict=True):
-                result[number] += ids
-            start = stop
+        for number, ids in zip(short, self._encode([texts[number] for number in short]), strict=True):
+            result[number] = ids
+        for number in set(range(len(texts))) - set(short):
+            result[number] = list(chain.from_iterable(self.encode_pieces(texts[number])))
         return result
+
+    def encode_pieces(self, text: str) -> Iterator[list[int]]:
+        """The ids of one text, a piece at a time, so that memory stays small however long the text; on all cores."""
+        pieces = self._pieces(text)
+        while group := list(islice(pieces, 4)):
+            yield from self._encode(group)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         try:
@@ -124,12 +120,12 @@ class Tokenizer:
                 check_characters(text)
             raise
 
+    def _long(self, text: str, start: int = 0) -> bool:
+        return isinstance(text, str) and len(text) - start > PIECE_CHARACTERS and self._cuttable
+
     def _pieces(self, text: str) -> Iterator[str]:
-        if not isinstance(text, str) or len(text) <= PIECE_CHARACTERS or not self._cuttable:
-            yield text
-            return
         start = 0
-        while len(text) - start > PIECE_CHARACTERS and (found := CUT.search(text, start + PIECE_CHARACTERS)):
+        while self._long(text, start) and (found := CUT.search(text, start + PIECE_CHARACTERS)):
             yield text[start : found.start()]
             start = found.start()
         yield text[start:]
@@ -163,10 +159,8 @@ class Tokenizer:
 
     @cached_property
     def _tokens(self) -> list[str | None]:
-        tokens: list[str | None] = [None] * self.vocab_size
-        for token, id in self._ids.items():
-            tokens[id] = token
-        return tokens
+        # Not from the vocabulary: the library spells an added token there as it was given, here as it is decoded.
+        return [self._inner.id_to_token(id) for id in range(self.vocab_size)]
 
     @cached_property
     def _special(self) -> frozenset[int]:

@@ -214,6 +214,16 @@ def test_padding_rows_of_the_model_are_no_tokens(trained: Tokenizer) -> None:
         trained.decode([400])
 
 
+def test_added_tokens_of_any_letters_stream_as_they_decode(trained: Tokenizer) -> None:
+    inner = tokenizers.Tokenizer.from_str(trained._text)
+    # The first is spelt in the byte alphabet, where "é" is byte 0xE9; the others are not.
+    inner.add_tokens(["é!", "中é", "e\u0301"])
+    tokenizer = Tokenizer.from_str(inner.to_str())
+    for ids in ([400], [401], [402], [400, 401, 5, 402, 399]):
+        stream = StreamDecoder(tokenizer)
+        assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
+
+
 def test_a_hole_in_the_ids_is_no_token() -> None:
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 2}, unk_token="a"))
     tokenizer = Tokenizer.from_str(inner.to_str())

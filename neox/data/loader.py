@@ -51,5 +51,5 @@ class Loader:
         assert step >= 0, "steps count from 0"
         first = step * self.global_batch_size
         rows = torch.from_numpy(self.dataset.sample(np.arange(first + start, first + stop)))
-        positions = torch.arange(self.dataset.seq_length).expand(len(rows), -1)
+        positions = torch.arange(self.dataset.seq_length).repeat(len(rows), 1)
         return Batch(tokens=rows[:, :-1].contiguous(), labels=rows[:, 1:].contiguous(), positions=positions)

@@ -47,6 +47,8 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def pair(prefix: str | Path) -> tuple[Path, Path]:
     """The `.bin` and the `.idx` of a prefix; the name of either file may stand for the prefix."""
     name = str(prefix)
+    if not name or name.endswith(("/", os.sep)):
+        raise ValueError(f"'{name}': a prefix is a folder and a name, such as {name}corpus")
     if name.endswith((".bin", ".idx")):
         name = name[:-4]
     return Path(name + ".bin"), Path(name + ".idx")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from neox.data.mmap import TokenWriter, pair, token_dtype
-from neox.data.readers import Advance, read_documents
+from neox.data.readers import read_records
 from neox.files import byte_progress
-from neox.tokenizer import END_OF_TEXT, Tokenizer
+from neox.tokenizer import END_OF_TEXT, PIECE_CHARACTERS, Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
@@ -30,6 +31,8 @@ class PrepareReport:
     """UTF-8 bytes of the documents' text."""
     tokens: int
     """Tokens written, end-of-document tokens included."""
+    empty: int
+    """Documents left out because they hold no text."""
     seconds: float
 
 
@@ -48,7 +51,7 @@ def prepare(
     Raises FileNotFoundError or ValueError (file, line, what to do) on input that cannot be read and on a corpus
     without text; OSError naming the file when it cannot be written.
     """
-    paths = [Path(source) for source in sources]
+    paths = [Path(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     if not paths:
         raise ValueError("prepare: no input files given")
     eod = tokenizer.eod_id if append_eod else None
@@ -56,22 +59,24 @@ def prepare(
         raise ValueError(f"the tokenizer has no {END_OF_TEXT} token to end documents with; set data.append_eod=false")
     _check_manifest(pair(out_prefix)[0].with_suffix(".json"))
     # Read nothing before every source is known to exist: the tenth file's typing error should not cost an hour.
-    streams = [read_documents(path, text_key) for path in paths]
+    streams = [read_records(path, text_key) for path in paths]
     del streams
     started = time.monotonic()
     file_bytes = {str(path): path.stat().st_size for path in paths}
-    text_bytes = 0
+    text_bytes = empty = 0
+    end = np.array([] if eod is None else [eod], dtype=np.int32)
     with (
         TokenWriter(out_prefix, token_dtype(tokenizer.vocab_size)) as writer,
         byte_progress(progress) as bar,
     ):
         task = bar.add_task("prepare", total=sum(file_bytes.values()))
-        for batch in _batches(paths, text_key, lambda count: bar.advance(task, count)):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                document = np.array(ids if eod is None else [*ids, eod], dtype=np.int64)
-                _check_range(document, tokenizer.vocab_size)
-                writer.add_document(document)
-                text_bytes += len(text.encode("utf-8"))
+        for batch, count in _batches(paths, text_key):
+            texts = [text for text in batch if text]
+            text_bytes += sum(len(text.encode("utf-8")) for text in texts)
+            empty += len(batch) - len(texts)
+            for ids in _encode(tokenizer, texts, count, lambda done: bar.advance(task, done)):
+                writer.add_document(np.concatenate([ids, end]))
+        bar.update(task, completed=sum(file_bytes.values()))
         if not writer.documents:
             raise ValueError(f"no text in {', '.join(map(str, paths))}: every document is empty")
         writer.manifest = {
@@ -87,22 +92,51 @@ def prepare(
             "tokens": writer.tokens,
         }
     prefix = str(pair(out_prefix)[0].with_suffix(""))
-    return PrepareReport(prefix, writer.documents, text_bytes, writer.tokens, time.monotonic() - started)
+    return PrepareReport(prefix, writer.documents, text_bytes, writer.tokens, empty, time.monotonic() - started)
 
 
-def _batches(paths: Sequence[Path], text_key: str, advance: Advance) -> Iterator[list[str]]:
-    """Documents in groups large enough for all cores and small enough for memory."""
+def _batches(paths: Sequence[Path], text_key: str) -> Iterator[tuple[list[str], int]]:
+    """Documents in groups large enough for all cores and small enough for memory, with the file bytes they took.
+
+    A document longer than a group comes alone.
+    """
     batch: list[str] = []
-    characters = 0
+    characters = taken = 0
     for path in paths:
-        for text in read_documents(path, text_key, advance):
+        for text, count in read_records(path, text_key):
+            if batch and (characters + len(text) > BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS):
+                yield batch, taken
+                batch, characters, taken = [], 0, 0
             batch.append(text)
             characters += len(text)
-            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-                yield batch
-                batch, characters = [], 0
+            taken += count
     if batch:
-        yield batch
+        yield batch, taken
+
+
+def _encode(
+    tokenizer: Tokenizer, texts: list[str], count: int, advance: Callable[[float], object]
+) -> Iterator[npt.NDArray[np.int32]]:
+    """Ids of each text; `advance` gets `count` in all, in shares as the work is done."""
+    if len(texts) != 1:
+        encoded = tokenizer.encode_batch(texts)
+        advance(count)
+        for ids in encoded:
+            yield _array(ids, tokenizer.vocab_size)
+        return
+    pieces = []
+    for ids in tokenizer.encode_pieces(texts[0]):
+        pieces.append(_array(ids, tokenizer.vocab_size))
+        advance(count * min(1.0, PIECE_CHARACTERS / len(texts[0])))
+    yield np.concatenate(pieces)
+
+
+def _array(ids: list[int], vocab_size: int) -> npt.NDArray[np.int32]:
+    array = np.array(ids, dtype=np.int32)
+    if array.size and not (array.min() >= 0 and array.max() < vocab_size):
+        wrong = array[(array < 0) | (array >= vocab_size)][0]
+        raise ValueError(f"token id {wrong} is outside of the tokenizer's vocabulary (0 to {vocab_size - 1})")
+    return array
 
 
 def _check_manifest(path: Path) -> None:
@@ -115,9 +149,3 @@ def _check_manifest(path: Path) -> None:
         known = False
     if not known:
         raise ValueError(f"{path}: exists and is no manifest of prepare; choose another output name or move it away")
-
-
-def _check_range(ids: np.ndarray, vocab_size: int) -> None:
-    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-        wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
-        raise ValueError(f"token id {wrong} is outside of the tokenizer's vocabulary (0 to {vocab_size - 1})")

@@ -9,35 +9,41 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-Advance = Callable[[int], object]
-"""Called with the number of file bytes read since the last call: what a progress bar is fed with."""
+Reader = Callable[[Path, str], Iterator[tuple[str, int]]]
+"""Yields each document, empty ones too, with the number of file bytes it took: what a progress bar is fed with."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_documents(path: str | Path, text_key: str = "text", advance: Advance = lambda count: None) -> Iterator[str]:
+def read_documents(path: str | Path, text_key: str = "text") -> Iterator[str]:
     """The documents of one file, in order, none of them empty: a .txt is one document, a .jsonl one a line.
 
     `text_key` names the member of each JSON object that holds the text; blank lines of a .jsonl are passed over.
     Raises FileNotFoundError, and ValueError with file and line on an unknown suffix, bytes that are no UTF-8,
     a line that is no JSON object, a `text_key` that is missing or no string, and a lone surrogate.
     """
+    return (text for text, _ in read_records(path, text_key) if text)
+
+
+def read_records(path: str | Path, text_key: str = "text") -> Iterator[tuple[str, int]]:
+    """As `read_documents`, but each with the file bytes it took, and with the empty ones. Raises at the call what
+    can be known without reading: a missing file, an unknown suffix."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name the files in it, such as {path / '*.jsonl'}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return _reader(path)(path, text_key, advance)
+    return _reader(path)(path, text_key)
 
 
-def _reader(path: Path) -> Callable[[Path, str, Advance], Iterator[str]]:
+def _reader(path: Path) -> Reader:
     for suffix, reader in READERS.items():
         if path.name.lower().endswith(suffix):
             return reader
     raise ValueError(f"{path}: unknown kind of file; the suffix must be one of {', '.join(READERS)}")
 
 
-def _read_txt(path: Path, text_key: str, advance: Advance) -> Iterator[str]:
+def _read_txt(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
     raw = path.read_bytes()
     try:
         text = raw.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
@@ -46,9 +52,7 @@ def _read_txt(path: Path, text_key: str, advance: Advance) -> Iterator[str]:
         raise ValueError(
             f"{path}:{line}: not UTF-8 at byte {offset} of the file (0x{raw[offset]:02x}); convert the file to UTF-8"
         ) from None
-    if text:
-        yield text
-    advance(len(raw))
+    yield text, len(raw)
 
 
 def _place(raw: bytes, error: UnicodeDecodeError) -> tuple[int, int]:
@@ -57,30 +61,29 @@ def _place(raw: bytes, error: UnicodeDecodeError) -> tuple[int, int]:
     return raw.count(b"\n", 0, offset) + 1, offset
 
 
-def _read_jsonl(path: Path, text_key: str, advance: Advance) -> Iterator[str]:
+def _read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
     with path.open("rb") as file:
-        offset = 0
+        offset = blank = 0
         for number, line in enumerate(file, start=1):
-            text = _document(path, number, offset, line, text_key)
+            content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             offset += len(line)
-            if text:
-                yield text
-            advance(len(line))
+            if content.strip():
+                yield _document(path, number, offset - len(content), content, text_key), blank + len(line)
+                blank = 0
+            else:
+                blank += len(line)
 
 
-def _document(path: Path, number: int, offset: int, line: bytes, text_key: str) -> str:
-    """The text of line `number`, which starts at byte `offset` of the file; empty for a blank line."""
+def _document(path: Path, number: int, offset: int, content: bytes, text_key: str) -> str:
+    """The text of line `number`, which starts at byte `offset` of the file."""
     where = f"{path}:{number}"
-    content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
     try:
         json_text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        at = error.start + len(line) - len(content)
         raise ValueError(
-            f"{where}: not UTF-8 at byte {offset + at} of the file (0x{line[at]:02x}); convert the file to UTF-8"
+            f"{where}: not UTF-8 at byte {offset + error.start} of the file (0x{content[error.start]:02x}); "
+            "convert the file to UTF-8"
         ) from None
-    if not json_text.strip():
-        return ""
     try:
         value = json.loads(json_text.rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
@@ -120,7 +123,7 @@ def _kind(value: object) -> str:
     return "a list" if isinstance(value, list) else "an object"
 
 
-READERS: dict[str, Callable[[Path, str, Advance], Iterator[str]]] = {
+READERS: dict[str, Reader] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
 }

@@ -55,6 +55,7 @@ def test_the_documents_of_the_files_in_order(
             path = jsonl(folder / f"{number}.jsonl", content)
             documents += content
         sources.append(path)
+    all_documents = len(documents)
     documents = [text for text in documents if text]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BATCH_DOCUMENTS", batch)
@@ -69,6 +70,7 @@ def test_the_documents_of_the_files_in_order(
     assert [file.document(i).tolist() for i in range(len(file))] == expected
     assert report.prefix == str(folder / "out")
     assert (report.documents, report.tokens) == (len(documents), sum(map(len, expected)))
+    assert report.empty == all_documents - len(documents)
     assert report.bytes == len("".join(documents).encode())
     manifest = json.loads((folder / "out.json").read_text())
     assert manifest == {
@@ -93,6 +95,37 @@ def test_twice_gives_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer) -> Non
         contents.append({p.name: p.read_bytes() for p in (tmp_path / "sub").iterdir()})
     assert contents[0] == contents[1]
     assert sorted(contents[0]) == ["out.bin", "out.idx", "out.json"]
+
+
+@pytest.mark.parametrize("piece", [7, 1 << 20])
+def test_a_long_document_is_encoded_and_shown_in_pieces(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    text = "the cat\nthe dog\n\nthe log\n" * 50
+    (tmp_path / "a.txt").write_text(text)
+    source = jsonl(tmp_path / "b.jsonl", ["cat", text, "dog", ""])
+    expected = [[*tokenizer.encode(part), 0] for part in (text, "cat", text, "dog")]
+    monkeypatch.setattr("neox.tokenizer.PIECE_CHARACTERS", piece)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", piece)
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 10)
+    shown: list[float] = []
+    monkeypatch.setattr("rich.progress.Progress.advance", lambda self, task, share: shown.append(share))
+    prepare([tmp_path / "a.txt", source], tmp_path / "out", tokenizer, progress=False)
+    file = TokenFile(tmp_path / "out")
+    assert [file.document(i).tolist() for i in range(len(file))] == expected
+    assert sum(shown) <= len(text) + source.stat().st_size
+    assert (len(shown) > 100) == (piece == 7)
+
+
+def test_one_path_may_stand_for_a_list(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["the cat"])
+    assert prepare(str(source), tmp_path / "out", tokenizer, progress=False).documents == 1
+
+
+def test_a_prefix_needs_a_name(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["the cat"])
+    with pytest.raises(ValueError, match="a prefix is a folder and a name, such as .*/corpus"):
+        prepare([source], f"{tmp_path}/", tokenizer, progress=False)
 
 
 def test_other_key(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -142,12 +175,13 @@ def test_no_end_of_document_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert prepare([source], tmp_path / "out", without, append_eod=False, progress=False).documents == 1
 
 
+@pytest.mark.parametrize("documents", [1, 2])
 @pytest.mark.parametrize("wrong", [-1, 290, 65535])
 def test_ids_outside_of_the_vocabulary(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, wrong: int
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, documents: int, wrong: int
 ) -> None:
-    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: [[5, wrong, 6] for _ in texts])
-    source = jsonl(tmp_path / "a.jsonl", ["the cat"])
+    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts: [[5, wrong, 6] for _ in texts])
+    source = jsonl(tmp_path / "a.jsonl", ["the cat"] * documents)
     with pytest.raises(ValueError, match=rf"token id {wrong} is outside of the tokenizer's vocabulary \(0 to 289\)"):
         prepare([source], tmp_path / "out", tokenizer, progress=False)
     assert list(tmp_path.iterdir()) == [source]
