@@ -1,4 +1,4 @@
-"""What a model costs before any of it is spent: parameters, FLOPs and memory, from its shape alone.
+"""What a model costs before any of it is spent: memory, and all of it on one page.
 
 All of it is arithmetic on a ModelConfig, without torch. Legend: C hidden_size, L layers, F MLP width, V vocab rows,
 T tokens of context. GB is 10^9 bytes.
@@ -12,100 +12,9 @@ from typing import Literal
 
 from neox import presets
 from neox.config import SECTIONS, Config, ModelConfig
+from neox.counts import forward_flops, parameters, train_flops_per_token
 
 Storage = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Number of parameters, by component."""
-
-    embedding: int
-    """Token embedding, V x C, and the table of learned positions."""
-    attention: int
-    """Query-key-value and output projections, all layers."""
-    mlp: int
-    """Both MLP projections, all layers."""
-    norms: int
-    """Layer norms, the final one included."""
-    head: int
-    """Output head, 0 where it is the embedding's weight."""
-
-    @property
-    def total(self) -> int:
-        """All parameters; a tied head counts once."""
-        return self.embedding + self.non_embedding + self.head
-
-    @property
-    def non_embedding(self) -> int:
-        """All but embedding and head: what the Pythia and GPT-NeoX-20B papers call by this name."""
-        return self.attention + self.mlp + self.norms
-
-
-def parameters(model: ModelConfig) -> Parameters:
-    """Count the parameters. With every bias and F = 4C a block has 12C^2 + 13C of them."""
-    c, f, layers, v = model.hidden_size, model.ffn_size, model.num_hidden_layers, model.vocab_size
-    positions = model.max_position_embeddings if model.position_embedding == "learned" else 0
-    norms_per_layer = 1 if model.shared_layer_norm else 2
-    return Parameters(
-        embedding=(v + positions) * c,
-        attention=layers * (4 * c * c + 3 * c * model.qkv_bias + c * model.dense_bias),
-        mlp=layers * (2 * c * f + (f + c) * model.mlp_bias),
-        norms=(layers * norms_per_layer + 1) * 2 * c,
-        head=(0 if model.tie_word_embeddings else v * c) + v * model.head_bias,
-    )
-
-
-def attention_pairs(model: ModelConfig, tokens: int, past: int = 0, causal: bool = True) -> int:
-    """Query-key pairs, summed over layers, when `tokens` new tokens follow `past` cached ones.
-
-    causal counts what the mask keeps; otherwise every query meets every key, which is what most published FLOP
-    counts assume. A local layer reaches back local_window tokens at most, in either convention.
-    """
-    local = len(model.local_layers)
-    keys = past + tokens
-
-    def pairs(reach: int) -> int:
-        if not causal:
-            return tokens * min(keys, reach)
-        rising = max(0, min(keys, reach) - past)  # the first queries see fewer than `reach` keys: past+1, past+2, ...
-        return rising * past + rising * (rising + 1) // 2 + (tokens - rising) * reach
-
-    return (model.num_hidden_layers - local) * pairs(keys) + (local * pairs(model.local_window) if local else 0)
-
-
-def forward_flops(
-    model: ModelConfig, tokens: int, past: int = 0, scored: int | None = None, causal: bool = True
-) -> int:
-    """FLOPs of one forward pass over `tokens` tokens of one sequence: 2 per parameter and token, 4C per attention pair.
-
-    The head runs on `scored` positions only (default: all). A multiply-add is 2 FLOPs. Source: Kaplan et al. 2020,
-    table 1, with the attention term of PaLM (Chowdhery et al. 2022, appendix B).
-    """
-    scored = tokens if scored is None else scored
-    head = model.vocab_size * (model.hidden_size + model.head_bias)  # a tied head holds no parameters and still runs
-    blocks = parameters(model).non_embedding
-    pairs = attention_pairs(model, tokens, past, causal)
-    return 2 * blocks * tokens + 2 * head * scored + 4 * model.hidden_size * pairs
-
-
-def train_flops_per_token(model: ModelConfig, seq_length: int, causal: bool = False) -> float:
-    """FLOPs of forward and backward per token: 6 (N + head) + 12 L C T; causal halves the attention term.
-
-    N is the non-embedding count. The backward pass costs twice the forward one; nothing is recomputed. The full
-    convention (causal=False) is that of the PaLM paper and of most published utilisation figures; causal counts the
-    (T + 1) / 2 keys that a token sees on average.
-    """
-    return 3 * forward_flops(model, seq_length, causal=causal) / seq_length
-
-
-def generate_flops(model: ModelConfig, prompt: int, new: int) -> int:
-    """FLOPs to read a prompt of `prompt` tokens and sample `new` tokens, with a KV cache.
-
-    The head runs once per sampled token; the last sampled token is not fed back.
-    """
-    read = forward_flops(model, prompt, scored=1)
-    return read + sum(forward_flops(model, 1, past=prompt + i) for i in range(new - 1))
 
 
 def kv_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:

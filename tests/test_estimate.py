@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neox import estimate, presets
+from neox import counts, estimate, presets
 from neox.config import Config, ModelConfig, load_config
 
 PUBLISHED = {  # total, non-embedding: model cards of GPT-NeoX-20B and Pythia
@@ -79,12 +79,12 @@ shapes = st.builds(
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_totals(name):
-    counted = estimate.parameters(load_config(name).model)
+    counted = counts.parameters(load_config(name).model)
     assert (counted.total, counted.non_embedding) == PUBLISHED[name]
 
 
 def test_175b_total():
-    assert estimate.parameters(load_config("neox-175b").model).total == 175_197_806_592
+    assert counts.parameters(load_config("neox-175b").model).total == 175_197_806_592
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -101,7 +101,7 @@ def test_components_are_those_of_hugging_face(name):
         else:
             part = "mlp" if ".mlp." in key else "attention"
         counted[part] += weight.numel()
-    ours = estimate.parameters(model)
+    ours = counts.parameters(model)
     assert {part: getattr(ours, part) for part in counted} == counted
     assert ours.total == sum(counted.values())
 
@@ -117,8 +117,8 @@ def test_attention_pairs_are_what_the_mask_keeps(model, tokens, past):
         for query in range(past, past + tokens):
             causal += sum(query - window < key <= query for key in range(past + tokens))
             full += min(window, past + tokens)
-    assert estimate.attention_pairs(model, tokens, past) == causal
-    assert estimate.attention_pairs(model, tokens, past, causal=False) == full
+    assert counts.attention_pairs(model, tokens, past) == causal
+    assert counts.attention_pairs(model, tokens, past, causal=False) == full
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -133,7 +133,7 @@ def test_forward_flops_are_those_torch_counts(tied):
         theirs(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
     # The counter sees matrix products only; the convention charges 2 FLOPs for biases and norms as well.
     vectors = sum(weight.numel() for weight in theirs.parameters() if weight.ndim == 1)
-    ours = estimate.forward_flops(model, tokens, causal=False)
+    ours = counts.forward_flops(model, tokens, causal=False)
     assert ours - 2 * vectors * tokens == counter.get_total_flops()
 
 
@@ -141,7 +141,7 @@ def test_forward_flops_are_those_torch_counts(tied):
 def test_generation_costs_as_much_as_reading_the_same_tokens(model, prompt, new):
     """With a cache every token passes the blocks once, and every pair is formed once."""
     length = prompt + new - 1
-    assert estimate.generate_flops(model, prompt, new) == estimate.forward_flops(model, length, scored=new)
+    assert counts.generate_flops(model, prompt, new) == counts.forward_flops(model, length, scored=new)
 
 
 def test_training_flops_follow_the_published_formulas():
@@ -150,13 +150,13 @@ def test_training_flops_follow_the_published_formulas():
     # Megatron (Narayanan et al. 2021, equation 3), without its recomputed forward pass and with the head's 6VC.
     megatron = 72 * layers * width**2 * (1 + length / (6 * width)) + 6 * vocab * width
     vectors = 6 * (13 * layers * width + 2 * width)
-    assert estimate.train_flops_per_token(model, length) == pytest.approx(megatron + vectors, rel=1e-12)
+    assert counts.train_flops_per_token(model, length) == pytest.approx(megatron + vectors, rel=1e-12)
     # 6N + 12LCT, with causal keeping (T + 1) / 2 keys in place of T.
     saved = 12 * layers * width * (length - (length + 1) / 2)
-    causal = estimate.train_flops_per_token(model, length, causal=True)
+    causal = counts.train_flops_per_token(model, length, causal=True)
     assert causal == pytest.approx(megatron + vectors - saved, rel=1e-12)
     # The model card's draft: 5.7e22 for the run, which counts neither attention nor embedding.
-    assert 6 * estimate.parameters(model).non_embedding * 150_000 * 3_145_728 == pytest.approx(5.7e22, rel=0.02)
+    assert 6 * counts.parameters(model).non_embedding * 150_000 * 3_145_728 == pytest.approx(5.7e22, rel=0.02)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_show_holds_config_costs_and_notes(name):
     config = load_config(name)
     text = estimate.show(config)
     assert max(map(len, text.splitlines())) <= 100
-    assert f"{estimate.parameters(config.model).total:,}" in text
+    assert f"{counts.parameters(config.model).total:,}" in text
     flat = " ".join(text.split())
     assert all(" ".join(note.split()) in flat for note in presets.notes(name))
     assert f"lr={config.optim.lr}" in text

@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "neox"
 # Where a layer is ordered, a later module may import an earlier one of it.
 LAYERS = (
-    ("ordered", ["presets", "options", "config"]),
-    ("ordered", ["files", "runtime", "model", "cache", "kernels", "quantize", "adapters", "tokenizer"]),
+    ("ordered", ["presets", "options", "config", "counts"]),
+    ("ordered", ["files", "runtime", "cache", "model", "kernels", "quantize", "adapters", "tokenizer"]),
     ("siblings", ["data", "parallel", "checkpoint"]),
     ("siblings", ["train", "generate"]),
     ("siblings", ["evaluation", "inspect", "serve", "estimate", "quickstart"]),

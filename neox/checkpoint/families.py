@@ -1,0 +1,258 @@
+"""How each family spells its config and its weights on the Hugging Face hub: GPT-NeoX and Pythia, GPT-J, GPT-Neo.
+
+Our own names are those of GPT-NeoX without the `gpt_neox.` prefix; for the two relatives a table maps ours to theirs.
+Shapes: H heads, D head_dim, C hidden, R rotary dims.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neox.config import ModelConfig
+
+# Buffers that old releases stored beside the weights: recomputed here, so ignored.
+IGNORED = re.compile(
+    r"\.(attention|attn)\.(attention\.)?(bias|masked_bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$"
+)
+
+_GPT_J = {
+    "embed_in.weight": ("transformer.wte.weight",),
+    "input_layernorm": ("ln_1",),
+    "attention.query_key_value": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    "attention.dense": ("attn.out_proj",),
+    "mlp.dense_h_to_4h": ("mlp.fc_in",),
+    "mlp.dense_4h_to_h": ("mlp.fc_out",),
+}
+_GPT_NEO = {
+    "embed_in.weight": ("transformer.wte.weight",),
+    "embed_positions.weight": ("transformer.wpe.weight",),
+    "input_layernorm": ("ln_1",),
+    "post_attention_layernorm": ("ln_2",),
+    "attention.query_key_value": ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+    "attention.dense": ("attn.attention.out_proj",),
+    "mlp.dense_h_to_4h": ("mlp.c_fc",),
+    "mlp.dense_4h_to_h": ("mlp.c_proj",),
+}
+ARCHITECTURES = {"gpt_neox": "GPTNeoXForCausalLM", "gptj": "GPTJForCausalLM", "gpt_neo": "GPTNeoForCausalLM"}
+
+
+def their_names(config: ModelConfig, name: str) -> tuple[str, ...]:
+    """The stored tensor, or the three of q, k and v, that our parameter `name` is made of."""
+    if config.model_type == "gpt_neox":
+        return (name if name.startswith("embed_out.") else f"gpt_neox.{name}",)
+    table = _GPT_J if config.model_type == "gptj" else _GPT_NEO
+    if name in table:
+        return table[name]
+    if name.startswith("embed_out."):
+        return (name.replace("embed_out", "lm_head"),)
+    if name.startswith("final_layer_norm."):
+        return (name.replace("final_layer_norm", "transformer.ln_f"),)
+    _, layer, rest = name.split(".", 2)
+    module, kind = rest.rsplit(".", 1)
+    return tuple(f"transformer.h.{layer}.{theirs}.{kind}" for theirs in table[module])
+
+
+def canonical(stored: str) -> str:
+    """transformers 5 calls the GPT-NeoX head `lm_head` in memory; files of both spellings exist."""
+    return stored.replace("lm_head.", "embed_out.") if stored in ("lm_head.weight", "lm_head.bias") else stored
+
+
+def _half_rotation_order(config: ModelConfig) -> Tensor:
+    """Order of a head's rows that turns GPT-J's interleaved rotary pairs into NeoX's two halves."""
+    r = config.rotary_dim
+    return torch.cat((torch.arange(0, r, 2), torch.arange(1, r, 2), torch.arange(r, config.head_dim)))
+
+
+def fuse(config: ModelConfig, parts: list[Tensor]) -> Tensor:
+    """q, k, v [H * D, ...] -> [H * 3 * D, ...] in the order [head, q|k|v, head_dim]; a single part passes through."""
+    if len(parts) == 1:
+        return parts[0]
+    split = [part.unflatten(0, (config.num_attention_heads, config.head_dim)) for part in parts]
+    if config.model_type == "gptj":
+        order = _half_rotation_order(config).to(parts[0].device)
+        split = [split[0][:, order], split[1][:, order], split[2]]
+    return torch.stack(split, dim=1).flatten(0, 2)
+
+
+def unfuse(config: ModelConfig, fused: Tensor) -> list[Tensor]:
+    """The inverse of `fuse` for a fused projection."""
+    split = list(fused.unflatten(0, (config.num_attention_heads, 3, config.head_dim)).unbind(1))
+    if config.model_type == "gptj":
+        order = _half_rotation_order(config).argsort().to(fused.device)
+        split = [split[0][:, order], split[1][:, order], split[2]]
+    return [part.flatten(0, 1).contiguous() for part in split]
+
+
+def read_config(raw: dict[str, Any]) -> ModelConfig:
+    """ModelConfig of a Hugging Face config.json, old and new spellings; ValueError names what is not supported."""
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"model_type {kind!r} is not one that neox runs: expected one of {', '.join(ARCHITECTURES)}")
+    read = {"gpt_neox": _read_gpt_neox, "gptj": _read_gptj, "gpt_neo": _read_gpt_neo}[kind]
+    try:
+        return ModelConfig(**read(raw))
+    except KeyError as missing:
+        raise ValueError(f"config.json has no key {missing}, which a {kind} model needs") from None
+
+
+def _read_gpt_neox(raw: dict[str, Any]) -> dict[str, Any]:
+    rope = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or rope.get("rope_type") or "default"
+    if kind != "default":
+        raise ValueError(f"config.json asks for rope_type {kind!r}: neox supports the default rotary positions only")
+    bias = raw.get("attention_bias", True)
+    return {
+        "model_type": "gpt_neox",
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": raw["hidden_size"],
+        "num_hidden_layers": raw["num_hidden_layers"],
+        "num_attention_heads": raw["num_attention_heads"],
+        "intermediate_size": raw.get("intermediate_size"),
+        "hidden_act": raw.get("hidden_act", "gelu"),
+        "max_position_embeddings": raw.get("max_position_embeddings", 2048),
+        "rotary_pct": float(rope.get("partial_rotary_factor", raw.get("rotary_pct", 0.25))),
+        "rotary_emb_base": float(rope.get("rope_theta", raw.get("rotary_emb_base", 10000.0))),
+        "layer_norm_eps": raw.get("layer_norm_eps", 1e-5),
+        "use_parallel_residual": raw.get("use_parallel_residual", True),
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+        "initializer_range": raw.get("initializer_range", 0.02),
+        "qkv_bias": bias,
+        "dense_bias": bias,
+    }
+
+
+def _read_gptj(raw: dict[str, Any]) -> dict[str, Any]:
+    head_dim = raw["n_embd"] // raw["n_head"]
+    rotary_dim = raw["rotary_dim"] if raw.get("rotary_dim") is not None else head_dim
+    return {
+        "model_type": "gptj",
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": raw["n_embd"],
+        "num_hidden_layers": raw["n_layer"],
+        "num_attention_heads": raw["n_head"],
+        "intermediate_size": raw.get("n_inner"),
+        "hidden_act": raw.get("activation_function", "gelu_new"),
+        "max_position_embeddings": raw.get("n_positions", 2048),
+        "rotary_pct": rotary_dim / head_dim,
+        "layer_norm_eps": raw.get("layer_norm_epsilon", 1e-5),
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+        "initializer_range": raw.get("initializer_range", 0.02),
+        "shared_layer_norm": True,
+        "qkv_bias": False,
+        "dense_bias": False,
+        "head_bias": True,
+    }
+
+
+def _read_gpt_neo(raw: dict[str, Any]) -> dict[str, Any]:
+    layers = raw.get("attention_layers") or [
+        kind for pattern, times in raw["attention_types"] for _ in range(times) for kind in pattern
+    ]
+    return {
+        "model_type": "gpt_neo",
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": raw["hidden_size"],
+        "num_hidden_layers": raw["num_layers"],
+        "num_attention_heads": raw["num_heads"],
+        "intermediate_size": raw.get("intermediate_size"),
+        "hidden_act": raw.get("activation_function", "gelu_new"),
+        "max_position_embeddings": raw.get("max_position_embeddings", 2048),
+        "position_embedding": "learned",
+        "layer_norm_eps": raw.get("layer_norm_epsilon", 1e-5),
+        "use_parallel_residual": False,
+        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
+        "initializer_range": raw.get("initializer_range", 0.02),
+        "qkv_bias": False,
+        "attention_scale": 1.0,
+        "local_window": raw.get("window_size", 256),
+        "local_layers": tuple(i for i, kind in enumerate(layers) if kind == "local"),
+    }
+
+
+def write_config(config: ModelConfig, dtype: torch.dtype, eos: int | None) -> dict[str, Any]:
+    """config.json for `config`, readable by transformers 4 (`rotary_pct`) and 5 (`rope_parameters`).
+
+    Raises ValueError where the family's Hugging Face class has no way to say what the config asks for.
+    """
+    written = {"gpt_neox": _write_gpt_neox, "gptj": _write_gptj, "gpt_neo": _write_gpt_neo}[config.model_type](config)
+    common = {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": eos,
+        "eos_token_id": eos,
+        "use_cache": True,
+    }
+    raw = {**common, **written}
+    read_back = read_config(raw)
+    for field in type(config).model_fields:
+        if field not in ("init_method", "intermediate_size") and getattr(read_back, field) != getattr(config, field):
+            raise ValueError(
+                f"model.{field} = {getattr(config, field)!r} cannot be written as a Hugging Face {config.model_type} "
+                f"model, whose own value is {getattr(read_back, field)!r}"
+            )
+    return raw
+
+
+def _write_gpt_neox(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.ffn_size,
+        "hidden_act": config.hidden_act,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rotary_pct": config.rotary_pct,
+        "rotary_emb_base": config.rotary_emb_base,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rotary_emb_base,
+            "partial_rotary_factor": config.rotary_pct,
+        },
+        "layer_norm_eps": config.layer_norm_eps,
+        "use_parallel_residual": config.use_parallel_residual,
+        "attention_bias": config.qkv_bias,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def _write_gptj(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_hidden_layers,
+        "n_head": config.num_attention_heads,
+        "n_inner": config.intermediate_size,
+        "activation_function": config.hidden_act,
+        "n_positions": config.max_position_embeddings,
+        "rotary_dim": config.rotary_dim,
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+
+
+def _write_gpt_neo(config: ModelConfig) -> dict[str, Any]:
+    layers = ["local" if i in config.local_layers else "global" for i in range(config.num_hidden_layers)]
+    return {
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "activation_function": config.hidden_act,
+        "max_position_embeddings": config.max_position_embeddings,
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "window_size": config.local_window,
+        "attention_layers": layers,
+        "attention_types": [[[kind], 1] for kind in layers],
+        "attention_dropout": 0.0,
+        "embed_dropout": 0.0,
+        "resid_dropout": 0.0,
+    }

@@ -1,0 +1,296 @@
+"""Hugging Face folders: config.json, safetensors shards with an index, tokenizer.json. Read, and written whole or not.
+
+Weights stream tensor by tensor: peak memory is the model plus one tensor.
+"""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neox.checkpoint import families
+from neox.config import ModelConfig
+from neox.files import sync_folder
+from neox.model import GPTNeoX
+from neox.runtime import resolve_device, resolve_dtype
+from neox.tokenizer import Tokenizer
+
+SHARD_BYTES = 5 * 10**9
+_OURS = (
+    *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which file, what is wrong with it and what to do."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path}: not valid JSON ({error}); it may be truncated, fetch or write it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def load_huggingface(folder: Path, device: str = "cpu", dtype: str | torch.dtype | None = None) -> GPTNeoX:
+    """The model of a Hugging Face folder, in evaluation mode.
+
+    dtype None keeps the stored one on an accelerator and takes float32 on a CPU, where 16-bit products are slow.
+    Raises CheckpointError naming the tensors that are missing, left over or of another shape, or the file that is cut.
+    """
+    try:
+        config = families.read_config(read_json(folder / "config.json"))
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    files = _weight_files(folder)
+    with torch.device("meta"):
+        model = GPTNeoX(config)
+    names = dict(model.named_parameters())
+    wanted = {theirs: name for name in names for theirs in families.their_names(config, name)}
+    _check_names(folder, config, set(wanted), set(files))
+    place = resolve_device(device)
+    if dtype is None and place.type == "cpu":
+        dtype = torch.float32
+
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for stored, tensor in _stream(files):
+        theirs = families.canonical(stored)
+        if theirs not in wanted:
+            continue
+        name = wanted[theirs]
+        if dtype is None:
+            dtype = tensor.dtype
+        group = families.their_names(config, name)
+        parts[name][theirs] = tensor.to(place, resolve_dtype(dtype))
+        if len(parts[name]) < len(group):
+            continue
+        pieces = [parts[name][piece] for piece in group]
+        del parts[name]
+        expected = names[name].shape
+        rows = sum(piece.shape[0] for piece in pieces)
+        if (rows, *pieces[0].shape[1:]) != tuple(expected):
+            stored_shape = " + ".join(str(list(piece.shape)) for piece in pieces)
+            raise CheckpointError(
+                f"{files[stored]}: tensor {stored} has shape {stored_shape}, config.json says {list(expected)}: "
+                f"the weights and the config do not belong together"
+            )
+        # A copy, so that no parameter keeps a whole memory-mapped file alive.
+        value = families.fuse(config, pieces).clone()
+        _assign(model, name, value)
+    if config.tie_word_embeddings:
+        model.embed_out.weight = model.embed_in.weight
+    return model.eval()
+
+
+def _assign(model: GPTNeoX, name: str, value: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value))
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor."""
+    for index, single in (
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ):
+        if (folder / index).exists():
+            table = read_json(folder / index).get("weight_map")
+            if not isinstance(table, dict):
+                raise CheckpointError(f"{folder / index}: has no weight_map; fetch it again")
+            absent = sorted({file for file in table.values() if not (folder / file).is_file()})
+            if absent:
+                raise CheckpointError(
+                    f"{folder}: {len(absent)} shard(s) missing, the first is {absent[0]}; fetch again"
+                )
+            return {name: folder / file for name, file in table.items()}
+        if (folder / single).exists():
+            return dict.fromkeys(_names_in(folder / single), folder / single)
+    raise CheckpointError(f"{folder}: no model.safetensors, its index, or pytorch_model.bin in this folder")
+
+
+def _broken(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(f"{path}: cannot be read ({reason}); it is truncated or no weight file, fetch it again")
+
+
+def _names_in(path: Path) -> list[str]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                return list(file.keys())
+        except SafetensorError as error:
+            raise _broken(path, error) from None
+    return list(_read_bin(path))
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise _broken(path, error) from None
+
+
+def _stream(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name, path in files.items():
+        by_file[path].append(name)
+    for path, names in sorted(by_file.items()):
+        if path.suffix != ".safetensors":
+            content = _read_bin(path)
+            for name in names:
+                if name not in content:
+                    raise CheckpointError(f"{path}: the index names tensor {name}, which is not in the file")
+                yield name, content[name]
+            continue
+        try:
+            with safe_open(path, "pt") as file:
+                for name in names:
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise _broken(path, error) from None
+
+
+def _check_names(folder: Path, config: ModelConfig, wanted: set[str], stored: set[str]) -> None:
+    canonical = {families.canonical(name) for name in stored}
+    missing = sorted(wanted - canonical)
+    extra = sorted(name for name in canonical - wanted if not families.IGNORED.search(name))
+    if config.tie_word_embeddings:
+        extra = [name for name in extra if name not in ("embed_out.weight", "lm_head.weight")]
+    for problem, names in (("is missing", missing), ("is not part of this model", extra)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{folder}: tensor {names[0]} {problem}{more}: config.json and the weight files do not belong together"
+            )
+
+
+def save_huggingface(
+    model: GPTNeoX, path: str | Path, tokenizer: Tokenizer | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the folder `path` that transformers loads: config, weights in safetensors shards, tokenizer.
+
+    The folder appears whole or not at all. An older checkpoint under that name is replaced; a folder that holds
+    anything else is left alone with a ValueError. A failed write (full disk) leaves no trace and raises OSError.
+    """
+    path = Path(path)
+    if path.exists():
+        strangers = [] if path.is_dir() else [path.name]
+        if path.is_dir():
+            strangers = [p.name for p in path.iterdir() if p.name not in _OURS and not _is_shard(p.name)]
+        if strangers:
+            raise ValueError(
+                f"{path}: holds {sorted(strangers)[0]!r}, which is no part of a checkpoint: choose another"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        _write_weights(model, fresh, shard_bytes)
+        eos = tokenizer.eod_id if tokenizer else 0
+        dtype = next(model.parameters()).dtype
+        _write_json(fresh / "config.json", families.write_config(model.config, dtype, eos))
+        _write_json(fresh / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos})
+        if tokenizer:
+            tokenizer.save(fresh / "tokenizer.json")
+            _write_json(fresh / "tokenizer_config.json", _tokenizer_config(model.config))
+        _sync_files(fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        path.rename(old)
+    fresh.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_shard(name: str) -> bool:
+    return name.startswith("model-") and name.endswith(".safetensors")
+
+
+def _tokenizer_config(config: ModelConfig) -> dict[str, Any]:
+    special = "<|endoftext|>"
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": special,
+        "eos_token": special,
+        "unk_token": special,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.max_position_embeddings,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(model: GPTNeoX, folder: Path, shard_bytes: int) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Callable[[], Tensor]]] = [{}]
+    sizes = [0]
+    for name, parameter in model.named_parameters():
+        names = families.their_names(model.config, name)
+        size = parameter.numel() * parameter.element_size()
+        if sizes[-1] and sizes[-1] + size > shard_bytes:
+            shards.append({})
+            sizes.append(0)
+        sizes[-1] += size
+        for i, theirs in enumerate(names):
+            shards[-1][theirs] = _piece(model.config, parameter, i if len(names) > 1 else None)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        try:
+            save_file({name: make() for name, make in shard.items()}, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # safetensors reports a full disk under its own name; users and the CLI know OSError.
+            raise OSError(f"{folder.parent / file}: could not be written ({error})") from None
+        weight_map.update(dict.fromkeys(shard, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _piece(config: ModelConfig, parameter: Tensor, i: int | None) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        value = parameter.detach().cpu().contiguous()
+        return value if i is None else families.unfuse(config, value)[i]
+
+    return make
+
+
+def _sync_files(folder: Path) -> None:
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    with suppress(OSError):
+        sync_folder(folder)

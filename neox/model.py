@@ -1,0 +1,237 @@
+"""The decoder: one definition of GPT-NeoX-20B, Pythia, GPT-J and GPT-Neo, from a laptop to a 3D-parallel cluster.
+
+Shapes: B batch, T time, S cached length, V vocab, C hidden, H heads, D head_dim, R rotary dims, F feed-forward.
+
+    tokens [B, T] -> embed_in -> x [B, T, C]
+                                 |
+              parallel residual  |  x = x + attention(input_layernorm(x)) + mlp(post_attention_layernorm(x))
+              serial residual    |  x = x + attention(input_layernorm(x));  x = x + mlp(post_attention_layernorm(x))
+                                 |  ... num_hidden_layers times
+                                 v
+                          final_layer_norm -> embed_out -> logits [B, T, V]
+
+Only nn.Linear, nn.Embedding and nn.LayerNorm hold parameters, so that tensor parallelism is a table of plan entries,
+quantization a module swap and export one prefix rule. Parameter names and the fused QKV layout (rows ordered
+[head, q|k|v, head_dim]) are those of Hugging Face's GPTNeoX. Sources: GPT-NeoX-20B (arXiv 2204.06745), rotary positions
+(arXiv 2104.09864).
+"""
+
+import hashlib
+import math
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from neox.cache import KVCache
+from neox.config import ModelConfig
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_fast": partial(F.gelu, approximate="tanh"),
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    rotation: tuple[Tensor, Tensor] | None  # cos, sin [B, T, 1, 3, R / 2]
+    mask: Tensor | None  # which keys each query sees; None: plain causal attention
+    local_mask: Tensor | None  # the same for the layers with a local window
+    cache: KVCache | None
+    positions: Tensor  # [B, T]
+
+
+def rotary_angles(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, T, 1, 3, R / 2] in float32 for positions [B, T]; frequency i is base ** (-2 i / R).
+
+    The axis of 3 is q, k, v: values turn by the angle zero, so that one pass over the fused projection rotates it.
+    """
+    exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
+    angles = positions[..., None, None].float() / base**exponents
+    angles = torch.stack((angles, angles, torch.zeros_like(angles)), dim=-2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first R dims of x [B, T, H, 3, D], taken as two halves, by the given angles; the rest passes through.
+
+    Writing q, k and v into one new tensor lets the projection's own output go: a third less is kept for the backward.
+    """
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Heads are inferred from the projection, so a tensor-parallel shard needs no code here."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim, self.scale = layer, config.head_dim, config.attention_scale
+        self.local = layer in config.local_layers
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.dense_bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.query_key_value(x).view(B, T, -1, 3, self.head_dim)
+        if context.rotation is not None:
+            qkv = rotate(qkv, *context.rotation)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # each [B, H, T, D]
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v, context.positions)  # [B, H, S, D]
+        mask = context.local_mask if self.local else context.mask
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
+        return cast(Tensor, self.dense(out.transpose(1, 2).reshape(B, T, -1)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.ffn_size, bias=config.mlp_bias)
+        self.dense_4h_to_h = nn.Linear(config.ffn_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.parallel = config.use_parallel_residual
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        if not config.shared_layer_norm:
+            self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        else:
+            self.post_attention_layernorm = None
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config)
+        # The seam where a tensor-parallel plan reduces both branches at once (design D4).
+        self.branches = nn.Identity()
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        normed = self.input_layernorm(x)
+        attended = self.attention(normed, context)
+        if self.parallel:
+            if self.post_attention_layernorm is not None:
+                normed = self.post_attention_layernorm(x)
+            return x + cast(Tensor, self.branches(self.mlp(normed) + attended))
+        x = x + attended
+        assert self.post_attention_layernorm is not None
+        return x + cast(Tensor, self.mlp(self.post_attention_layernorm(x)))
+
+
+class GPTNeoX(nn.Module):
+    """The language model. Build it anywhere (also on the meta device), then `initialize` it or load weights into it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        if config.tie_word_embeddings:
+            self.embed_out.weight = self.embed_in.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        segments: Tensor | None = None,
+        head: bool = True,
+    ) -> Tensor:
+        """Logits [B, T, V] for tokens [B, T], or with `head=False` the final hidden states [B, T, C].
+
+        positions [B, T] default to 0 .. T-1. With a cache, its rows are the batch's rows and `positions` says where
+        each token is stored. segments [B, T] numbers the documents of a packed row: attention stays inside one.
+
+        Raises ValueError for a sequence beyond the model's context.
+        """
+        config = self.config
+        limit = config.max_position_embeddings
+        if tokens.shape[1] > limit:
+            raise ValueError(
+                f"a sequence of {tokens.shape[1]} tokens exceeds this model's context of {limit}: "
+                f"shorten the prompt, or train with a larger model.max_position_embeddings"
+            )
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
+        x = self.embed_in(tokens)
+        rotation = None
+        if config.position_embedding == "learned":
+            x = x + self.embed_positions(positions)
+        elif config.rotary_dim:
+            cos, sin = rotary_angles(positions, config.rotary_dim, config.rotary_emb_base)
+            rotation = cos.to(x.dtype), sin.to(x.dtype)
+        mask, local_mask = attention_masks(config, positions, cache, segments)
+        context = Context(rotation, mask, local_mask, cache, positions)
+        for layer in self.layers:
+            x = layer(x, context)
+        x = self.final_layer_norm(x)
+        return cast(Tensor, self.embed_out(x)) if head else x
+
+    @torch.no_grad()
+    def initialize(self, seed: int = 1234) -> "GPTNeoX":
+        """Fill every parameter from (seed, parameter name) alone, so that every layout starts from the same weights.
+
+        small_init: N(0, 2 / (5 C)) (arXiv 1910.05895), residual outputs N(0, (2 / (L sqrt(C)))^2) (wang_init);
+        normal: N(0, initializer_range^2), residual outputs divided by sqrt(2 L). Norms start at one, biases at zero.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+                generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little"))
+                full = torch.empty(parameter.shape, device=parameter.device)
+                parameter.copy_(full.normal_(std=init_std(self.config, name), generator=generator))
+        return self
+
+
+def init_std(config: ModelConfig, name: str) -> float:
+    """The standard deviation that `GPTNeoX.initialize` draws the parameter `name` with."""
+    residual_output = name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight"))
+    if config.init_method == "normal":
+        scale = math.sqrt(2 * config.num_hidden_layers) if residual_output else 1.0
+        return config.initializer_range / scale
+    if residual_output:
+        return 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
+    return math.sqrt(2 / (5 * config.hidden_size))
+
+
+def attention_masks(
+    config: ModelConfig, positions: Tensor, cache: KVCache | None, segments: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Boolean masks [B, 1, T, S], true where a query sees a key: for global layers and for layers with a local window.
+
+    None stands for plain causal attention, which has a faster kernel. Query i of a local layer sees keys j with
+    i - window < j <= i (GPT-Neo).
+    """
+    T = positions.shape[1]
+    window = config.local_window if config.local_layers and (cache is not None or config.local_window < T) else 0
+    if cache is None and segments is None and not window:
+        return None, None
+    if cache is not None:
+        query, key = positions, torch.arange(cache.extent, device=positions.device)[None]
+    else:
+        # Without a cache the order inside the row decides; positions may restart at a document's start.
+        query = key = torch.arange(T, device=positions.device)[None]
+    distance = query[:, :, None] - key[:, None, :]  # [B or 1, T, S]
+    mask = distance >= 0
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    plain = cache is None and segments is None
+    local_mask = (mask & (distance < window))[:, None] if window else (None if plain else mask[:, None])
+    return (None if plain else mask[:, None]), local_mask

@@ -1,0 +1,7 @@
+"""Training: the loop, the loss, optimizers and metrics."""
+
+from neox.train.loss import cross_entropy
+from neox.train.optim import Muon, build_optimizers, lr_factor
+from neox.train.trainer import Result, Trainer
+
+__all__ = ["Muon", "Result", "Trainer", "build_optimizers", "cross_entropy", "lr_factor"]

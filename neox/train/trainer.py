@@ -1,0 +1,248 @@
+"""The training loop: one optimizer step at a time, every step a pure function of the state before it.
+
+Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neox.checkpoint import complete_steps, load_tensors, read_step, save_step
+from neox.config import Config
+from neox.counts import train_flops_per_token
+from neox.data import Batch, Loader, TokenDataset
+from neox.data.loader import IGNORED
+from neox.files import write_atomic
+from neox.model import GPTNeoX
+from neox.runtime import matmul_flops, peak_memory, resolve_device, return_freed_memory
+from neox.train.corpus import token_files
+from neox.train.loss import cross_entropy
+from neox.train.metrics import ConsoleSink, JsonlSink
+from neox.train.optim import build_optimizers, lr_factor, set_lr
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of `Trainer.fit` ended."""
+
+    step: int  # optimizer steps done, over all calls
+    finished: bool  # false where a signal ended the run early; it is saved and can be resumed
+    signal: int = 0  # the signal that ended it, 0 for none
+
+
+class Trainer:
+    """Trains the model that a config describes, in a run directory that holds all that a resumed run needs.
+
+    `hooks` are called as hook(trainer, step) once before the first step and after each one: samples, evaluations,
+    pictures come in that way. `trainer.model` is the live model. Raises ValueError for a config, data or run directory
+    that cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: bool = False,
+        hooks: tuple[Callable[["Trainer", int], None], ...] = (),
+        quiet: bool = False,
+    ) -> None:
+        self.config, self.hooks, self.quiet = config, hooks, quiet
+        self.run = Path(config.log.out)
+        self.resume = resume
+        if not resume and self.run.is_dir() and (complete_steps(self.run) or (self.run / "metrics.jsonl").exists()):
+            raise ValueError(
+                f"{self.run}: holds a run: continue it with `neox train resume={self.run}`, or choose another out="
+            )
+        self.device = resolve_device(config.train.device)
+        self.step = 0
+        self.stop_signal = 0
+
+    def fit(self) -> Result:
+        """Train up to `train.steps`, saving as configured; Ctrl-C and SIGTERM save and return early."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        with _only_writer(self.run), self._signals():
+            self._build()
+            steps, every = self.config.train.steps, self.config.checkpoint.every
+            console = None if self.quiet else ConsoleSink(self.step, steps)
+            sinks = [JsonlSink(self.run / "metrics.jsonl", self.step), *([console] if console else [])]
+            try:
+                if self.step and console:
+                    console.say(f"resumed {self.run} at step {self.step} of {steps}")
+                self._call_hooks()
+                while self.step < steps and not self.stop_signal:
+                    started = time.perf_counter()
+                    loss, norm, lr = self.train_step()
+                    self.step += 1
+                    if self.step % self.config.log.every == 0 or self.step in (1, steps):
+                        row = self._row(loss.item(), norm.item(), lr, time.perf_counter() - started)
+                        for sink in sinks:
+                            sink.write(row)
+                    elif console:
+                        console.step(self.step)
+                    if self.config.eval.every and (self.step % self.config.eval.every == 0 or self.step == steps):
+                        valid = {"step": self.step, "valid_loss": self.validate()}
+                        for sink in sinks:
+                            sink.write(valid)
+                    self._call_hooks()
+                    if self.step == steps or self.stop_signal or (every and self.step % every == 0):
+                        self.save()
+            finally:
+                for sink in sinks:
+                    sink.close()
+        return Result(self.step, self.step >= self.config.train.steps, self.stop_signal)
+
+    def train_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """One optimizer step: its mean loss per token, the gradient norm before clipping, the learning rate."""
+        config = self.config
+        batches = list(self.loader.microbatches(self.step, config.train.micro_batch_size))
+        valid_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+        self.model.train()
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss += self._loss(batch, 1 / valid_tokens, backward=True)
+        clip = config.optim.clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        factor = lr_factor(config.schedule, config.optim.lr, self.step, config.train.steps)
+        set_lr(self.optimizers, factor)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss, norm, config.optim.lr * factor
+
+    def _loss(self, batch: Batch, scale: float, backward: bool) -> torch.Tensor:
+        """Loss of one microbatch times `scale`; with `backward` its gradients are added."""
+        vocab = self.config.model.vocab_size
+        largest = int(batch.tokens.max())
+        if largest >= vocab:
+            raise ValueError(f"the data holds token {largest}, the model has {vocab} rows: raise model.vocab_size")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bf16"):
+            hidden = self.model(
+                batch.tokens.to(self.device),
+                positions=batch.positions.to(self.device),
+                segments=None if batch.segments is None else batch.segments.to(self.device),
+                head=False,
+            )
+            labels = batch.labels.to(self.device)
+            loss = cross_entropy(hidden, self.model.embed_out, labels, chunk=self.config.train.loss_chunk, scale=scale)
+        if backward:
+            loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss per token over the first `eval.batches` global batches of the held-out text."""
+        if self.valid is None:
+            raise ValueError("eval.every is set but data.valid names no held-out text")
+        self.model.eval()
+        total, tokens = 0.0, 0
+        per_step = self.config.train.global_batch_size
+        windows = min(self.valid.num_windows, self.config.eval.batches * per_step)
+        for step in range(-(-windows // per_step)):
+            for batch in Loader(self.valid, min(per_step, windows)).microbatches(
+                step, self.config.train.micro_batch_size
+            ):
+                total += self._loss(batch, 1.0, backward=False).item()
+                tokens += batch.labels.numel()
+        return total / tokens
+
+    def save(self) -> Path:
+        """Write the checkpoint of the current step."""
+        state = {"step": self.step, "samples": self.step * self.config.train.global_batch_size}
+        return save_step(self.run, self.model, self.optimizers, self.config, state)
+
+    def _build(self) -> None:
+        """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
+        config = self.config
+        return_freed_memory()
+        self.peak_flops = matmul_flops(self.device, config.train.dtype)
+        files = token_files(config, self.run, quiet=self.quiet)
+        self.loader = Loader(
+            TokenDataset(files.train, config.data.seq_length, config.train.seed, config.data.order),
+            config.train.global_batch_size,
+        )
+        self.valid = (
+            TokenDataset(files.valid, config.data.seq_length, config.train.seed, "sequential") if files.valid else None
+        )
+        with torch.device("meta"):
+            self.model = GPTNeoX(config.model)
+        self.model.to_empty(device=self.device)
+        if config.model.tie_word_embeddings:
+            self.model.embed_out.weight = self.model.embed_in.weight
+        self.optimizers = build_optimizers(self.model, config.optim)
+        done = complete_steps(self.run) if self.resume else []
+        if done:
+            load_tensors(done[-1], self.model, self.optimizers)
+            self.step = int(read_step(done[-1])[1]["step"])
+        else:
+            self.model.initialize(config.train.seed)
+            write_atomic(self.run / "config.toml", config.to_toml().encode())
+
+    def _row(self, loss: float, norm: float, lr: float, seconds: float) -> dict[str, Any]:
+        tokens = self.config.train.global_batch_size * self.config.data.seq_length
+        flops = train_flops_per_token(self.config.model, self.config.data.seq_length) * tokens
+        return {
+            "step": self.step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": self.step * tokens,
+            "tokens_per_second": tokens / seconds,
+            "mfu": flops / seconds / self.peak_flops,
+            "memory": peak_memory(self.device),
+            "seconds": seconds,
+            "time": time.time(),
+        }
+
+    def _call_hooks(self) -> None:
+        for hook in self.hooks:
+            hook(self, self.step)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM asks for a save after the current step; a second Ctrl-C interrupts at once."""
+
+        def ask(number: int, _: Any) -> None:
+            self.stop_signal = number
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+        before: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, ask)
+        except ValueError:  # not the main thread: whoever runs us there handles signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _only_writer(run: Path) -> Iterator[None]:
+    """Refuse a second writer on a run directory; the lock goes with the process, also when it is killed."""
+    import fcntl
+
+    with open(run / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "{}"
+            process = json.loads(owner).get("pid", "unknown")
+            raise ValueError(
+                f"{run}: another process ({process}) is writing this run: wait for it, stop it, or choose another out="
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"pid": os.getpid()}))
+        file.flush()
+        yield
