@@ -21,8 +21,8 @@ _MAX_DICTIONARY = (1 << 30) + (1 << 29)  # bytes; what liblzma admits
 def compressor_baselines(train_bytes: bytes, heldout_bytes: bytes) -> dict[str, float]:
     """Bits per byte of the held-out text: {"gzip": .., "xz": .., "xz_primed": ..}.
 
-    xz_primed compresses all of the training text twice (about a second per MB together on one core; the interpreter's
-    lock is released), see `start_baselines`. It needs about 11 bytes of memory per byte of text.
+    xz_primed compresses all of the training text twice (21 s for 13 MB on one core; the interpreter's lock is
+    released), see `start_baselines`. It needs about 12 bytes of memory per byte of text.
 
     Raises ValueError where the held-out text is empty.
     """
