@@ -18,6 +18,7 @@ quantization a module swap and export one prefix rule. Parameter names and the f
 
 import hashlib
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from neox.cache import KVCache
 from neox.config import ModelConfig
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_fast": partial(F.gelu, approximate="tanh"),
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -106,10 +107,9 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = config.use_parallel_residual
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        if not config.shared_layer_norm:
-            self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        else:
-            self.post_attention_layernorm = None
+        self.post_attention_layernorm = (
+            None if config.shared_layer_norm else nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        )
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
         # The seam where a tensor-parallel plan reduces both branches at once (design D4).

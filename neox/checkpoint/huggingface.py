@@ -142,7 +142,7 @@ def _names_in(path: Path) -> list[str]:
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise _broken(path, error) from None
 

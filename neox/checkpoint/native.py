@@ -22,7 +22,7 @@ from typing import IO, Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from neox.checkpoint.huggingface import CheckpointError, read_json
 from neox.config import Config, load_config
@@ -46,7 +46,7 @@ def complete_steps(run: Path) -> list[Path]:
 
 def _named_state(model: GPTNeoX, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Every tensor of a run under its full logical name."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
@@ -152,6 +152,15 @@ class _TensorsOnly(pickle.Unpickler):
 
 
 class _SafeReader(dcp.FileSystemReader):
+    def entries(self) -> dict[str, TensorStorageMetadata]:
+        """What is stored under which name. Anything but a tensor is refused: it would be unpickled without restriction."""
+        stored = {}
+        for key, entry in self.read_metadata().state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise CheckpointError(f"{self.path}: entry {key} is no tensor; neox did not write this checkpoint")
+            stored[key] = entry
+        return stored
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
         try:
@@ -159,12 +168,7 @@ class _SafeReader(dcp.FileSystemReader):
                 metadata: Metadata = _TensorsOnly(file).load()
         except Exception as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); use the step before it") from None
-        other = [k for k, v in metadata.state_dict_metadata.items() if not isinstance(v, TensorStorageMetadata)]
-        if other:
-            # Anything but a tensor would be unpickled without restriction further down.
-            raise CheckpointError(f"{path}: entry {other[0]} is no tensor; neox did not write this checkpoint")
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
@@ -176,7 +180,7 @@ def load_tensors(folder: Path, model: GPTNeoX, optimizers: Iterable[torch.optim.
     """
     optimizers = list(optimizers)
     reader = _SafeReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
+    stored = reader.entries()
     names = dict(model.named_parameters())
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     wanted: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in names.items()}

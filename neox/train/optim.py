@@ -68,8 +68,8 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        assert closure is None, "a closure is not supported"
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
         for group in self.param_groups:
             same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -90,6 +90,7 @@ class Muon(torch.optim.Muon):
                 for parameter, direction in zip(parameters, update.unbind(), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"] * scale)
+        return loss
 
 
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -72,7 +72,9 @@ class Trainer:
             self._build()
             steps, every = self.config.train.steps, self.config.checkpoint.every
             console = None if self.quiet else ConsoleSink(self.step, steps)
-            sinks = [JsonlSink(self.run / "metrics.jsonl", self.step), *([console] if console else [])]
+            sinks: list[JsonlSink | ConsoleSink] = [JsonlSink(self.run / "metrics.jsonl", self.step)]
+            if console:
+                sinks.append(console)
             try:
                 if self.step and console:
                     console.say(f"resumed {self.run} at step {self.step} of {steps}")
@@ -215,8 +217,8 @@ class Trainer:
 
         before: dict[int, Any] = {}
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, ask)
+            for asked in (signal.SIGINT, signal.SIGTERM):
+                before[asked] = signal.signal(asked, ask)
         except ValueError:  # not the main thread: whoever runs us there handles signals
             before = {}
         try:
