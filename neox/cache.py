@@ -3,6 +3,8 @@
 Shapes: L layers, B rows (one sequence each), H heads, S stored positions, D head_dim, T new tokens.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,18 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.extent = 0
+
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """The same memory, rows start .. stop - 1 of it."""
+        view = copy.copy(self)
+        view.keys, view.values = self.keys[:, start:stop], self.values[:, start:stop]
+        return view
+
+    def move(self, source: int, target: int) -> None:
+        """Copy what row `source` has stored to row `target`."""
+        if source != target:
+            self.keys[:, target] = self.keys[:, source]
+            self.values[:, target] = self.values[:, source]
 
     @property
     def length(self) -> int:

@@ -86,7 +86,7 @@ def test_the_package_holds_the_layer_table():
         ("model.py", "import torch.distributed as dist"),
         ("model.py", "from torch import distributed"),
         ("model.py", "import torch\n\ndef late():\n    return torch.distributed.get_rank()"),
-        ("model.py", "from neox.cache import KVCache"),
+        ("cache.py", "from neox.model import GPTNeoX"),
         ("data/loader.py", "from torch.distributed import get_rank"),
         ("data/loader.py", "from neox.checkpoint import load"),
         ("data/loader.py", "from ..parallel import mesh"),
@@ -110,7 +110,7 @@ def test_a_planted_violation_is_caught(path, source):
     ("path", "source"),
     [
         ("config.py", "from neox import presets\nfrom neox.options import Section"),
-        ("cache.py", "import torch\nfrom neox.model import GPTNeoX"),
+        ("model.py", "import torch\nfrom neox.cache import KVCache"),
         ("parallel/mesh.py", "import torch.distributed\nfrom neox.runtime import rank\nfrom .plan import table"),
         (
             "data/__init__.py",

@@ -153,7 +153,7 @@ class _TensorsOnly(pickle.Unpickler):
 
 class _SafeReader(dcp.FileSystemReader):
     def entries(self) -> dict[str, TensorStorageMetadata]:
-        """What is stored under which name. Anything but a tensor is refused: it would be unpickled without restriction."""
+        """What is stored under which name; anything but a tensor is refused, as it would be unpickled freely."""
         stored = {}
         for key, entry in self.read_metadata().state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
