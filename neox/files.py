@@ -71,7 +71,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def write_error(error: OSError, path: Path) -> OSError:
     """The same error, but saying which file could not be written: write() itself reports only the cause."""
-    return OSError(error.errno, f"{error.strerror or error}: nothing was kept of", str(path))
+    return OSError(error.errno, f"cannot write ({error.strerror or error}), nothing was kept", str(path))
 
 
 def byte_progress(show: bool = True) -> Progress:
