@@ -37,6 +37,104 @@ def verb(function: Verb) -> Verb:
 
 
 @verb
+def quickstart(targets: list[str], options: list[str]) -> None:
+    """Train a small GPT-NeoX in minutes, offline: measure, train, score, draw.
+
+    neox quickstart [key=value ...]
+
+    Its text is the source and documentation of packages that the installation brought. Writes
+    runs/quickstart (out= for another folder): the run, hf/ (the model for Hugging Face), loss.png
+    and flipbook.html. Interrupted and called again, it continues where it was.
+
+    Examples:
+      neox quickstart
+      neox quickstart out=runs/tiny train.steps=50
+    """
+    if targets:
+        raise UsageError("quickstart takes key=value options only")
+    from neox.quickstart import quickstart as run
+
+    _ended(run(["log.out=runs/quickstart", *options]).signal)
+
+
+@verb
+def generate(targets: list[str], options: list[str]) -> None:
+    """Continue a prompt with a model, printing as it is made.
+
+    neox generate MODEL prompt=TEXT [key=value ...]
+
+    MODEL is a Hugging Face folder, a run directory, one of its step folders, or a hub id
+    (OWNER/MODEL, OWNER/MODEL@REVISION).
+
+    Options:
+      prompt=TEXT       the text to continue; prompt=- reads it from standard input
+      max_tokens=128    new tokens, at most
+      temperature=1.0   0 takes the most likely token
+      top_k=0           sample from the k most likely tokens; 0: from all
+      top_p=1.0         sample from the most likely tokens that hold this probability
+      seed=1234         the same seed gives the same text
+      device=auto       cpu, cuda or mps
+      dtype=fp32        fp32, bf16 or fp16; default: fp32 on a CPU, the stored type elsewhere
+
+    Examples:
+      neox generate runs/quickstart/hf prompt='def '
+      neox generate EleutherAI/pythia-160m prompt='Once upon a time' temperature=0
+    """
+    from neox.config import load_config
+
+    plain = dict(option.split("=", 1) for option in options)
+    prompt, device, dtype = plain.pop("prompt", None), plain.pop("device", "auto"), plain.pop("dtype", None)
+    if len(targets) != 1 or prompt is None:
+        raise UsageError("generate needs one MODEL and prompt=TEXT")
+    named = (f"{key if '.' in key else 'generate.' + key}={value}" for key, value in plain.items())
+    config = load_config(overrides=named).generate
+    if prompt == "-":
+        prompt = sys.stdin.read()
+
+    from neox.checkpoint import load
+    from neox.generate import Engine, Sampling
+
+    model, tokenizer = load(targets[0], device, dtype)
+    sampling = Sampling(config.max_tokens, config.temperature, config.top_k, config.top_p, config.seed)
+    pieces = Engine(model, tokenizer, slots=1).stream(prompt, sampling)
+    first = next(pieces, "")
+    print(prompt, end="")
+    for piece in itertools.chain([first], pieces):
+        print(piece, end="", flush=True)
+    print()
+
+
+@verb
+def convert(targets: list[str], options: list[str]) -> None:
+    """Write a model as a Hugging Face folder: config, safetensors, tokenizer.
+
+    neox convert MODEL out=FOLDER [dtype=fp32]
+
+    MODEL is a run directory (its newest step), one of its step folders, a Hugging Face folder or a
+    hub id.
+
+    Examples:
+      neox convert runs/mine out=exported
+      neox convert runs/mine/step_00001000 out=exported dtype=bf16
+    """
+    plain = dict(option.split("=", 1) for option in options)
+    out, dtype = plain.pop("out", None), plain.pop("dtype", None)
+    if len(targets) != 1 or not out or plain:
+        raise UsageError("convert needs one MODEL and out=FOLDER; its only other option is dtype")
+    from neox.checkpoint import load, save
+
+    model, tokenizer = load(targets[0], "cpu", dtype)
+    save(model, out, tokenizer)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def _ended(signal: int) -> None:
+    """End as a process does that a signal ended, where one did."""
+    if signal:
+        raise SystemExit(128 + signal)
+
+
+@verb
 def show(targets: list[str], options: list[str]) -> None:
     """Show a config and what it costs: parameters, FLOPs, memory, notes on the record.
 

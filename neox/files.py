@@ -57,8 +57,9 @@ def write_synced(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: a reader, or a crash at any moment, sees the old file or the new one, never a part.
 
-    Raises OSError naming `path` when the disk is full or the folder is not writable.
+    The folder is made where it is absent. Raises OSError naming `path` when the disk is full or not writable.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
 
     def write(file: IO[bytes]) -> None:

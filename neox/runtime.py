@@ -50,19 +50,24 @@ def return_freed_memory() -> None:
 
 
 @functools.cache
-def matmul_flops(device: torch.device, dtype: str = "fp32", size: int = 2048) -> float:
-    """FLOP/s of a square matrix product of that size here, the best of a few: the limit that MFU is a share of."""
+def matmul_flops(device: torch.device, dtype: str = "fp32", seconds: float = 0.5) -> float:
+    """Best FLOP/s of a square matrix product here: the limit that MFU is a share of. Takes about `seconds`."""
     kind = resolve_dtype(dtype)
-    if device.type == "cuda":
-        size *= 4
-    a = torch.randn(size, size, device=device, dtype=kind)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        product = a @ a
-        product[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    deadline = time.perf_counter() + seconds
+    best = 0.0
+    for n in (512, 1024, 2048, 8192):
+        # A larger product comes closer to the limit, where there is time for a few of them.
+        if n > 512 and 2 * n**3 / best > (deadline - time.perf_counter()) / 4:
+            break
+        a = torch.randn(n, n, device=device, dtype=kind)
+        end = time.perf_counter() + seconds / 4
+        calls = 0
+        while calls < 2 or time.perf_counter() < end:
+            started = time.perf_counter()
+            (a @ a)[0, 0].item()
+            best = max(best, 2 * n**3 / (time.perf_counter() - started))
+            calls += 1
+    return best
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neox.quickstart.files import write_atomically
+from neox.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +26,8 @@ def draw_loss_curve(
     """Draw a run as PNG (see `loss_figure`) and return its path; the file is the old picture or the new one, whole."""
     picture = io.BytesIO()
     loss_figure(rows, title, baselines, bytes_per_token).savefig(picture, format="png")
-    return write_atomically(path, picture.getvalue())
+    write_atomic(Path(path), picture.getvalue())
+    return Path(path)
 
 
 def loss_figure(

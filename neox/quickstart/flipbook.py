@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from neox.quickstart.files import write_atomically
+from neox.files import write_atomic
 
 PLACEHOLDER = "@@FLIPBOOK_DATA@@"
 BITS_DECIMALS = 2
@@ -45,7 +45,8 @@ def write_flipbook(
     template = files(__package__).joinpath("flipbook.html").read_text(encoding="utf-8")
     before, after = template.split(PLACEHOLDER)
     data = embed_json(flipbook_data(pages, heldout, meta))
-    return write_atomically(path, f"{before}{data}{after}".encode())
+    write_atomic(Path(path), f"{before}{data}{after}".encode())
+    return Path(path)
 
 
 def flipbook_data(

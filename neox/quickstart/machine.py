@@ -17,7 +17,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 SIZES = {  # parameters, embedding and head included
@@ -93,12 +92,14 @@ class Machine:
 
 
 def measure_machine(seconds: float = 3.0) -> Machine:
-    """Measure for about `seconds` (longer only where one product of size 512 already takes longer)."""
+    """Measure for about `seconds` (longer only where a few products of size 512 already take longer)."""
     import torch
+
+    from neox.runtime import matmul_flops
 
     ram = available_ram()
     with torch.inference_mode():
-        flops = _matmul_flops(seconds / 2)
+        flops = matmul_flops(torch.device("cpu"), "fp32", seconds / 2)
         read = _read_bytes(seconds / 2, ram)
     return Machine(available_cores(), ram, flops, read)
 
@@ -120,21 +121,6 @@ def available_ram() -> int:
         if line.isdigit():
             ram = min(ram, int(line))
     return ram
-
-
-def _matmul_flops(seconds: float) -> float:
-    """Best FLOP/s of [n, n] @ [n, n] in float32 at 512, 1024, 2048, each tried only where the last says it will fit."""
-    import torch
-
-    deadline = time.perf_counter() + seconds
-    best = 0.0
-    for n in (512, 1024, 2048):
-        if best and 2 * n**3 / best > (deadline - time.perf_counter()) / 2:
-            break
-        a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
-        share = (deadline - time.perf_counter()) / (1 if n == 2048 else 4)
-        best = max(best, 2 * n**3 / _best_seconds(partial(torch.mm, a, b, out=out), share))
-    return best
 
 
 def _read_bytes(seconds: float, ram: int) -> float:
