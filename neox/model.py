@@ -139,7 +139,11 @@ class GPTNeoX(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
-        if config.tie_word_embeddings:
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head share the embedding's weight where the config says so; `to_empty` parts the two."""
+        if self.config.tie_word_embeddings and self.embed_out.weight is not self.embed_in.weight:
             self.embed_out.weight = self.embed_in.weight
 
     def forward(
@@ -154,14 +158,16 @@ class GPTNeoX(nn.Module):
 
         positions [B, T] default to 0 .. T-1. With a cache, its rows are the batch's rows and `positions` says where
         each token is stored. segments [B, T] numbers the documents of a packed row: attention stays inside one.
+        Cache and segments exclude each other.
 
         Raises ValueError for a sequence beyond the model's context.
         """
+        assert cache is None or segments is None, "a cached row holds one document"
         config = self.config
-        limit = config.max_position_embeddings
-        if tokens.shape[1] > limit:
+        longest, limit = max(tokens.shape[1], cache.extent if cache else 0), config.max_position_embeddings
+        if longest > limit:
             raise ValueError(
-                f"a sequence of {tokens.shape[1]} tokens exceeds this model's context of {limit}: "
+                f"a sequence of {longest} tokens exceeds this model's context of {limit}: "
                 f"shorten the prompt, or train with a larger model.max_position_embeddings"
             )
         if positions is None:
@@ -187,6 +193,7 @@ class GPTNeoX(nn.Module):
         small_init: N(0, 2 / (5 C)) (arXiv 1910.05895), residual outputs N(0, (2 / (L sqrt(C)))^2) (wang_init);
         normal: N(0, initializer_range^2), residual outputs divided by sqrt(2 L). Norms start at one, biases at zero.
         """
+        self.tie()
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()

@@ -69,7 +69,7 @@ def load_huggingface(folder: Path, device: str = "cpu", dtype: str | torch.dtype
 
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for stored, tensor in _stream(files):
-        theirs = families.canonical(stored)
+        theirs = families.canonical(config, stored)
         if theirs not in wanted:
             continue
         name = wanted[theirs]
@@ -92,8 +92,7 @@ def load_huggingface(folder: Path, device: str = "cpu", dtype: str | torch.dtype
         # A copy, so that no parameter keeps a whole memory-mapped file alive.
         value = families.fuse(config, pieces).clone()
         _assign(model, name, value)
-    if config.tie_word_embeddings:
-        model.embed_out.weight = model.embed_in.weight
+    model.tie()
     return model.eval()
 
 
@@ -170,7 +169,7 @@ def _stream(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_names(folder: Path, config: ModelConfig, wanted: set[str], stored: set[str]) -> None:
-    canonical = {families.canonical(name) for name in stored}
+    canonical = {families.canonical(config, name) for name in stored}
     missing = sorted(wanted - canonical)
     extra = sorted(name for name in canonical - wanted if not families.IGNORED.search(name))
     if config.tie_word_embeddings:

@@ -221,7 +221,6 @@ def load_native(folder: Path, device: torch.device, dtype: torch.dtype = torch.f
     with torch.device("meta"):
         model = GPTNeoX(config.model)
     model.to_empty(device=device)
-    if config.model.tie_word_embeddings:
-        model.embed_out.weight = model.embed_in.weight
+    model.tie()
     load_tensors(folder, model)
     return model.to(dtype).eval()
