@@ -42,7 +42,7 @@ def load(
         model = load_huggingface(folder, device, dtype)
         there = (folder / "tokenizer.json").exists()
         return model, Tokenizer.from_file(folder / "tokenizer.json") if there else None
-    if not (folder / ".metadata").exists():
+    if not (folder / ".metadata").exists() and not folder.name.startswith("step_"):
         steps = complete_steps(folder)
         if not steps:
             raise CheckpointError(
