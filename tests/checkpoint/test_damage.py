@@ -118,6 +118,20 @@ def test_no_weights_no_folder_and_a_file(model):
     assert "neither a Hugging Face folder (config.json) nor a run" in refused(model)
 
 
+@pytest.mark.parametrize("error", [OSError("no route\nto host"), RuntimeError(), ValueError("bad id")])
+def test_a_hub_that_cannot_be_reached(monkeypatch, error):
+    def unreachable(name, revision, allow_patterns):
+        assert (name, revision) == ("EleutherAI/pythia-70m", "step3000")
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    reason = str(error).partition("\n")[0] or "RuntimeError"
+    message = refused("EleutherAI/pythia-70m@step3000")
+    assert message.startswith(f"EleutherAI/pythia-70m@step3000: cannot be fetched from the hub ({reason})")
+    for no_id in ("nowhere", "a/b/c", "../b", "/a/b", "~/b"):
+        assert "no such folder" in refused(no_id)
+
+
 def run_directory(folder, **state):
     """A run with one complete step."""
     network = GPTNeoX(ModelConfig(vocab_size=97, hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
@@ -151,7 +165,7 @@ def test_a_file_cut_short_anywhere(tmp_path, tokenizer, layout, file, share):
             released.write(folder, released.CONFIG_PYTHIA, released.state(3), layout, tokenizer)
     path = folder / ("step_00000003" if layout == "run" else "") / file
     whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * share)])
+    path.write_bytes(whole[: int(len(whole.rstrip()) * share)])  # without its last line break a JSON file is whole
     try:
         with pytest.raises(ValueError) as caught:
             neox.load(folder)
