@@ -270,6 +270,10 @@ def test_positions_are_respected():
     for flags in ({}, GPT_J, GPT_NEO):
         model = ours(**flags)
         assert torch.equal(model(ids), model(ids, torch.arange(10).expand(2, -1)))
+        # Who sees whom is a matter of the order in the row, whatever the positions.
+        backwards = torch.arange(9, -1, -1).expand(2, -1)
+        one_document = model(ids, backwards, segments=torch.zeros_like(ids))
+        assert relative(one_document, model(ids, backwards)) <= LOGITS
     # Rotary attention depends on distances only; a learned table on the position itself.
     rotary, learned = ours(rotary_pct=1.0), ours(**GPT_NEO)
     shifted = torch.arange(30, 40).expand(2, -1)
