@@ -171,7 +171,7 @@ class TrainConfig(Section):
     """Of the matrix products; parameters and optimizer state stay fp32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes an accelerator where there is one."""
-    loss_chunk: Positive = 256
+    loss_chunk: Positive = 512
     """Tokens whose logits exist at one time: the head and the loss run chunk by chunk."""
 
 

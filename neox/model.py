@@ -40,7 +40,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Context(NamedTuple):
     """What every layer of one forward pass shares."""
 
-    rotation: tuple[Tensor, Tensor] | None  # cos, sin [B, T, 1, 3, R / 2]
+    rotation: tuple[Tensor, Tensor] | None  # cos, sin [3, B, 1, T, R / 2]
     mask: Tensor | None  # which keys each query sees; None: plain causal attention
     local_mask: Tensor | None  # the same for the layers with a local window
     cache: KVCache | None
@@ -48,18 +48,18 @@ class Context(NamedTuple):
 
 
 def rotary_angles(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, 1, 3, R / 2] in float32 for positions [B, T]; frequency i is base ** (-2 i / R).
+    """cos and sin [3, B, 1, T, R / 2] in float32 for positions [B, T]; frequency i is base ** (-2 i / R).
 
     The axis of 3 is q, k, v: values turn by the angle zero, so that one pass over the fused projection rotates it.
     """
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
-    angles = positions[..., None, None].float() / base**exponents
-    angles = torch.stack((angles, angles, torch.zeros_like(angles)), dim=-2)
+    angles = positions[:, None, :, None].float() / base**exponents
+    angles = torch.stack((angles, angles, torch.zeros_like(angles)))
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R dims of x [B, T, H, 3, D], taken as two halves, by the given angles; the rest passes through.
+    """Rotate the first R dims of x [3, B, H, T, D], taken as two halves, by the given angles; the rest passes through.
 
     Writing q, k and v into one new tensor lets the projection's own output go: a third less is kept for the backward.
     """
@@ -80,10 +80,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.query_key_value(x).view(B, T, -1, 3, self.head_dim)
+        qkv = self.query_key_value(x).view(B, T, -1, 3, self.head_dim).permute(3, 0, 2, 1, 4)
         if context.rotation is not None:
             qkv = rotate(qkv, *context.rotation)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # each [B, H, T, D]
+        q, k, v = qkv.unbind(0)  # each [B, H, T, D]
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v, context.positions)  # [B, H, S, D]
         mask = context.local_mask if self.local else context.mask
@@ -139,7 +139,11 @@ class GPTNeoX(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
-        if config.tie_word_embeddings:
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head share the embedding's weight where the config says so; `to_empty` parts the two."""
+        if self.config.tie_word_embeddings and self.embed_out.weight is not self.embed_in.weight:
             self.embed_out.weight = self.embed_in.weight
 
     def forward(
@@ -154,14 +158,16 @@ class GPTNeoX(nn.Module):
 
         positions [B, T] default to 0 .. T-1. With a cache, its rows are the batch's rows and `positions` says where
         each token is stored. segments [B, T] numbers the documents of a packed row: attention stays inside one.
+        Cache and segments exclude each other.
 
         Raises ValueError for a sequence beyond the model's context.
         """
+        assert cache is None or segments is None, "a cached row holds one document"
         config = self.config
-        limit = config.max_position_embeddings
-        if tokens.shape[1] > limit:
+        longest, limit = max(tokens.shape[1], cache.extent if cache else 0), config.max_position_embeddings
+        if longest > limit:
             raise ValueError(
-                f"a sequence of {tokens.shape[1]} tokens exceeds this model's context of {limit}: "
+                f"a sequence of {longest} tokens exceeds this model's context of {limit}: "
                 f"shorten the prompt, or train with a larger model.max_position_embeddings"
             )
         if positions is None:
@@ -187,6 +193,7 @@ class GPTNeoX(nn.Module):
         small_init: N(0, 2 / (5 C)) (arXiv 1910.05895), residual outputs N(0, (2 / (L sqrt(C)))^2) (wang_init);
         normal: N(0, initializer_range^2), residual outputs divided by sqrt(2 L). Norms start at one, biases at zero.
         """
+        self.tie()
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()

@@ -42,7 +42,7 @@ def load(
         model = load_huggingface(folder, device, dtype)
         there = (folder / "tokenizer.json").exists()
         return model, Tokenizer.from_file(folder / "tokenizer.json") if there else None
-    if not (folder / ".metadata").exists():
+    if not (folder / ".metadata").exists() and not folder.name.startswith("step_"):
         steps = complete_steps(folder)
         if not steps:
             raise CheckpointError(
@@ -62,15 +62,14 @@ def _fetch(source: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{source}: no such folder, and no hub id of the form OWNER/MODEL")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
     try:
         found = Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*wanted, "*.bin*"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the hub's library lets those of its transport, of several libraries, through
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
             f"{source}: cannot be fetched from the hub ({reason}); is {os.path.curdir}/{source} meant?"
         ) from None

@@ -4,6 +4,7 @@ Our own names are those of GPT-NeoX without the `gpt_neox.` prefix; for the two 
 Shapes: H heads, D head_dim, C hidden, R rotary dims.
 """
 
+import math
 import re
 from typing import Any
 
@@ -54,9 +55,9 @@ def their_names(config: ModelConfig, name: str) -> tuple[str, ...]:
     return tuple(f"transformer.h.{layer}.{theirs}.{kind}" for theirs in table[module])
 
 
-def canonical(stored: str) -> str:
+def canonical(config: ModelConfig, stored: str) -> str:
     """transformers 5 calls the GPT-NeoX head `lm_head` in memory; files of both spellings exist."""
-    return stored.replace("lm_head.", "embed_out.") if stored in ("lm_head.weight", "lm_head.bias") else stored
+    return "embed_out.weight" if config.model_type == "gpt_neox" and stored == "lm_head.weight" else stored
 
 
 def _half_rotation_order(config: ModelConfig) -> Tensor:
@@ -88,13 +89,15 @@ def unfuse(config: ModelConfig, fused: Tensor) -> list[Tensor]:
 def read_config(raw: dict[str, Any]) -> ModelConfig:
     """ModelConfig of a Hugging Face config.json, old and new spellings; ValueError names what is not supported."""
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(f"model_type {kind!r} is not one that neox runs: expected one of {', '.join(ARCHITECTURES)}")
     read = {"gpt_neox": _read_gpt_neox, "gptj": _read_gptj, "gpt_neo": _read_gpt_neo}[kind]
     try:
         return ModelConfig(**read(raw))
     except KeyError as missing:
         raise ValueError(f"config.json has no key {missing}, which a {kind} model needs") from None
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"a value is not what a {kind} model has there ({error})") from None
 
 
 def _read_gpt_neox(raw: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +127,12 @@ def _read_gpt_neox(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _fraction(rotary_dim: int, head_dim: int) -> float:
+    """The rotary_pct whose product with head_dim, rounded down, is rotary_dim: 8 / 49 * 49 is below 8 in binary."""
+    pct = rotary_dim / head_dim
+    return pct if int(head_dim * pct) == rotary_dim else math.nextafter(pct, 1.0)
+
+
 def _read_gptj(raw: dict[str, Any]) -> dict[str, Any]:
     head_dim = raw["n_embd"] // raw["n_head"]
     rotary_dim = raw["rotary_dim"] if raw.get("rotary_dim") is not None else head_dim
@@ -136,7 +145,7 @@ def _read_gptj(raw: dict[str, Any]) -> dict[str, Any]:
         "intermediate_size": raw.get("n_inner"),
         "hidden_act": raw.get("activation_function", "gelu_new"),
         "max_position_embeddings": raw.get("n_positions", 2048),
-        "rotary_pct": rotary_dim / head_dim,
+        "rotary_pct": _fraction(rotary_dim, head_dim),
         "layer_norm_eps": raw.get("layer_norm_epsilon", 1e-5),
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
         "initializer_range": raw.get("initializer_range", 0.02),
@@ -191,8 +200,16 @@ def write_config(config: ModelConfig, dtype: torch.dtype, eos: int | None) -> di
     }
     raw = {**common, **written}
     read_back = read_config(raw)
+    free = {
+        "init_method",
+        "intermediate_size",
+    }  # no part of the function that the model computes, or written as ffn_size
+    if read_back.rotary_dim == config.rotary_dim:
+        free.add("rotary_pct")  # GPT-J writes the number of dims
+    if not config.rotary_dim:
+        free.add("rotary_emb_base")
     for field in type(config).model_fields:
-        if field not in ("init_method", "intermediate_size") and getattr(read_back, field) != getattr(config, field):
+        if field not in free and getattr(read_back, field) != getattr(config, field):
             raise ValueError(
                 f"model.{field} = {getattr(config, field)!r} cannot be written as a Hugging Face {config.model_type} "
                 f"model, whose own value is {getattr(read_back, field)!r}"

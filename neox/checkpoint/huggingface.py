@@ -3,9 +3,11 @@
 Weights stream tensor by tensor: peak memory is the model plus one tensor.
 """
 
+import errno
 import json
 import os
 import shutil
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,12 +19,14 @@ from torch import Tensor
 
 from neox.checkpoint import families
 from neox.config import ModelConfig
-from neox.files import sync_folder
+from neox.files import byte_progress, sync_folder, write_error
 from neox.model import GPTNeoX
 from neox.runtime import resolve_device, resolve_dtype
-from neox.tokenizer import Tokenizer
+from neox.tokenizer import END_OF_TEXT, Tokenizer
 
 SHARD_BYTES = 5 * 10**9
+SHOWN = 10**9
+"""From this many parameters, or bytes when writing, there is a progress bar."""
 _OURS = (
     *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -68,32 +72,33 @@ def load_huggingface(folder: Path, device: str = "cpu", dtype: str | torch.dtype
         dtype = torch.float32
 
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for stored, tensor in _stream(files):
-        theirs = families.canonical(stored)
-        if theirs not in wanted:
-            continue
-        name = wanted[theirs]
-        if dtype is None:
-            dtype = tensor.dtype
-        group = families.their_names(config, name)
-        parts[name][theirs] = tensor.to(place, resolve_dtype(dtype))
-        if len(parts[name]) < len(group):
-            continue
-        pieces = [parts[name][piece] for piece in group]
-        del parts[name]
-        expected = names[name].shape
-        rows = sum(piece.shape[0] for piece in pieces)
-        if (rows, *pieces[0].shape[1:]) != tuple(expected):
-            stored_shape = " + ".join(str(list(piece.shape)) for piece in pieces)
-            raise CheckpointError(
-                f"{files[stored]}: tensor {stored} has shape {stored_shape}, config.json says {list(expected)}: "
-                f"the weights and the config do not belong together"
-            )
-        # A copy, so that no parameter keeps a whole memory-mapped file alive.
-        value = families.fuse(config, pieces).clone()
-        _assign(model, name, value)
-    if config.tie_word_embeddings:
-        model.embed_out.weight = model.embed_in.weight
+    total = sum(p.numel() for p in names.values())
+    with byte_progress(total > SHOWN) as bar:
+        task = bar.add_task("loading weights", total=None)
+        for stored, tensor in _stream(
+            {n: file for n, file in files.items() if families.canonical(config, n) in wanted}
+        ):
+            theirs = families.canonical(config, stored)
+            name = wanted[theirs]
+            if dtype is None:
+                dtype = tensor.dtype
+            dtype = resolve_dtype(dtype)
+            bar.update(task, total=total * dtype.itemsize)
+            group = families.their_names(config, name)
+            rows, *rest = names[name].shape
+            expected = [rows // len(group), *rest]
+            if list(tensor.shape) != expected:
+                raise CheckpointError(
+                    f"{files[stored]}: tensor {stored} has shape {list(tensor.shape)}, config.json says {expected}: "
+                    f"the weights and the config do not belong together"
+                )
+            # A copy, so that no parameter keeps a whole memory-mapped file alive.
+            parts[name][theirs] = tensor.to(place, dtype, copy=True)
+            bar.advance(task, parts[name][theirs].nbytes)
+            if len(parts[name]) == len(group):
+                pieces = parts.pop(name)
+                _assign(model, name, families.fuse(config, [pieces[piece] for piece in group]))
+    model.tie()
     return model.eval()
 
 
@@ -110,8 +115,8 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     ):
         if (folder / index).exists():
             table = read_json(folder / index).get("weight_map")
-            if not isinstance(table, dict):
-                raise CheckpointError(f"{folder / index}: has no weight_map; fetch it again")
+            if not isinstance(table, dict) or not all(_plain_name(file) for file in table.values()):
+                raise CheckpointError(f"{folder / index}: its weight_map does not name files; fetch it again")
             absent = sorted({file for file in table.values() if not (folder / file).is_file()})
             if absent:
                 raise CheckpointError(
@@ -121,6 +126,10 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         if (folder / single).exists():
             return dict.fromkeys(_names_in(folder / single), folder / single)
     raise CheckpointError(f"{folder}: no model.safetensors, its index, or pytorch_model.bin in this folder")
+
+
+def _plain_name(file: object) -> bool:
+    return isinstance(file, str) and bool(file) and Path(file).name == file
 
 
 def _broken(path: Path, error: Exception) -> CheckpointError:
@@ -142,9 +151,13 @@ def _names_in(path: Path) -> list[str]:
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # torch before 1.6 wrote no zip file; only a zip file can be mapped.
+        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:
         raise _broken(path, error) from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path}: holds more than named tensors; it is no model's pytorch_model.bin")
+    return content
 
 
 def _stream(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
@@ -170,7 +183,7 @@ def _stream(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_names(folder: Path, config: ModelConfig, wanted: set[str], stored: set[str]) -> None:
-    canonical = {families.canonical(name) for name in stored}
+    canonical = {families.canonical(config, name) for name in stored}
     missing = sorted(wanted - canonical)
     extra = sorted(name for name in canonical - wanted if not families.IGNORED.search(name))
     if config.tie_word_embeddings:
@@ -191,7 +204,7 @@ def save_huggingface(
     The folder appears whole or not at all. An older checkpoint under that name is replaced; a folder that holds
     anything else is left alone with a ValueError. A failed write (full disk) leaves no trace and raises OSError.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one, and "." has a name
     if path.exists():
         strangers = [] if path.is_dir() else [path.name]
         if path.is_dir():
@@ -200,22 +213,24 @@ def save_huggingface(
             raise ValueError(
                 f"{path}: holds {sorted(strangers)[0]!r}, which is no part of a checkpoint: choose another"
             )
+    eos = tokenizer.eod_id if tokenizer else 0
+    config = families.write_config(model.config, next(model.parameters()).dtype, eos)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir()
         _write_weights(model, fresh, shard_bytes)
-        eos = tokenizer.eod_id if tokenizer else 0
-        dtype = next(model.parameters()).dtype
-        _write_json(fresh / "config.json", families.write_config(model.config, dtype, eos))
+        _write_json(fresh / "config.json", config)
         _write_json(fresh / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos})
         if tokenizer:
             tokenizer.save(fresh / "tokenizer.json")
-            _write_json(fresh / "tokenizer_config.json", _tokenizer_config(model.config))
+            _write_json(fresh / "tokenizer_config.json", _tokenizer_config(model.config, tokenizer))
         _sync_files(fresh)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise write_error(error, path) from None
         raise
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.exists():
@@ -229,13 +244,12 @@ def _is_shard(name: str) -> bool:
     return name.startswith("model-") and name.endswith(".safetensors")
 
 
-def _tokenizer_config(config: ModelConfig) -> dict[str, Any]:
-    special = "<|endoftext|>"
+def _tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    # Naming a token that tokenizer.json lacks would make transformers add it, with an id beyond the embedding.
+    special = {} if tokenizer.eod_id is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": special,
-        "eos_token": special,
-        "unk_token": special,
+        **special,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.max_position_embeddings,
@@ -262,16 +276,19 @@ def _write_weights(model: GPTNeoX, folder: Path, shard_bytes: int) -> None:
         for i, theirs in enumerate(names):
             shards[-1][theirs] = _piece(model.config, parameter, i if len(names) > 1 else None)
     weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        try:
-            save_file({name: make() for name, make in shard.items()}, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            # safetensors reports a full disk under its own name; users and the CLI know OSError.
-            raise OSError(f"{folder.parent / file}: could not be written ({error})") from None
-        weight_map.update(dict.fromkeys(shard, file))
+    with byte_progress(sum(sizes) > SHOWN) as bar:
+        task = bar.add_task("writing weights", total=sum(sizes))
+        for number, (shard, size) in enumerate(zip(shards, sizes, strict=True), 1):
+            file = "model.safetensors"
+            if len(shards) > 1:
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            try:
+                save_file({name: make() for name, make in shard.items()}, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                # safetensors reports a full disk under its own name; users and the CLI know OSError.
+                raise OSError(errno.EIO, str(error)) from None
+            weight_map.update(dict.fromkeys(shard, file))
+            bar.advance(task, size)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)

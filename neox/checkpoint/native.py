@@ -30,6 +30,7 @@ from neox.files import sync_folder, write_synced
 from neox.model import GPTNeoX
 
 FORMAT_VERSION = 1
+FAILURES = (Exception, dcp.CheckpointException)  # torch derives the latter from BaseException
 _STEP = re.compile(r"step_(\d{8})$")
 
 
@@ -210,7 +211,7 @@ def load_tensors(folder: Path, model: GPTNeoX, optimizers: Iterable[torch.optim.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(wanted, storage_reader=reader, no_dist=True)
-    except Exception as error:
+    except FAILURES as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise CheckpointError(f"{folder}: cannot be read ({reason}); it is damaged, use the step before it") from None
 
@@ -221,7 +222,6 @@ def load_native(folder: Path, device: torch.device, dtype: torch.dtype = torch.f
     with torch.device("meta"):
         model = GPTNeoX(config.model)
     model.to_empty(device=device)
-    if config.model.tie_word_embeddings:
-        model.embed_out.weight = model.embed_in.weight
+    model.tie()
     load_tensors(folder, model)
     return model.to(dtype).eval()

@@ -30,9 +30,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
         scale: float,
         dtype: torch.dtype,
+        learning: bool,
     ) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        need_bias = bias is not None and ctx.needs_input_grad[2]
+        # needs_input_grad says what requires a gradient, also where none is being recorded.
+        need_hidden, need_weight, need_bias = (learning and need for need in ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         # Written by the first chunk, added to by the others.
         grad_weight = torch.empty_like(weight) if need_weight and len(hidden) else None
@@ -44,8 +45,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         product = torch.empty((rows, len(matrix)), dtype=dtype, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             h, target = states[start : start + chunk], labels[start : start + chunk]
-            factor = (target != IGNORED)[:, None] * scale
-            index = target.clamp(min=0)[:, None]
+            counted = target != IGNORED
+            factor = counted[:, None] * scale
+            # Only the ignored label is replaced: any other that is no token fails in gather instead of counting as 0.
+            index = torch.where(counted, target, 0)[:, None]
             logits = torch.mm(h, matrix.t(), out=product[: len(h)]).float()
             if bias is not None:
                 logits += bias
@@ -82,7 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for i, gradient in enumerate(gradients):
             gradients[i] = None if gradient is None else gradient.mul_(grads[0])
         gradient = None
-        return (gradients.pop(0), gradients.pop(0), gradients.pop(0), None, None, None, None)
+        return (gradients.pop(0), gradients.pop(0), gradients.pop(0), None, None, None, None, None)
 
 
 def cross_entropy(
@@ -98,5 +101,12 @@ def cross_entropy(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
         return _ChunkedCrossEntropy.apply(
-            hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, labels.reshape(-1), chunk, scale, dtype
+            hidden.reshape(-1, hidden.shape[-1]),
+            head.weight,
+            head.bias,
+            labels.reshape(-1),
+            chunk,
+            scale,
+            dtype,
+            torch.is_grad_enabled(),
         )

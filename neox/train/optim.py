@@ -48,7 +48,7 @@ def lr_factor(config: ScheduleConfig, lr: float, step: int, steps: int) -> float
     """
     warmup = config.warmup * steps
     if step < warmup:
-        return max(1, step) / warmup
+        return min(1.0, max(1, step) / warmup)  # a warmup shorter than one step has no ramp
     done = (step - warmup) / max(1.0, steps - warmup)
     floor = config.min_lr / lr
     return floor + (1 - floor) / 2 * (1 + math.cos(math.pi * done))
@@ -85,8 +85,11 @@ class Muon(torch.optim.Muon):
                     momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                     updates.append(parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum)
                 update = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
-                # Keller Jordan's scale: the update's RMS does not depend on how far the matrix is from square.
-                scale = math.sqrt(max(1, shape[0] / shape[1]))
+                if group["adjust_lr_fn"] == "match_rms_adamw":
+                    scale = 0.2 * math.sqrt(max(shape))  # Liu et al. 2025: AdamW's learning rates serve
+                else:
+                    # Keller Jordan's: the update's RMS does not depend on how far the matrix is from square.
+                    scale = math.sqrt(max(1, shape[0] / shape[1]))
                 for parameter, direction in zip(parameters, update.unbind(), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"] * scale)
