@@ -17,7 +17,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     With z = h W^T + b and p = softmax(z): d loss / d z = p - onehot(label), d loss / d h = (p - onehot) W,
     d loss / d W = (p - onehot)^T h. Three matmuls a chunk, the same as without chunks, and nothing is recomputed.
     The mean's factor and the mask are put on h and d h, [N, C], so that the [chunk, V] buffer is passed over as seldom
-    as can be: the product, the maximum, the softmax in place, two products.
+    as can be: the product, log-softmax and exp in place, two products.
     """
 
     @staticmethod
@@ -52,14 +52,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = torch.mm(h, matrix.t(), out=product[: len(h)]).float()
             if bias is not None:
                 logits += bias
-            picked = logits.gather(1, index)
-            largest, where = logits.max(dim=-1, keepdim=True)
-            probabilities = torch.softmax(logits, dim=-1, out=logits)
-            # log sum exp(z) = z_j - log p_j, taken at the largest p, which is at least 1 / V.
-            total += ((largest - probabilities.gather(1, where).log() - picked) * factor).sum()
+            log_p = torch.log_softmax(logits, dim=-1, out=logits)
+            total -= (log_p.gather(1, index) * factor).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
-            grad_logits = probabilities.scatter_add_(1, index, torch.full_like(picked, -1.0)).to(dtype)
+            error = log_p.exp_().scatter_add_(1, index, torch.full_like(index, -1.0, dtype=log_p.dtype))
+            grad_logits = error.to(dtype)
             if grad_hidden is not None:
                 part = torch.mm(grad_logits, matrix)
                 torch.mul(part, factor, out=grad_hidden[start : start + chunk])
@@ -72,7 +70,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight.copy_(grad_logits.t() @ h)
             if grad_bias is not None:
-                grad_bias += (factor.t() @ probabilities)[0]
+                grad_bias += (factor.t() @ error)[0]
         # Attributes, not save_for_backward: with one owner autograd adopts the head's gradient instead of copying it.
         ctx.gradients = [grad_hidden, grad_weight, grad_bias]
         return total
