@@ -30,7 +30,7 @@ class Row(NamedTuple):
 # fmt: off
 ROWS: tuple[Row, ...] = (
     #   name            family        layers hidden heads  vocab  lr       batch  steps
-    Row("quickstart",   "quickstart",      4,   192,   6,   4096, 2e-3,      16,    300),
+    Row("quickstart",   "quickstart",      4,   192,   3,   4096, 2e-2,       8,   1050),
     Row("neox-20b",     "20b",            44,  6144,  64,  50432, 0.97e-4, 1536, 150000),
     Row("pythia-14m",   "pythia",          6,   128,   4,  50304, 1e-3,    1024, 143000),
     Row("pythia-31m",   "pythia",          6,   256,   8,  50304, 1e-3,    1024, 143000),
@@ -119,10 +119,12 @@ _FAMILIES: dict[str, Sections] = {
     "gpt-neo": {"model": _GPT_NEO},
     "quickstart": _with(
         _RECIPE,
-        model={"max_position_embeddings": 256},
+        model={"max_position_embeddings": 256, "rotary_pct": 0.5},
         data={"seq_length": 256},
         tokenizer={"vocab_size": 4096},
-        schedule={"warmup": 0.05},
+        train={"micro_batch_size": 8, "loss_chunk": 512},
+        optim={"name": "muon", "muon_lr": 0.02},
+        schedule={"warmup": 0.05, "min_lr": 0.0},
     ),
 }
 
@@ -204,7 +206,7 @@ def preset(name: str) -> Sections:
     if row.lr is not None:
         sections["optim"]["lr"] = row.lr
         # Every published recipe decays to a tenth; rounded, since 6e-4 / 10 is not 6e-5 in binary.
-        sections["schedule"]["min_lr"] = float(f"{row.lr / 10:.6g}")
+        sections["schedule"].setdefault("min_lr", float(f"{row.lr / 10:.6g}"))
     if row.batch is not None:
         sections["train"]["global_batch_size"] = row.batch
     if row.steps is not None:
