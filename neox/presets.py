@@ -30,7 +30,7 @@ class Row(NamedTuple):
 # fmt: off
 ROWS: tuple[Row, ...] = (
     #   name            family        layers hidden heads  vocab  lr       batch  steps
-    Row("quickstart",   "quickstart",      4,   192,   3,   4096, 2e-2,       8,   1050),
+    Row("quickstart",   "quickstart",      4,   128,   2,   4096, 3e-2,       8,   1500),
     Row("neox-20b",     "20b",            44,  6144,  64,  50432, 0.97e-4, 1536, 150000),
     Row("pythia-14m",   "pythia",          6,   128,   4,  50304, 1e-3,    1024, 143000),
     Row("pythia-31m",   "pythia",          6,   256,   8,  50304, 1e-3,    1024, 143000),
@@ -123,7 +123,7 @@ _FAMILIES: dict[str, Sections] = {
         data={"seq_length": 256},
         tokenizer={"vocab_size": 4096},
         train={"micro_batch_size": 8, "loss_chunk": 512},
-        optim={"name": "muon", "muon_lr": 0.02},
+        optim={"name": "muon", "muon_lr": 0.03},
         schedule={"warmup": 0.05, "min_lr": 0.0},
     ),
 }
