@@ -27,11 +27,9 @@ def build(which):
     if which == "ours":
         from neox.config import ModelConfig, OptimConfig, TrainConfig
         from neox.model import GPTNeoX
-        from neox.runtime import return_freed_memory
         from neox.train import build_optimizers, cross_entropy
 
         base = resident("VmRSS")
-        return_freed_memory()
         config = ModelConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
         model = GPTNeoX(config).initialize()
         (optimizer,) = build_optimizers(model, OptimConfig())

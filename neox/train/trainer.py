@@ -22,7 +22,7 @@ from neox.data import Batch, Loader, TokenDataset
 from neox.data.loader import IGNORED
 from neox.files import write_atomic
 from neox.model import GPTNeoX
-from neox.runtime import matmul_flops, peak_memory, resolve_device, return_freed_memory
+from neox.runtime import matmul_flops, peak_memory, resolve_device
 from neox.train.corpus import token_files
 from neox.train.loss import cross_entropy
 from neox.train.metrics import ConsoleSink, JsonlSink
@@ -163,7 +163,6 @@ class Trainer:
     def _build(self) -> None:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
         config = self.config
-        return_freed_memory()
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
         files = token_files(config, self.run, quiet=self.quiet)
         self.loader = Loader(
