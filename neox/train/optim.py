@@ -48,7 +48,7 @@ def lr_factor(config: ScheduleConfig, lr: float, step: int, steps: int) -> float
     """
     warmup = config.warmup * steps
     if step < warmup:
-        return max(1, step) / warmup
+        return min(1.0, max(1, step) / warmup)  # a warmup of less than one step is none
     done = (step - warmup) / max(1.0, steps - warmup)
     floor = config.min_lr / lr
     return floor + (1 - floor) / 2 * (1 + math.cos(math.pi * done))
