@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from neox import cli
-from neox.checkpoint import CheckpointError, complete_steps, load_tensors, read_step
+from neox.checkpoint import CheckpointError, complete_steps, load_tensors, read_step, save_step
 from neox.config import load_config
 from neox.model import GPTNeoX
 from neox.train import build_optimizers
@@ -172,6 +172,15 @@ def test_metadata_that_describes_something_else(run, capsys):
         refused(capsys, run, "step_00000004/.metadata: cannot be read", "remove the folder")
 
 
+def test_a_tensor_with_a_part_missing(run, capsys):
+    """No chunk tells of that part, and memory as it was would take its place."""
+    path = run / "step_00000004" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["model.embed_in.weight"].chunks.clear()
+    path.write_bytes(pickle.dumps(metadata))
+    refused(capsys, run, "tensor model.embed_in.weight is not whole", "remove the folder")
+
+
 def test_flipped_bytes_of_metadata_are_refused_or_harmless(whole, tmp_path):
     """No flip of a byte lets through tensors that are not those that were saved, or an error that is not ours."""
     step = shutil.copytree(whole / "step_00000006", tmp_path / "step_00000006")
@@ -271,6 +280,25 @@ def test_a_full_disk_during_a_checkpoint(run, whole, tmp_path):
         assert not incomplete(run)
     assert Forked(tmp_path / "log", f"resume={run}").finish()[0] == 0
     assert_same_run(run, whole, tmp_path)
+
+
+def test_a_checkpoint_that_is_half_removed_does_not_read_as_complete(run, monkeypatch):
+    """The last sync fails, after .metadata is in place, and the process is killed while it cleans up."""
+    config, state = read_step(run / "step_00000004")
+    model = GPTNeoX(config.model)
+    optimizers = build_optimizers(model, config.optim)
+    load_tensors(run / "step_00000004", model, optimizers)
+
+    def sync(folder):
+        if folder == run:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("neox.checkpoint.native.sync_folder", sync)
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **named: None)
+    with pytest.raises(OSError, match="Input/output error: nothing was kept of this checkpoint"):
+        save_step(run, model, optimizers, config, state | {"step": 5})
+    assert (run / "step_00000005" / "__0_0.distcp").exists()
+    assert [path.name for path in complete_steps(run)] == ["step_00000002", "step_00000004"]
 
 
 def limit_files(size: int) -> None:

@@ -79,7 +79,7 @@ class Forked:
     def __init__(self, folder: Path, *arguments: str, setup: Callable[..., None] | None = None, **options: Any) -> None:
         folder.mkdir(exist_ok=True)
         self.files = folder / "stdout", folder / "stderr"
-        self.process = _forks.Process(target=_child, args=(arguments, self.files, setup, options))
+        self.process = _forks.Process(target=_child, args=(arguments, self.files, setup, options), daemon=True)
         self.process.start()
         self.pid = self.process.pid
 
