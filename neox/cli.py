@@ -1,8 +1,8 @@
 """The command line: ``neox VERB [TARGET...] key=value ...``.
 
 A verb is one function of (targets, options) whose docstring is its help; it imports what it needs when it runs, so
-that ``neox --help`` answers at once. It returns nothing, prints results to stdout, and raises ValueError or OSError
-with one line for the user.
+that ``neox --help`` answers at once. It returns nothing (or an exit status), prints results to stdout, and raises
+ValueError or OSError with one line for the user.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import inspect
 import itertools
 import os
 import re
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ import neox
 if TYPE_CHECKING:
     from neox.config import Config
 
-Verb = Callable[[list[str], list[str]], None]
+Verb = Callable[[list[str], list[str]], int | None]
 VERBS: dict[str, Verb] = {}
 
 
@@ -214,6 +216,64 @@ def prepare(targets: list[str], options: list[str]) -> None:
     )
 
 
+@verb
+def train(targets: list[str], options: list[str]) -> int:
+    """Train a model on text or on prepared tokens; continue a run that was stopped.
+
+    neox train [PRESET] [FILE.toml ...] data.train=SOURCE [out=RUN_DIR] [key=value ...]
+    neox train resume=RUN_DIR [key=value ...]
+
+    SOURCE is a prefix that `neox prepare` wrote, or a .txt or .jsonl file, which is tokenized first.
+    Ctrl-C and SIGTERM save after the current step; a run that was killed loses the steps since its
+    last checkpoint. Both are continued by resume=, bit for bit as if nothing had happened.
+
+    Options (`neox show` lists them all):
+      data.train=SOURCE    or '["a", "b"]'; data.valid= the same, held out
+      out=RUN_DIR          config.toml, metrics.jsonl and step_NNNNNNNN/ go here
+      steps=1000           optimizer steps
+      checkpoint.every=N   steps between checkpoints
+      eval.every=N         steps between evaluations on data.valid
+
+    Examples:
+      neox train data.train=corpus.txt out=runs/first steps=200
+      neox train pythia-14m data.train=data/corpus out=runs/14m dtype=bf16
+      neox train resume=runs/first
+      neox train resume=runs/first steps=400
+    """
+    from neox.checkpoint import complete_steps, read_step
+    from neox.options import parse_override
+    from neox.train import Trainer, run_config
+
+    overrides = [option for option in options if not option.startswith("resume=")]
+    resumed = [option.partition("=")[2] for option in options if option not in overrides]
+    if resumed and targets:
+        raise UsageError(f"resume= goes on with the run's own config; {targets[0]} does not belong beside it")
+    if resumed and any(parse_override(override)[:2] == ("log", "out") for override in overrides):
+        raise UsageError("a run is resumed where it is: leave out= away")
+
+    config = run_config(Path(resumed[-1]), overrides) if resumed else resolve(targets, overrides)
+    run, steps = Path(config.log.out), config.train.steps
+    again = f"neox train resume={shlex.quote(str(run))}"
+    if resumed and (kept := complete_steps(run)):
+        done = read_step(kept[-1])[1]["step"]
+        if done >= steps:
+            print(f"{run}: finished at step {done}; train on: {again} steps={2 * done}")
+            return 0
+    try:
+        result = Trainer(config, resume=bool(resumed)).fit()
+    except KeyboardInterrupt:
+        if (run / "config.toml").exists():
+            print(f"neox: interrupted; continue from the last checkpoint: {again}", file=sys.stderr)
+        raise
+    loss = "" if result.loss is None else f", loss {result.loss:.4f}"
+    if result.finished:
+        print(f"{run}: {result.step} steps done{loss}; train on: {again} steps={2 * result.step}")
+        return 0
+    name = signal.Signals(result.signal).name
+    print(f"{run}: stopped by {name}, saved at step {result.step} of {steps}{loss}; continue: {again}")
+    return 128 + result.signal
+
+
 def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
     """The config that a preset's name, TOML files and key=value options add up to."""
     from neox import presets
@@ -227,9 +287,9 @@ def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 for an error, 2 for bad usage, 130 when interrupted."""
+    """Run one command. Returns the exit status: 0, 1 for an error, 2 for bad usage, 128 + n if signal n stopped it."""
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except UsageError as error:
         return _fail(str(error), 2)
@@ -243,16 +303,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(_usage())
-        return
+        return 0
     if argv[0] == "--version":
         print(f"neox {neox.__version__}")
-        return
+        return 0
     name, arguments = argv[0], argv[1:]
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, 1)
@@ -260,7 +320,7 @@ def _run(argv: list[str]) -> None:
         raise UsageError(f"no verb {name!r}; {hint}")
     if "--help" in arguments or "-h" in arguments:
         print(inspect.getdoc(VERBS[name]))
-        return
+        return 0
     targets: list[str] = []
     options: list[str] = []
     for argument in arguments:
@@ -269,7 +329,7 @@ def _run(argv: list[str]) -> None:
         # A path may hold an equals sign; a key holds no slash and does not start with a dot.
         is_option = re.match(r"[A-Za-z_][\w.]*=", argument)
         (options if is_option else targets).append(argument)
-    VERBS[name](targets, options)
+    return VERBS[name](targets, options) or 0
 
 
 def _usage() -> str:
@@ -284,6 +344,7 @@ def _usage() -> str:
         "Examples:",
         "  neox show neox-20b",
         "  neox prepare corpus.txt out=data/corpus",
+        "  neox train pythia-14m data.train=data/corpus out=runs/first",
         "",
         "neox VERB --help says more; neox --version prints the version.",
     ]

@@ -36,10 +36,10 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def write_synced(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_synced(path: Path, write: Callable[[IO[bytes]], None], named: Path | None = None) -> None:
     """Call `write(file)` on a fresh binary file at `path` and fsync it; on failure no file stays behind.
 
-    Raises OSError naming `path` when the disk is full or the folder is not writable.
+    Raises OSError naming `named` (or `path`) when the disk is full or the folder is not writable.
     """
     try:
         with open(path, "wb") as file:
@@ -50,7 +50,7 @@ def write_synced(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         with suppress(OSError):
             path.unlink()
         if isinstance(error, OSError):
-            raise write_error(error, path) from error
+            raise write_error(error, named or path) from error
         raise
 
 
@@ -65,14 +65,14 @@ def write_atomic(path: Path, content: bytes) -> None:
     def write(file: IO[bytes]) -> None:
         file.write(content)
 
-    write_synced(temporary, write)
+    write_synced(temporary, write, named=path)
     os.replace(temporary, path)
     sync_folder(path.parent)
 
 
 def write_error(error: OSError, path: Path) -> OSError:
     """The same error, but saying which file could not be written: write() itself reports only the cause."""
-    return OSError(error.errno, f"cannot write ({error.strerror or error}), nothing was kept", str(path))
+    return OSError(error.errno, f"{error.strerror or error}: nothing was kept of it", str(path))
 
 
 def byte_progress(show: bool = True) -> Progress:

@@ -11,13 +11,15 @@ that admits the handful of classes that describe tensors and nothing else: loadi
 """
 
 import json
+import os
 import pickle
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -30,7 +32,9 @@ from neox.files import sync_folder, write_synced
 from neox.model import GPTNeoX
 
 FORMAT_VERSION = 1
+DAMAGED = "it is damaged: remove the folder, and the run resumes at the step before it"
 FAILURES = (Exception, dcp.CheckpointException)  # torch derives the latter from BaseException
+Kind = TypeVar("Kind", bound=BaseException)
 _STEP = re.compile(r"step_(\d{8})$")
 
 
@@ -69,8 +73,8 @@ def save_step(
         return folder
     # What a killed writer left is never reused: an old .metadata over new data would read as complete.
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     try:
+        folder.mkdir(parents=True)
         written = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2) + "\n"
         for name, content in (("config.toml", config.to_toml()), ("state.json", written)):
             write_synced(folder / name, _writer(content.encode()))
@@ -85,11 +89,15 @@ def save_step(
         sync_folder(folder)
         sync_folder(run)
     except BaseException as error:
+        with suppress(OSError):
+            (folder / ".metadata").unlink()  # first: what is half removed must not read as complete
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, Exception) and (cause := _disk_error(error)):
+        _pass_interrupt_on(error)
+        if isinstance(error, FAILURES) and (cause := _inside(error, OSError)):
+            reason = os.strerror(cause.errno) if cause.errno else cause
             raise OSError(
                 cause.errno,
-                f"{cause.strerror or cause}: nothing was kept of this checkpoint; free space, then resume",
+                f"{reason}: nothing was kept of this checkpoint; free space, then resume the run",
                 str(folder),
             ) from None
         raise
@@ -103,16 +111,22 @@ def _writer(content: bytes) -> Callable[[IO[bytes]], None]:
     return write
 
 
-def _disk_error(error: BaseException) -> OSError | None:
-    """The OSError inside what torch.distributed.checkpoint raises around it."""
+def _inside(error: BaseException, kind: type[Kind]) -> Kind | None:
+    """The error of that kind inside what torch.distributed.checkpoint raises around it."""
     seen: list[BaseException] = [error]
     for found in seen:
-        if isinstance(found, OSError):
+        if isinstance(found, kind):
             return found
         inner = getattr(found, "failures", {})
         seen += [e[0] if isinstance(e, tuple) else e for e in inner.values()]
         seen += [e for e in (found.__cause__, found.__context__) if e is not None and e not in seen]
     return None
+
+
+def _pass_interrupt_on(error: BaseException) -> None:
+    """torch.distributed.checkpoint wraps a Ctrl-C as it does a failure: it is none, and nothing is damaged."""
+    if isinstance(error, dcp.CheckpointException) and _inside(error, KeyboardInterrupt):
+        raise KeyboardInterrupt from None
 
 
 def read_step(folder: Path) -> tuple[Config, dict[str, Any]]:
@@ -123,6 +137,8 @@ def read_step(folder: Path) -> tuple[Config, dict[str, Any]]:
     version = state.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{folder}: format version {version}, this neox reads {FORMAT_VERSION}: upgrade neox")
+    if not all(isinstance(state.get(key), int) for key in ("step", "samples")):
+        raise CheckpointError(f"{folder / 'state.json'}: step or samples is no number; {DAMAGED}")
     return load_config(files=[folder / "config.toml"]), state
 
 
@@ -159,6 +175,9 @@ class _SafeReader(dcp.FileSystemReader):
         for key, entry in self.read_metadata().state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
                 raise CheckpointError(f"{self.path}: entry {key} is no tensor; neox did not write this checkpoint")
+            # A part that no chunk covers would be left as the memory was.
+            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                raise CheckpointError(f"{self.path}: tensor {key} is not whole; {DAMAGED}")
             stored[key] = entry
         return stored
 
@@ -166,9 +185,12 @@ class _SafeReader(dcp.FileSystemReader):
         path = Path(self.path) / ".metadata"
         try:
             with open(path, "rb") as file:
-                metadata: Metadata = _TensorsOnly(file).load()
+                metadata = _TensorsOnly(file).load()
+            if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+                raise TypeError("it holds no table of tensors")
         except Exception as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}); use the step before it") from None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise CheckpointError(f"{path}: cannot be read ({reason}); {DAMAGED}") from None
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -183,37 +205,46 @@ def load_tensors(folder: Path, model: GPTNeoX, optimizers: Iterable[torch.optim.
     reader = _SafeReader(folder)
     stored = reader.entries()
     names = dict(model.named_parameters())
-    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    owner: dict[Tensor, tuple[torch.optim.Optimizer, dict[str, Any]]] = {
+        p: (o, group) for o in optimizers for group in o.param_groups for p in group["params"]
+    }
     wanted: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in names.items()}
-    for key, entry in stored.items():
-        if not key.startswith("optim.") or not optimizers:
-            continue
-        name, _, kind = key.removeprefix("optim.").rpartition(".")
-        if name not in names:
-            raise CheckpointError(f"{folder}: {key} belongs to no parameter of this model")
-        like = names[name]
-        state = owner[like].state[like]
-        # State of the parameter's shape lives where the parameter lives; step counters are scalars on the CPU.
-        value = torch.empty_like(like) if entry.size == like.shape else torch.empty(entry.size)
-        state[kind] = value.to(entry.properties.dtype)
-        wanted[key] = state[kind]
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    for name, parameter in names.items() if optimizers else ():
+        states[parameter] = _empty_state(*owner[parameter], parameter)
+        wanted |= {f"optim.{name}.{key}": value for key, value in states[parameter].items()}
+    hint = "the run's own model and optim settings fit it"
     for key, value in wanted.items():
         if key not in stored:
-            raise CheckpointError(f"{folder}: tensor {key} is missing")
+            raise CheckpointError(f"{folder}: tensor {key} is missing; {hint}")
         if stored[key].size != value.shape:
             raise CheckpointError(
-                f"{folder}: tensor {key} has shape {list(stored[key].size)}, this model expects {list(value.shape)}"
+                f"{folder}: tensor {key} has shape {list(stored[key].size)}, this config expects {list(value.shape)}; "
+                f"{hint}"
             )
     extra = sorted(k for k in stored if k not in wanted and (optimizers or not k.startswith("optim.")))
     if extra:
-        raise CheckpointError(f"{folder}: tensor {extra[0]} is not part of this model")
+        raise CheckpointError(f"{folder}: tensor {extra[0]} is not part of what this config describes; {hint}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(wanted, storage_reader=reader, no_dist=True)
     except FAILURES as error:
+        _pass_interrupt_on(error)
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise CheckpointError(f"{folder}: cannot be read ({reason}); it is damaged, use the step before it") from None
+        raise CheckpointError(f"{folder}: cannot be read ({reason}); {DAMAGED}") from None
+    for filled, state in states.items():
+        owner[filled][0].state[filled] = state
+
+
+def _empty_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+    """What the optimizer keeps of a parameter once it has taken a step, to be filled."""
+    if isinstance(optimizer, torch.optim.Muon):
+        return {"momentum_buffer": torch.empty_like(parameter)}
+    assert isinstance(optimizer, torch.optim.AdamW), f"state of {type(optimizer).__name__} is unknown"
+    # torch's fused kernel wants the step counter beside the parameter, the others on the CPU.
+    step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+    return {"step": step, "exp_avg": torch.empty_like(parameter), "exp_avg_sq": torch.empty_like(parameter)}
 
 
 def load_native(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> GPTNeoX:

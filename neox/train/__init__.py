@@ -2,6 +2,6 @@
 
 from neox.train.loss import cross_entropy
 from neox.train.optim import Muon, build_optimizers, lr_factor
-from neox.train.trainer import Result, Trainer
+from neox.train.trainer import Result, Trainer, run_config
 
-__all__ = ["Muon", "Result", "Trainer", "build_optimizers", "cross_entropy", "lr_factor"]
+__all__ = ["Muon", "Result", "Trainer", "build_optimizers", "cross_entropy", "lr_factor", "run_config"]

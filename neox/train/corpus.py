@@ -1,11 +1,15 @@
 """From what `data.train` and `data.valid` name to token files: prefixes as they are, text tokenized into the run."""
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from neox.config import Config
 from neox.data import prepare, read_documents
+from neox.data.mmap import pair
 from neox.tokenizer import Tokenizer, train_bpe
 
 
@@ -16,7 +20,27 @@ class TokenFiles:
 
 
 def _is_prefix(name: str) -> bool:
-    return Path(f"{name}.idx").exists()
+    """Also where half of the pair is missing: to be read as text is not what its user meant."""
+    return name.endswith((".bin", ".idx")) or Path(f"{name}.idx").exists() or Path(f"{name}.bin").exists()
+
+
+def check_named(config: Config) -> None:
+    """Raises ValueError where the config names no data for what it asks; looks at no file."""
+    if not config.data.train:
+        raise ValueError("data.train is empty: name .bin/.idx prefixes (see `neox prepare`) or text files")
+    if config.eval.every and not config.data.valid:
+        raise ValueError("data.valid is empty but eval.every is set: name held-out text, or set eval.every=0")
+
+
+def discard(config: Config, run: Path) -> None:
+    """Drop what a start that never reached a step left in RUN: it may come from other text than this config's."""
+    kept, given = run / "tokenizer.json", config.tokenizer.path
+    sources = (Path(given), Path(given) / "tokenizer.json") if given else ()
+    if kept.exists() and not any(source.exists() and kept.samefile(source) for source in sources):
+        kept.unlink()
+    for kind, names in (("train", config.data.train), ("valid", config.data.valid)):
+        for number in range(len(names)):
+            (run / "data" / f"{kind}-{number}.idx").unlink(missing_ok=True)  # without it the pair is not complete
 
 
 def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
@@ -24,12 +48,20 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
 
     Text files (.txt, .jsonl) are tokenized into RUN/data once, with `tokenizer.path`, or with a tokenizer that is
     trained on the training text. The tokenizer goes to RUN/tokenizer.json, so that the run is complete in itself.
-    Raises ValueError where nothing is named, or the model has fewer vocabulary rows than the tokenizer.
+    Raises ValueError where the model has fewer vocabulary rows than the tokenizer or the data need, where RUN/data
+    was made from other text, and where one tokenizer cannot have made all of the data.
     """
+    check_named(config)
     data = config.data
-    if not data.train:
-        raise ValueError("data.train is empty: name .bin/.idx prefixes (see `neox prepare`) or text files")
-    text = [name for name in (*data.train, *data.valid) if not _is_prefix(name)]
+    wanted = [
+        (kind, name, Path(name) if _is_prefix(name) else run / "data" / f"{kind}-{number}")
+        for kind, names in (("train", data.train), ("valid", data.valid))
+        for number, name in enumerate(names)
+    ]
+    text = {name: prefix for _, name, prefix in wanted if not _is_prefix(name)}
+    for name, prefix in text.items():
+        if not prefix.with_suffix(".idx").exists():
+            read_documents(name, data.text_key)  # reads nothing yet: a file that is missing is missed at once
     tokenizer = _tokenizer(config, run, bool(text), quiet)
     if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -37,17 +69,39 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
             f"set model.vocab_size={tokenizer.padded_vocab_size()}"
         )
     found: dict[str, list[Path]] = {"train": [], "valid": []}
-    for kind, names in (("train", data.train), ("valid", data.valid)):
-        for number, name in enumerate(names):
-            prefix = Path(name) if _is_prefix(name) else run / "data" / f"{kind}-{number}"
-            if not _is_prefix(str(prefix)):
-                assert tokenizer is not None
-                prefix.parent.mkdir(parents=True, exist_ok=True)
-                prepare(
-                    [name], prefix, tokenizer, text_key=data.text_key, append_eod=data.append_eod, progress=not quiet
-                )
-            found[kind].append(prefix)
+    for kind, name, prefix in wanted:
+        if name in text and not prefix.with_suffix(".idx").exists():
+            assert tokenizer is not None
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            prepare([name], prefix, tokenizer, text_key=data.text_key, append_eod=data.append_eod, progress=not quiet)
+        noted = _manifest(prefix)
+        sources = [source["path"] for source in noted.get("sources", [])]
+        if name in text and sources not in ([], [name]):
+            raise ValueError(
+                f"{prefix}: holds the tokens of {sources[0]}, data.{kind} names {name}: a run keeps its text, "
+                "choose another out="
+            )
+        if tokenizer and noted and noted["tokenizer_sha256"] != tokenizer.sha256:
+            raise ValueError(
+                f"{prefix}: made with another tokenizer than {run / 'tokenizer.json'}: "
+                "set tokenizer.path to the one it was made with, or prepare it again"
+            )
+        if noted.get("vocab_size", 0) > config.model.vocab_size:
+            raise ValueError(
+                f"{prefix}: made with {noted['vocab_size']} tokens, model.vocab_size is {config.model.vocab_size}: "
+                f"set model.vocab_size={noted['vocab_size']} or more"
+            )
+        found[kind].append(prefix)
     return TokenFiles(found["train"], found["valid"])
+
+
+def _manifest(prefix: Path) -> dict[str, Any]:
+    """What `prepare` noted beside a pair; empty where another program wrote it."""
+    with suppress(OSError, ValueError):
+        noted = json.loads(pair(prefix)[0].with_suffix(".json").read_bytes())
+        if isinstance(noted, dict) and "tokenizer_sha256" in noted:
+            return noted
+    return {}
 
 
 def _tokenizer(config: Config, run: Path, needed: bool, quiet: bool) -> Tokenizer | None:
@@ -60,9 +114,11 @@ def _tokenizer(config: Config, run: Path, needed: bool, quiet: bool) -> Tokenize
     elif beside.exists():
         tokenizer = Tokenizer.from_file(beside)
     elif needed:
-        documents = chain.from_iterable(
-            read_documents(name, config.data.text_key) for name in config.data.train if not _is_prefix(name)
-        )
+        if made := next((name for name in config.data.train if _is_prefix(name)), None):
+            raise ValueError(
+                f"{made}: is tokens already, and the text beside it needs the same tokenizer: set tokenizer.path"
+            )
+        documents = chain.from_iterable(read_documents(name, config.data.text_key) for name in config.data.train)
         tokenizer = train_bpe(documents, config.tokenizer.vocab_size, progress=not quiet)
     else:
         return None

@@ -1,10 +1,11 @@
 """What a run tells: one JSON row a logged step in metrics.jsonl, and a live line on the console."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,18 +18,32 @@ class JsonlSink:
 
     def __init__(self, path: Path, first_step: int) -> None:
         """Keep the rows of steps up to `first_step` (a row cut by a crash is dropped) and append from there."""
-        kept = [row for row in read_rows(path) if row["step"] <= first_step] if path.exists() else []
+        kept = [row for row in read_rows(path) if row.get("step", math.inf) <= first_step] if path.exists() else []
         write_atomic(path, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
-        self.file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.path = path
+        # Unbuffered: what a full disk refused must not be tried again when the file is closed.
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        left = memoryview(json.dumps(row).encode() + b"\n")
+        try:
+            while left:
+                left = left[self.file.write(left) :]
+        except OSError as error:
+            raise self._named(error) from None
+
+    def sync(self) -> None:
+        """Make the rows so far survive a power cut: called before the checkpoint that covers them."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise self._named(error) from None
 
     def close(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
+
+    def _named(self, error: OSError) -> OSError:
+        return OSError(error.errno, f"{error.strerror or error}: free space, then resume the run", str(self.path))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -36,9 +51,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_bytes().split(b"\n"):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

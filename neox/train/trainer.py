@@ -4,11 +4,11 @@ Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step.
 """
 
 import contextlib
-import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from neox.checkpoint import complete_steps, load_tensors, read_step, save_step
-from neox.config import Config
+from neox.config import Config, load_config
 from neox.counts import train_flops_per_token
 from neox.data import Batch, Loader, TokenDataset
 from neox.data.loader import IGNORED
 from neox.files import write_atomic
 from neox.model import GPTNeoX
 from neox.runtime import matmul_flops, peak_memory, resolve_device
-from neox.train.corpus import token_files
+from neox.train.corpus import check_named, discard, token_files
 from neox.train.loss import cross_entropy
 from neox.train.metrics import ConsoleSink, JsonlSink
 from neox.train.optim import build_optimizers, lr_factor, set_lr
@@ -36,14 +36,30 @@ class Result:
     step: int  # optimizer steps done, over all calls
     finished: bool  # false where a signal ended the run early; it is saved and can be resumed
     signal: int = 0  # the signal that ended it, 0 for none
+    loss: float | None = None  # of the last step of this call, None where it took none
+
+
+def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
+    """The config that a resumed run goes on with: its own, overrides on top.
+
+    RUN/config.toml holds what the run was last started or resumed with; a copy without it has its newest checkpoint's.
+    Raises ValueError where the directory holds neither.
+    """
+    files = [run / "config.toml", *(step / "config.toml" for step in reversed(complete_steps(run)))]
+    kept = next((file for file in files if file.is_file()), None)
+    if kept is None:
+        raise ValueError(f"{run}: holds no run (no config.toml): start one with `neox train ... out={run}`")
+    config = load_config(files=[kept], overrides=overrides)
+    # The run may have been moved: it is where it was found.
+    return config.model_copy(update={"log": config.log.model_copy(update={"out": str(run)})})
 
 
 class Trainer:
     """Trains the model that a config describes, in a run directory that holds all that a resumed run needs.
 
     `hooks` are called as hook(trainer, step) once before the first step and after each one: samples, evaluations,
-    pictures come in that way. `trainer.model` is the live model. Raises ValueError for a config, data or run directory
-    that cannot be used.
+    pictures come in that way. `trainer.model` is the live model. Both the constructor and `fit` raise ValueError for a
+    config, data or run directory that cannot be used, `fit` also OSError where the disk is full.
     """
 
     def __init__(
@@ -57,10 +73,7 @@ class Trainer:
         self.config, self.hooks, self.quiet = config, hooks, quiet
         self.run = Path(config.log.out)
         self.resume = resume
-        if not resume and self.run.is_dir() and (complete_steps(self.run) or (self.run / "metrics.jsonl").exists()):
-            raise ValueError(
-                f"{self.run}: holds a run: continue it with `neox train resume={self.run}`, or choose another out="
-            )
+        check_named(config)
         self.device = resolve_device(config.train.device)
         self.step = 0
         self.stop_signal = 0
@@ -68,38 +81,51 @@ class Trainer:
     def fit(self) -> Result:
         """Train up to `train.steps`, saving as configured; Ctrl-C and SIGTERM save and return early."""
         self.run.mkdir(parents=True, exist_ok=True)
-        with _only_writer(self.run), self._signals():
+        with _only_writer(self.run):
+            # Looked at under the lock: a run that another process has just finished must not be begun again.
+            if not self.resume and (complete_steps(self.run) or (self.run / "metrics.jsonl").exists()):
+                raise ValueError(
+                    f"{self.run}: holds a run: continue it with `neox train resume={self.run}`, or choose another out="
+                )
             self._build()
-            steps, every = self.config.train.steps, self.config.checkpoint.every
-            console = None if self.quiet else ConsoleSink(self.step, steps)
-            sinks: list[JsonlSink | ConsoleSink] = [JsonlSink(self.run / "metrics.jsonl", self.step)]
-            if console:
-                sinks.append(console)
-            try:
-                if self.step and console:
-                    console.say(f"resumed {self.run} at step {self.step} of {steps}")
+            # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
+            with self._signals():
+                return self._loop()
+
+    def _loop(self) -> Result:
+        steps, every = self.config.train.steps, self.config.checkpoint.every
+        console = None if self.quiet else ConsoleSink(self.step, steps)
+        rows = JsonlSink(self.run / "metrics.jsonl", self.step)
+        sinks: list[JsonlSink | ConsoleSink] = [rows, console] if console else [rows]
+        loss = None
+        try:
+            if self.step and console:
+                console.say(f"resumed {self.run} at step {self.step} of {steps}")
+            self._call_hooks()
+            stop = 0
+            while self.step < steps and not stop:
+                started = time.perf_counter()
+                loss, norm, lr = self.train_step()
+                self.step += 1
+                if self.step % self.config.log.every == 0 or self.step in (1, steps):
+                    row = self._row(loss.item(), norm.item(), lr, time.perf_counter() - started)
+                    for sink in sinks:
+                        sink.write(row)
+                elif console:
+                    console.step(self.step)
+                if self.config.eval.every and (self.step % self.config.eval.every == 0 or self.step == steps):
+                    valid = {"step": self.step, "valid_loss": self.validate()}
+                    for sink in sinks:
+                        sink.write(valid)
                 self._call_hooks()
-                while self.step < steps and not self.stop_signal:
-                    started = time.perf_counter()
-                    loss, norm, lr = self.train_step()
-                    self.step += 1
-                    if self.step % self.config.log.every == 0 or self.step in (1, steps):
-                        row = self._row(loss.item(), norm.item(), lr, time.perf_counter() - started)
-                        for sink in sinks:
-                            sink.write(row)
-                    elif console:
-                        console.step(self.step)
-                    if self.config.eval.every and (self.step % self.config.eval.every == 0 or self.step == steps):
-                        valid = {"step": self.step, "valid_loss": self.validate()}
-                        for sink in sinks:
-                            sink.write(valid)
-                    self._call_hooks()
-                    if self.step == steps or self.stop_signal or (every and self.step % every == 0):
-                        self.save()
-            finally:
-                for sink in sinks:
-                    sink.close()
-        return Result(self.step, self.step >= self.config.train.steps, self.stop_signal)
+                stop = self.stop_signal  # once: a signal that comes after this line ends, and saves, the next step
+                if self.step == steps or stop or (every and self.step % every == 0):
+                    rows.sync()  # a resumed run drops what is beyond its checkpoint, and could not make up for less
+                    self.save()
+        finally:
+            for sink in sinks:
+                sink.close()
+        return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else loss.item())
 
     def train_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimizer step: its mean loss per token, the gradient norm before clipping, the learning rate."""
@@ -122,9 +148,11 @@ class Trainer:
     def _loss(self, batch: Batch, scale: float, backward: bool) -> torch.Tensor:
         """Loss of one microbatch times `scale`; with `backward` its gradients are added."""
         vocab = self.config.model.vocab_size
-        largest = int(batch.tokens.max())
-        if largest >= vocab:
-            raise ValueError(f"the data holds token {largest}, the model has {vocab} rows: raise model.vocab_size")
+        for token in (int(batch.tokens.max()), int(batch.labels.max()), int(batch.tokens.min())):
+            if not 0 <= token < vocab:
+                raise ValueError(
+                    f"the data holds token {token}, model.vocab_size is {vocab}: raise it, or prepare the data again"
+                )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bf16"):
             hidden = self.model(
                 batch.tokens.to(self.device),
@@ -142,17 +170,15 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss per token over the first `eval.batches` global batches of the held-out text."""
         if self.valid is None:
-            raise ValueError("eval.every is set but data.valid names no held-out text")
+            raise ValueError("data.valid is empty: name held-out text")
         self.model.eval()
         total, tokens = 0.0, 0
-        per_step = self.config.train.global_batch_size
-        windows = min(self.valid.num_windows, self.config.eval.batches * per_step)
-        for step in range(-(-windows // per_step)):
-            for batch in Loader(self.valid, min(per_step, windows)).microbatches(
-                step, self.config.train.micro_batch_size
-            ):
-                total += self._loss(batch, 1.0, backward=False).item()
-                tokens += batch.labels.numel()
+        wanted = self.config.eval.batches * self.config.train.global_batch_size
+        # One batch of as many windows as there are: a short text is not read twice.
+        windows = Loader(self.valid, min(wanted, self.valid.num_windows))
+        for batch in windows.microbatches(0, self.config.train.micro_batch_size):
+            total += self._loss(batch, 1.0, backward=False).item()
+            tokens += int((batch.labels != IGNORED).sum())
         return total / tokens
 
     def save(self) -> Path:
@@ -163,6 +189,18 @@ class Trainer:
     def _build(self) -> None:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
         config = self.config
+        done = complete_steps(self.run) if self.resume else []
+        state = read_step(done[-1])[1] if done else {"step": 0, "samples": 0}
+        self.step = state["step"]
+        if self.step and state["samples"] != self.step * config.train.global_batch_size:
+            raise ValueError(
+                f"{self.run}: took {state['samples'] // self.step} sequences a step: a run keeps its "
+                "train.global_batch_size"
+            )
+        if not self.resume:
+            discard(config, self.run)
+        if not done:  # before the text is tokenized, which may take long: from now on `resume=` continues
+            self._write_config()
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
         files = token_files(config, self.run, quiet=self.quiet)
         self.loader = Loader(
@@ -175,16 +213,16 @@ class Trainer:
         with torch.device("meta"):
             self.model = GPTNeoX(config.model)
         self.model.to_empty(device=self.device)
-        if config.model.tie_word_embeddings:
-            self.model.embed_out.weight = self.model.embed_in.weight
+        self.model.tie()
         self.optimizers = build_optimizers(self.model, config.optim)
-        done = complete_steps(self.run) if self.resume else []
         if done:
             load_tensors(done[-1], self.model, self.optimizers)
-            self.step = int(read_step(done[-1])[1]["step"])
+            self._write_config()  # with what was changed for this call, now that it is known to fit
         else:
             self.model.initialize(config.train.seed)
-            write_atomic(self.run / "config.toml", config.to_toml().encode())
+
+    def _write_config(self) -> None:
+        write_atomic(self.run / "config.toml", self.config.to_toml().encode())
 
     def _row(self, loss: float, norm: float, lr: float, seconds: float) -> dict[str, Any]:
         tokens = self.config.train.global_batch_size * self.config.data.seq_length
@@ -212,14 +250,16 @@ class Trainer:
 
         def ask(number: int, _: Any) -> None:
             self.stop_signal = number
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if not self.quiet:  # not through a stream: it may be in the middle of a write
+                os.write(2, b"\nneox: stopping after this step; Ctrl-C again stops at once, without saving\n")
 
-        before: dict[int, Any] = {}
-        try:
-            for asked in (signal.SIGINT, signal.SIGTERM):
-                before[asked] = signal.signal(asked, ask)
-        except ValueError:  # not the main thread: whoever runs us there handles signals
-            before = {}
+        if threading.current_thread() is not threading.main_thread():  # whoever runs us there handles signals
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, ask)
         try:
             yield
         finally:
@@ -232,18 +272,18 @@ def _only_writer(run: Path) -> Iterator[None]:
     """Refuse a second writer on a run directory; the lock goes with the process, also when it is killed."""
     import fcntl
 
-    with open(run / ".lock", "a+", encoding="utf-8") as file:
+    handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "{}"
-            process = json.loads(owner).get("pid", "unknown")
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            process = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
             raise ValueError(
-                f"{run}: another process ({process}) is writing this run: wait for it, stop it, or choose another out="
+                f"{run}: process {process} is writing this run: wait for it, stop it, or choose another out="
             ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(json.dumps({"pid": os.getpid()}))
-        file.flush()
+        with contextlib.suppress(OSError):  # the number is a courtesy: on a full disk the lock holds all the same
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{os.getpid()}\n".encode())
         yield
+    finally:
+        os.close(handle)
