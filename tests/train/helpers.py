@@ -1,10 +1,12 @@
 """Tiny runs for the tests of training: their data, their options, their processes, and what is compared of them."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +36,7 @@ TINY = (
     "log.every=1",
     "device=cpu",
 )
+HANGS = 180  # seconds: only to end a test that would never end
 TIMING = {"tokens_per_second", "mfu", "memory", "seconds", "time"}
 
 
@@ -64,7 +67,7 @@ def start(*arguments: str, slow_sync: float = 0.0, folder: Path | None = None) -
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANGS)
     return process.returncode, out, err
 
 
@@ -91,13 +94,14 @@ class Forked:
 
     def finish(self) -> tuple[int, str, str]:
         """Exit status (negative: the signal it died of), stdout, stderr."""
-        self.process.join(120)
+        self.process.join(HANGS)
         assert self.process.exitcode is not None, "does not end"
         return self.process.exitcode, *(file.read_text() for file in self.files)
 
 
 def _child(arguments: tuple[str, ...], files: tuple[Path, Path], setup: Callable[..., None] | None, options: Any):
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1)  # what is it doing?
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     if setup:
@@ -107,10 +111,15 @@ def _child(arguments: tuple[str, ...], files: tuple[Path, Path], setup: Callable
 
 def wait_for(condition: Callable[[], Any], process: Any) -> None:
     """Poll until `condition()`; fails where the process ends first."""
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + HANGS
     while not condition():
         assert process.poll() is None, "ended before the moment that was waited for"
-        assert time.monotonic() < limit, "the moment that was waited for never came"
+        if time.monotonic() > limit:
+            if isinstance(process, Forked):
+                process.send(signal.SIGUSR1)
+                time.sleep(1)
+                raise AssertionError(f"the moment never came; the process says {process.files[1].read_text()}")
+            raise AssertionError("the moment never came")
         time.sleep(0.001)
 
 
