@@ -63,16 +63,14 @@ def train_memory(config: Config) -> TrainMemory:
     Weights, gradients and AdamW's two moments are fp32: 16 bytes per parameter. Muon keeps one moment for the blocks'
     matrices. Activations are what autograd keeps per token and block (Korthikanti et al. 2022, section 4.1, without
     dropout and without the attention matrix, which the fused kernel does not keep): the norms' input and outputs,
-    q, k, v, the attention's output, and the MLP before and after its activation: 7C + 2F values. 2C more with rotary
-    positions (v is a view of the fused projection, so q and k stay beside their rotated copies), C more for a serial
-    residual (its second norm has an input of its own), C less for a shared norm. Logits: one chunk of the loss with
-    its gradient, fp32.
+    q, k, v, the attention's output, and the MLP before its activation, which is computed again: 7C + F values. C more
+    for a serial residual (its second norm has an input of its own), C less for a shared norm. Logits: one chunk of the
+    loss, turned into its own gradient in place; in bf16 the product, its fp32 copy and the gradient.
     """
     model, train = config.model, config.train
     p, c, f = parameters(model), model.hidden_size, model.ffn_size
     matrices = model.num_hidden_layers * (4 * c * c + 2 * c * f)
-    rotated = 2 if model.rotary_dim else 0
-    per_layer = (7 + rotated + (not model.use_parallel_residual) - model.shared_layer_norm) * c + 2 * f
+    per_layer = (7 + (not model.use_parallel_residual) - model.shared_layer_norm) * c + f
     tokens = train.micro_batch_size * config.data.seq_length
     bytes_per_value = 4 if train.dtype == "fp32" else 2
     return TrainMemory(
@@ -81,7 +79,7 @@ def train_memory(config: Config) -> TrainMemory:
         optimizer=8 * p.total - (4 * matrices if config.optim.name == "muon" else 0),
         # On top of the blocks: the final norm's input and output.
         activations=bytes_per_value * tokens * (model.num_hidden_layers * per_layer + 2 * c),
-        logits=2 * 4 * min(train.loss_chunk, tokens) * model.vocab_size,
+        logits=(4 if train.dtype == "fp32" else 2 + 4 + 2) * min(train.loss_chunk, tokens) * model.vocab_size,
     )
 
 

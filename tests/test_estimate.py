@@ -197,32 +197,43 @@ def test_training_holds_16_bytes_a_parameter():
     assert memory.weights + memory.gradients + memory.optimizer == 16 * PUBLISHED["pythia-160m"][0]
     muon = estimate.train_memory(load_config("pythia-160m", overrides=["optim.name=muon"]))
     assert memory.optimizer - muon.optimizer == 4 * 12 * 12 * 768**2  # one fp32 moment less for 12 C^2 per layer
-    assert memory.logits == 2 * 4 * 2048 * 50304
+    chunk = config.train.loss_chunk
+    assert memory.logits == 4 * chunk * 50304
+    # bf16 products, their fp32 copy, and its gradient in bf16 again
+    bf16 = estimate.train_memory(load_config("pythia-160m", overrides=["train.dtype=bf16"]))
+    assert bf16.logits == (2 + 4 + 2) * chunk * 50304
 
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_activations_are_near_what_autograd_keeps(parallel):
-    """Within 10 % of the storage that transformers' fused-attention model holds for its backward pass."""
+    """Within 10 % of the storage that our model holds for its backward pass, and less than transformers' holds."""
     torch = pytest.importorskip("torch")
+    from neox.model import GPTNeoX
+
     width, layers, batch, length = 256, 3, 2, 128
     model = ModelConfig(
         vocab_size=96, hidden_size=width, num_hidden_layers=layers, use_parallel_residual=parallel, rotary_pct=0.25
     )
-    theirs = hugging_face(model, attn_implementation="sdpa").to_empty(device="cpu").train()
-    weights = {weight.untyped_storage().data_ptr() for weight in theirs.parameters()}
-    kept = {}
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
+    def kept(network, **options):
+        weights = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
+        storages = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        theirs(torch.zeros(batch, length, dtype=torch.long), use_cache=False)
-    measured = sum(storage.nbytes() for storage in kept.values())
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            network(torch.zeros(batch, length, dtype=torch.long), **options)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    measured = kept(GPTNeoX(model).initialize(), head=False)
     config = Config(model=model, train={"micro_batch_size": batch}, data={"seq_length": length})
     assert estimate.train_memory(config).activations == pytest.approx(measured, rel=0.1)
+    theirs = hugging_face(model, attn_implementation="sdpa").to_empty(device="cpu").train()
+    assert measured < kept(theirs, use_cache=False)
 
 
 # --- show ------------------------------------------------------------------------------------------------------------

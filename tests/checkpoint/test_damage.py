@@ -294,7 +294,7 @@ def test_a_run_directory_and_a_step_folder_load_as_the_model_that_was_trained(tm
     networks = {}
     for step in (0, 100, 20):
         networks[step] = ours(seed=step, **config.model.model_dump())
-        save_step(run, networks[step], [], config, {"step": step})
+        save_step(run, networks[step], [], config, {"step": step, "samples": step})
     tokenizer.save(run / "tokenizer.json")
     (run / "step_00000200").mkdir()  # of a writer that was killed: no .metadata
     for source, step in ((run, 100), (run / "step_00000020", 20), (str(run / "step_00000000"), 0)):
@@ -317,7 +317,7 @@ def test_a_step_of_another_model_is_refused(tmp_path):
         ("num_hidden_layers = 1", "num_hidden_layers = 2", "is missing"),
         ("hidden_size = 32", "hidden_size = 64", "has shape"),
         ("head_bias = false", "head_bias = true", "model.embed_out.bias is missing"),
-        ("qkv_bias = true", "qkv_bias = false", "is not part of this model"),
+        ("qkv_bias = true", "qkv_bias = false", "is not part of what this config describes"),
     ):
         assert text.count(old) == 1
         (folder / "config.toml").write_text(text.replace(old, new))
