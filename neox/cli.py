@@ -39,7 +39,7 @@ def verb(function: Verb) -> Verb:
 
 
 @verb
-def quickstart(targets: list[str], options: list[str]) -> None:
+def quickstart(targets: list[str], options: list[str]) -> int:
     """Train a small GPT-NeoX in minutes, offline: measure, train, score, draw.
 
     neox quickstart [key=value ...]
@@ -56,7 +56,8 @@ def quickstart(targets: list[str], options: list[str]) -> None:
         raise UsageError("quickstart takes key=value options only")
     from neox.quickstart import quickstart as run
 
-    _ended(run(["log.out=runs/quickstart", *options]).signal)
+    result = run(["log.out=runs/quickstart", *options])
+    return 128 + result.signal if result.signal else 0
 
 
 @verb
@@ -128,12 +129,6 @@ def convert(targets: list[str], options: list[str]) -> None:
     model, tokenizer = load(targets[0], "cpu", dtype)
     save(model, out, tokenizer)
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
-
-
-def _ended(signal: int) -> None:
-    """End as a process does that a signal ended, where one did."""
-    if signal:
-        raise SystemExit(128 + signal)
 
 
 @verb
@@ -267,7 +262,7 @@ def train(targets: list[str], options: list[str]) -> int:
         raise
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     if result.finished:
-        print(f"{run}: {result.step} steps done{loss}; train on: {again} steps={2 * result.step}")
+        print(f"{run}: {result.step} steps done{loss}; next: neox generate {shlex.quote(str(run))} prompt='The '")
         return 0
     name = signal.Signals(result.signal).name
     print(f"{run}: stopped by {name}, saved at step {result.step} of {steps}{loss}; continue: {again}")

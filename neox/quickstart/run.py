@@ -1,5 +1,6 @@
 """The whole of NeoX in a few minutes: measure, read, tokenize, train, export, score, draw, print what comes next."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -56,13 +57,16 @@ def quickstart(overrides: Sequence[str] = (), corpus: Corpus | None = None, out:
     # Waited for here: the compressor would take a core from the training.
     write_atomic(folder / "baselines.json", json.dumps(baselines()).encode())
 
-    pages = _Pages(folder / "pages", tokenizer, corpus)
+    pages, witness = _Pages(folder / "pages", tokenizer, corpus), _Witness(folder)
     started = _started(folder, config)
-    trainer = Trainer(config, resume=started, hooks=(pages.hook,))
+    trainer = Trainer(config, resume=started, hooks=(witness.hook, pages.hook))
     counted = parameters(config.model)
     say(f"Training {counted.total:,} parameters, {config.train.steps} steps; Ctrl-C saves, the same command continues")
     result = trainer.fit()
+    if continued := witness.says():
+        say(continued)
     if not result.finished:
+        witness.stopped(trainer)
         say(f"Stopped and saved at step {result.step}: run `neox quickstart` again and it continues, bit for bit")
         return result
 
@@ -122,6 +126,60 @@ def _started(folder: Path, config: Config) -> bool:
                     f"{folder} holds a run with another {section}.{key}: delete the folder, or choose another out="
                 )
     return True
+
+
+class _Witness:
+    """Checks that a continued run goes on bit-identically, by what the interrupted one left behind.
+
+    A run that was stopped leaves a hash of its weights and optimizer state; one that was killed leaves logged losses
+    beyond its last checkpoint, whose steps are computed again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.kept, self.rows = folder / "stopped.json", folder / "metrics.jsonl"
+        self.losses = self._losses() if self.rows.exists() else {}
+        self.start = -1
+        self.same_state: bool | None = None
+
+    def _losses(self) -> dict[int, float]:
+        return {row["step"]: row["loss"] for row in read_rows(self.rows) if "loss" in row}
+
+    def hook(self, trainer: Trainer, step: int) -> None:
+        if self.start < 0:
+            self.start = step
+            if self.kept.exists():
+                stored = json.loads(self.kept.read_bytes())
+                self.same_state = stored["sha256"] == _digest(trainer) if stored["step"] == step else None
+
+    def stopped(self, trainer: Trainer) -> None:
+        write_atomic(self.kept, json.dumps({"step": trainer.step, "sha256": _digest(trainer)}).encode())
+
+    def says(self) -> str | None:
+        """One line about a continued run, None for one that began here."""
+        if self.start <= 0:
+            return None
+        now = self._losses()
+        again = [step for step in self.losses if step > self.start and step in now]
+        different = [step for step in again if now[step] != self.losses[step]]
+        if different or self.same_state is False:
+            where = f"step {different[0]}'s loss" if different else f"the state at step {self.start}"
+            return (
+                f"Continued from step {self.start}, not bit-identically: {where} differs (another machine or install?)"
+            )
+        checks = ["the weights and the optimizer state had the hash that was saved"] if self.same_state else []
+        if again:
+            checks.append(f"{len(again)} logged steps computed again gave the same losses to the last bit")
+        return f"Continued from step {self.start}" + (f", bit-identically: {'; '.join(checks)}" if checks else "")
+
+
+def _digest(trainer: Trainer) -> str:
+    digest = hashlib.sha256()
+    for parameter in trainer.model.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+        for optimizer in trainer.optimizers:
+            for _, value in sorted(optimizer.state.get(parameter, {}).items()):
+                digest.update(value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Pages:

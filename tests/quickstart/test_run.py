@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_our_model_scores_the_same(finished, small_corpus):
     )
 
 
-def test_interrupted_and_called_again_it_ends_with_the_same_weights(finished, small_corpus, tmp_path, monkeypatch):
+def test_stopped_and_called_again_it_ends_with_the_same_weights(finished, small_corpus, tmp_path, monkeypatch, capsys):
     step = Trainer.train_step
 
     def stopping(self):
@@ -93,6 +94,7 @@ def test_interrupted_and_called_again_it_ends_with_the_same_weights(finished, sm
         patch.setattr(Trainer, "train_step", stopping)
         assert not quickstart(TINY, small_corpus, tmp_path / "run").finished
     assert quickstart(TINY, small_corpus, tmp_path / "run").finished
+    assert "Continued from step 6, bit-identically: the weights and the optimizer state" in capsys.readouterr().err
 
     def digest(run: Path) -> str:
         return hashlib.sha256((run / "hf" / "model.safetensors").read_bytes()).hexdigest()
@@ -105,3 +107,30 @@ def test_interrupted_and_called_again_it_ends_with_the_same_weights(finished, sm
 def test_another_configuration_in_the_same_folder_is_refused(finished, small_corpus):
     with pytest.raises(ValueError, match=r"another train\.seed"):
         quickstart([*TINY, "train.seed=5"], small_corpus, finished)
+
+
+def test_killed_and_called_again_it_says_that_the_steps_are_the_same(small_corpus, tmp_path, monkeypatch, capsys):
+    step = Trainer.train_step
+
+    def dying(self):
+        if self.step == 7:  # steps 5 to 7 are logged, the last checkpoint is that of step 4
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            quickstart(TINY, small_corpus, tmp_path / "run")
+    rows = tmp_path / "run" / "metrics.jsonl"
+    kept = rows.read_bytes()
+    assert quickstart([*TINY], small_corpus, tmp_path / "run").finished
+    assert "step 4, bit-identically: 3 logged steps computed again" in capsys.readouterr().err
+
+    # The check can fail: with another loss on record it says so.
+    for folder in ("step_00000008", "step_00000009"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    lines = [json.loads(line) for line in kept.splitlines()]
+    lines[-1]["loss"] += 1e-6
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert quickstart([*TINY], small_corpus, tmp_path / "run").finished
+    assert "not bit-identically: step 7's loss differs" in capsys.readouterr().err
