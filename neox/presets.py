@@ -30,7 +30,7 @@ class Row(NamedTuple):
 # fmt: off
 ROWS: tuple[Row, ...] = (
     #   name            family        layers hidden heads  vocab  lr       batch  steps
-    Row("quickstart",   "quickstart",      4,   128,   2,   4096, 3e-2,       8,   1500),
+    Row("quickstart",   "quickstart",      4,   128,   2,   4096, 3e-2,       8,   1000),
     Row("neox-20b",     "20b",            44,  6144,  64,  50432, 0.97e-4, 1536, 150000),
     Row("pythia-14m",   "pythia",          6,   128,   4,  50304, 1e-3,    1024, 143000),
     Row("pythia-31m",   "pythia",          6,   256,   8,  50304, 1e-3,    1024, 143000),
