@@ -80,7 +80,7 @@ def generate(targets: list[str], options: list[str]) -> None:
       dtype=fp32        fp32, bf16 or fp16; default: fp32 on a CPU, the stored type elsewhere
 
     Examples:
-      neox generate runs/quickstart/hf prompt='def '
+      neox generate runs/quickstart/hf prompt='def'
       neox generate EleutherAI/pythia-160m prompt='Once upon a time' temperature=0
     """
     from neox.config import load_config
@@ -262,7 +262,7 @@ def train(targets: list[str], options: list[str]) -> int:
         raise
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     if result.finished:
-        print(f"{run}: {result.step} steps done{loss}; next: neox generate {shlex.quote(str(run))} prompt='The '")
+        print(f"{run}: {result.step} steps done{loss}; next: neox generate {shlex.quote(str(run))} prompt='The'")
         return 0
     name = signal.Signals(result.signal).name
     print(f"{run}: stopped by {name}, saved at step {result.step} of {steps}{loss}; continue: {again}")

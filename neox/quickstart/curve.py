@@ -78,10 +78,9 @@ def loss_figure(
         axes.annotate(last, valid[-1], (0, 9), textcoords="offset points", ha="center", color=VALID, weight="bold")
     for name, value in (baselines or {}).items():
         axes.axhline(value, color=BASE, linewidth=1.1, linestyle=(0, (5, 4)), zorder=1)
-        # On the right, on the side away from where the run ended: nothing else is drawn there.
-        side = "bottom" if value > (valid or train)[-1][1] else "top"
-        place = offset_copy(axes.get_yaxis_transform(), figure, y=2 if side == "bottom" else -2, units="points")
-        label = axes.text(0.995, value, f"{name} {value:.2f}", transform=place, color=BASE, ha="right", va=side)
+        # On the left, below the steep beginning: nothing else is drawn there.
+        place = offset_copy(axes.get_yaxis_transform(), figure, y=2, units="points")
+        label = axes.text(0.005, value, f"{name} {value:.2f}", transform=place, color=BASE, ha="left", va="bottom")
         label.set(weight="bold", parse_math=False)
     axes.set_yscale("log")
     values = [y for _, y in train + valid] + list((baselines or {}).values())

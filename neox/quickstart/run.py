@@ -28,9 +28,10 @@ from neox.tokenizer import Tokenizer, train_bpe
 from neox.train import Result, Trainer
 from neox.train.metrics import read_rows
 
-PROMPTS = ("def ", "class Graph", "    Returns\n    -------\n", '    """Return ')
+PROMPTS = ("def", "class Graph(", "    Returns\n    -------\n", '    """Return')
 EXCERPT = 1400  # characters of held-out text that the flipbook colours
-PAGE_BYTES = 40_000  # held-out bytes that a page's bits per byte are taken over
+NAMES = {"gzip": "gzip -9", "xz": "xz -9", "xz_primed": "xz primed with the training text"}
+PAGE_WINDOWS = 96  # windows, spaced evenly over all held-out text, that a page's bits per byte are taken over
 
 
 def quickstart(overrides: Sequence[str] = (), corpus: Corpus | None = None, out: Path | None = None) -> Result:
@@ -191,8 +192,7 @@ class _Pages:
         start = text.find("\n\n", len(text) // 4) + 2
         end = text.find("\n", start + EXCERPT)
         self.text = text[start : end if end > 0 else None]
-        heldout = "".join(text for _, text in corpus.heldout)[:PAGE_BYTES]
-        self.sample_bytes, self.sample = len(heldout.encode()), tokenizer.encode(heldout)
+        self.heldout, self.heldout_bytes = _heldout_ids(tokenizer, corpus), len(corpus.heldout_bytes)
 
     def hook(self, trainer: Trainer, step: int) -> None:
         """Write the page of steps 0, 1, 2, 4, 8 .. and of the last one."""
@@ -209,17 +209,37 @@ class _Pages:
         ids = self.tokenizer.encode(self.text)
         nats = -token_logprobs(_scorer(trainer.model), ids, window, first=eod)
         bits = [n / math.log(2) for n in nats.tolist()]
-        sample = token_logprobs(_scorer(trainer.model), self.sample, window, stride=window, first=eod)
+        loss, bpb = self._spot_check(trainer.model, window)
         page = {
             "step": step,
             "tokens_seen": step * trainer.config.train.global_batch_size * window,
-            "loss": -sample.mean().item(),
-            "bpb": bits_per_byte(sample, self.sample_bytes),
+            "loss": loss,
+            "bpb": bpb,
             "samples": [{"prompt": p, "text": c.text} for p, c in zip(PROMPTS, done, strict=True)],
             "surprise": merge_pieces([self.tokenizer.token_bytes(i) for i in ids], bits),
         }
         write_atomic(path, json.dumps(page).encode())
         trainer.model.train()
+
+    def _spot_check(self, model: GPTNeoX, window: int) -> tuple[float, float]:
+        """Nats per token and bits per byte on evenly spaced windows, the second half of each given the first.
+
+        That is the context that the final score gives a token, so the curve runs into it.
+        """
+        half = window // 2
+        last = max(0, len(self.heldout) - window - 1)
+        starts = sorted({round(i * last / (PAGE_WINDOWS - 1)) for i in range(PAGE_WINDOWS)})
+        rows = torch.tensor([self.heldout[start : start + window + 1] for start in starts])
+        nats, count, size = 0.0, 0, 0
+        with torch.inference_mode():
+            for part in rows.split(16):
+                logits = _scorer(model)(part[:, :-1])[:, half:].float().cpu()
+                targets = part[:, half + 1 :]
+                nats -= logits.log_softmax(-1).gather(-1, targets[..., None]).double().sum().item()
+                count += targets.numel()
+                special = self.tokenizer.eod_id
+                size += sum(len(self.tokenizer.token_bytes(i)) for i in targets.flatten().tolist() if i != special)
+        return nats / count, nats / math.log(2) / max(1, size)
 
     def finish(self, trainer: Trainer, bpb: float) -> None:
         """Put the final score, taken over all held-out text, on the last page."""
@@ -253,10 +273,15 @@ def _exported(folder: Path, model: GPTNeoX) -> tuple[Callable[[Tensor], Tensor],
     return _scorer(AutoModelForCausalLM.from_pretrained(folder).eval()), "transformers, from the exported files"
 
 
-def _heldout_bpb(logits: Callable[[Tensor], Tensor], config: Config, tokenizer: Tokenizer, corpus: Corpus) -> float:
-    """Bits per byte of all held-out text, each document ended by the end-of-document token, which is scored too."""
+def _heldout_ids(tokenizer: Tokenizer, corpus: Corpus) -> list[int]:
+    """All held-out text as one stream, each document ended by the end-of-document token."""
     assert tokenizer.eod_id is not None
-    ids = [i for _, text in corpus.heldout for i in (*tokenizer.encode(text), tokenizer.eod_id)]
+    return [i for _, text in corpus.heldout for i in (*tokenizer.encode(text), tokenizer.eod_id)]
+
+
+def _heldout_bpb(logits: Callable[[Tensor], Tensor], config: Config, tokenizer: Tokenizer, corpus: Corpus) -> float:
+    """Bits per byte of all held-out text; the tokens that end its documents are paid for too."""
+    ids = _heldout_ids(tokenizer, corpus)
     window = config.model.max_position_embeddings
     scores = token_logprobs(logits, ids, window, stride=max(1, window // 2), batch=16, first=tokenizer.eod_id)
     return bits_per_byte(scores, len(corpus.heldout_bytes))
@@ -264,12 +289,13 @@ def _heldout_bpb(logits: Callable[[Tensor], Tensor], config: Config, tokenizer: 
 
 def _pictures(folder: Path, config: Config, pages: _Pages, compressors: dict[str, float]) -> None:
     shown = pages.all()
-    per_token = pages.sample_bytes / len(pages.sample)
+    per_token = pages.heldout_bytes / len(pages.heldout)
     rows = read_rows(folder / "metrics.jsonl") + [
         {"step": p["step"], "valid_bpb": p["bpb"]} for p in shown if p["step"]
     ]
+    named = {NAMES[key]: value for key, value in compressors.items()}
     title = f"{parameters(config.model).total / 1e6:.1f}M parameters, {config.train.steps} steps"
-    draw_loss_curve(folder / "loss.png", rows, title, compressors, per_token)
+    draw_loss_curve(folder / "loss.png", rows, title, named, per_token)
     model = config.model
     facts = {
         "parameters": f"{parameters(model).total:,}",
@@ -278,7 +304,7 @@ def _pictures(folder: Path, config: Config, pages: _Pages, compressors: dict[str
         "context": f"{model.max_position_embeddings} tokens",
         "optimizer": config.optim.name,
     }
-    meta = {"title": "A small GPT-NeoX learns", "facts": facts, "baselines": compressors}
+    meta = {"title": "A small GPT-NeoX learns", "facts": facts, "baselines": named}
     write_flipbook(folder / "flipbook.html", shown, {"title": pages.title, "text": pages.text}, meta)
 
 
@@ -295,12 +321,11 @@ def _report(
     table = Table(title="Bits per byte of the held-out text (lower is better)", title_justify="left")
     table.add_column("by")
     table.add_column("bits/byte", justify="right")
-    named = {"gzip": "gzip -9", "xz": "xz -9", "xz_primed": "xz primed with the training text"}
-    rows = [(f"this model, scored by {scored_by}", bpb), *((named[k], v) for k, v in compressors.items())]
+    rows = [(f"this model, scored by {scored_by}", bpb), *((NAMES[k], v) for k, v in compressors.items())]
     for name, value in sorted(rows, key=lambda row: -row[1]):
         table.add_row(name, f"{value:.3f}", style="bold" if value == bpb else None)
     console.print(table)
-    prompt = '    """Return '
+    prompt = '    """Return'
     sampling = Sampling(max_tokens=60, temperature=0.7, top_p=0.9, seed=7)
     text = Engine(model, tokenizer).generate(prompt, sampling)[0].text
     console.print("\nA sample:\n")
@@ -310,7 +335,7 @@ def _report(
     )
     console.print("\nNext:")
     for command in (
-        f"neox generate {folder / 'hf'} prompt='def ' max_tokens=200",
+        f"neox generate {folder / 'hf'} prompt='def' max_tokens=200",
         f"neox train quickstart data.train={folder / 'data' / 'train'} train.steps=50 out=runs/mine",
         "neox show neox-20b",
     ):

@@ -77,11 +77,11 @@ def test_errors_are_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_baseline_names_stand_away_from_the_run():
+def test_baseline_names_stand_on_the_left_away_from_where_the_run_ends():
     texts = loss_figure(ROWS, "t", {"above": 2.0, "below": 0.5}, bytes_per_token=3.0).axes[0].texts
-    assert {text.get_text(): text.get_verticalalignment() for text in texts} == {
-        "above 2.00": "bottom",
-        "below 0.50": "top",
+    assert {text.get_text(): text.get_horizontalalignment() for text in texts} == {
+        "above 2.00": "left",
+        "below 0.50": "left",
     }
 
 
