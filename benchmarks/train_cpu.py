@@ -27,12 +27,15 @@ def build(which):
     if which == "ours":
         from neox.config import ModelConfig, OptimConfig, TrainConfig
         from neox.model import GPTNeoX
-        from neox.train import build_optimizers, cross_entropy
+        from neox.train import build_optimizers, clip_gradients, cross_entropy
 
         base = resident("VmRSS")
         config = ModelConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
         model = GPTNeoX(config).initialize()
         (optimizer,) = build_optimizers(model, OptimConfig())
+
+        def clip():
+            clip_gradients(model, 1.0)
 
         def loss(tokens, labels):
             return cross_entropy(
@@ -58,6 +61,9 @@ def build(which):
         model = GPTNeoXForCausalLM(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
+        def clip():
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
         def loss(tokens, labels):
             return model(input_ids=tokens, labels=tokens).loss
 
@@ -66,7 +72,7 @@ def build(which):
 
     def step():
         loss(tokens, labels).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -62,15 +62,15 @@ def train_memory(config: Config) -> TrainMemory:
 
     Weights, gradients and AdamW's two moments are fp32: 16 bytes per parameter. Muon keeps one moment for the blocks'
     matrices. Activations are what autograd keeps per token and block (Korthikanti et al. 2022, section 4.1, without
-    dropout and without the attention matrix, which the fused kernel does not keep): the norms' input and outputs,
-    q, k, v, the attention's output, and the MLP before its activation, which is computed again: 7C + F values. C more
-    for a serial residual (its second norm has an input of its own), C less for a shared norm. Logits: one chunk of the
+    dropout and without the attention matrix, which the fused kernel does not keep): the norms' input, q, k, v, the
+    attention's output, and the MLP before its activation: 5C + F values. The norms' and the activation's outputs are
+    computed again. C more for a serial residual: its second norm has an input of its own. Logits: one chunk of the
     loss, turned into its own gradient in place; in bf16 the product, its fp32 copy and the gradient.
     """
     model, train = config.model, config.train
     p, c, f = parameters(model), model.hidden_size, model.ffn_size
     matrices = model.num_hidden_layers * (4 * c * c + 2 * c * f)
-    per_layer = (7 + (not model.use_parallel_residual) - model.shared_layer_norm) * c + f
+    per_layer = (5 + (not model.use_parallel_residual)) * c + f
     tokens = train.micro_batch_size * config.data.seq_length
     bytes_per_value = 4 if train.dtype == "fp32" else 2
     return TrainMemory(

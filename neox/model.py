@@ -95,7 +95,7 @@ class Attention(nn.Module):
 def recomputed(result: Tensor, function: Callable[[Tensor], Tensor], argument: Tensor) -> AbstractContextManager[Any]:
     """Inside, autograd does not keep `result` = function(argument) for the backward pass but computes it again there.
 
-    For a cheap function whose argument is kept anyway: a quarter of a block's activations for one more GELU.
+    For a cheap function whose argument is kept anyway: two fifths of a block's activations for one more GELU and norms.
     A compiler decides this by itself, and a distributed tensor's address says nothing: both keep the result.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(result) is not Tensor:
@@ -141,14 +141,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         normed = self.input_layernorm(x)
-        attended = self.attention(normed, context)
-        if self.parallel:
-            if self.post_attention_layernorm is not None:
-                normed = self.post_attention_layernorm(x)
-            return x + cast(Tensor, self.branches(self.mlp(normed) + attended))
-        x = x + attended
+        with recomputed(normed, self.input_layernorm, x):
+            attended = self.attention(normed, context)
+            if self.parallel and self.post_attention_layernorm is None:
+                return x + cast(Tensor, self.branches(self.mlp(normed) + attended))
         assert self.post_attention_layernorm is not None
-        return x + cast(Tensor, self.mlp(self.post_attention_layernorm(x)))
+        if not self.parallel:
+            x = x + attended
+        normed = self.post_attention_layernorm(x)
+        with recomputed(normed, self.post_attention_layernorm, x):
+            fed = self.mlp(normed)
+        return x + (cast(Tensor, self.branches(fed + attended)) if self.parallel else fed)
 
 
 class GPTNeoX(nn.Module):

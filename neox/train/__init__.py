@@ -1,7 +1,16 @@
 """Training: the loop, the loss, optimizers and metrics."""
 
 from neox.train.loss import cross_entropy
-from neox.train.optim import Muon, build_optimizers, lr_factor
+from neox.train.optim import Muon, build_optimizers, clip_gradients, lr_factor
 from neox.train.trainer import Result, Trainer, run_config
 
-__all__ = ["Muon", "Result", "Trainer", "build_optimizers", "cross_entropy", "lr_factor", "run_config"]
+__all__ = [
+    "Muon",
+    "Result",
+    "Trainer",
+    "build_optimizers",
+    "clip_gradients",
+    "cross_entropy",
+    "lr_factor",
+    "run_config",
+]

@@ -3,6 +3,7 @@
 Shapes: C hidden, V vocab.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = min(chunk, len(hidden))
         # One buffer for all chunks: fresh pages for each would cost a quarter of the product's speed.
         product = torch.empty((rows, len(matrix)), dtype=dtype, device=hidden.device)
-        for start in range(0, len(hidden), chunk):
-            h, target = states[start : start + chunk], labels[start : start + chunk]
+        # On a CPU a few rows at a time stay in the caches between the softmax and the exponential.
+        rows_at_once = 16 if hidden.device.type == "cpu" else rows
+        for part in slices(len(hidden), chunk):
+            h, target = states[part], labels[part]
             counted = target != IGNORED
             factor = counted[:, None] * scale
             # Only the ignored label is replaced: any other that is no token fails in gather instead of counting as 0.
@@ -52,20 +55,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = torch.mm(h, matrix.t(), out=product[: len(h)]).float()
             if bias is not None:
                 logits += bias
-            log_p = torch.log_softmax(logits, dim=-1, out=logits)
-            total -= (log_p.gather(1, index) * factor).sum()
-            if not (need_hidden or need_weight or need_bias):
+            learn = need_hidden or need_weight or need_bias
+            for block in slices(len(h), rows_at_once):
+                log_p, at = torch.log_softmax(logits[block], dim=-1, out=logits[block]), index[block]
+                total -= (log_p.gather(1, at) * factor[block]).sum()
+                if learn:
+                    log_p.exp_().scatter_add_(1, at, torch.full_like(at, -1.0, dtype=log_p.dtype))
+            if not learn:
                 continue
-            error = log_p.exp_().scatter_add_(1, index, torch.full_like(index, -1.0, dtype=log_p.dtype))
+            error = logits  # p - onehot(label), by now
             grad_logits = error.to(dtype)
             if grad_hidden is not None:
-                part = torch.mm(grad_logits, matrix)
-                torch.mul(part, factor, out=grad_hidden[start : start + chunk])
+                torch.mul(torch.mm(grad_logits, matrix), factor, out=grad_hidden[part])
             if grad_weight is not None:
                 h = h * factor.to(dtype)
                 if dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad_logits.t(), h, beta=1 if start else 0)  # no second buffer of this size
-                elif start:
+                    grad_weight.addmm_(grad_logits.t(), h, beta=1 if part.start else 0)  # no second buffer of this size
+                elif part.start:
                     grad_weight += grad_logits.t() @ h
                 else:
                     grad_weight.copy_(grad_logits.t() @ h)
@@ -80,10 +86,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the loss was differentiated before: its gradients are given away once")
-        for i, gradient in enumerate(gradients):
-            gradients[i] = None if gradient is None else gradient.mul_(grads[0])
-        gradient = None
+        if grads[0].is_cuda or grads[0] != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grads[0])
+            gradient = None
         return (gradients.pop(0), gradients.pop(0), gradients.pop(0), None, None, None, None, None)
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """0 .. length in consecutive slices of `size`; the last one may be shorter."""
+    return (slice(start, start + size) for start in range(0, length, size))
 
 
 def cross_entropy(

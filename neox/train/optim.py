@@ -54,6 +54,19 @@ def lr_factor(config: ScheduleConfig, lr: float, step: int, steps: int) -> float
     return floor + (1 - floor) / 2 * (1 + math.cos(math.pi * done))
 
 
+def clip_gradients(model: GPTNeoX, limit: float) -> Tensor:
+    """Scale all gradients so that their global L2 norm is at most `limit` (0: no limit); return the norm before.
+
+    The formula of torch's clip_grad_norm_. On a CPU, where looking at the norm costs nothing, gradients within the
+    limit are left alone instead of being multiplied by one.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit and (norm.device.type != "cpu" or norm > limit):
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -26,7 +26,7 @@ from neox.runtime import matmul_flops, peak_memory, resolve_device
 from neox.train.corpus import check_named, discard, token_files
 from neox.train.loss import cross_entropy
 from neox.train.metrics import ConsoleSink, JsonlSink
-from neox.train.optim import build_optimizers, lr_factor, set_lr
+from neox.train.optim import build_optimizers, clip_gradients, lr_factor, set_lr
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             loss += self._loss(batch, 1 / valid_tokens, backward=True)
-        clip = config.optim.clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        norm = clip_gradients(self.model, config.optim.clip)
         factor = lr_factor(config.schedule, config.optim.lr, self.step, config.train.steps)
         set_lr(self.optimizers, factor)
         for optimizer in self.optimizers:
