@@ -22,14 +22,14 @@ def main(seconds, out):
     from neox.data import Loader, TokenDataset
     from neox.generate import bits_per_byte, token_logprobs
     from neox.quickstart.corpus import build_corpus
-    from neox.quickstart.run import _tokens
+    from neox.quickstart.run import _heldout_ids, _tokens
     from neox.train import Trainer
 
     corpus = build_corpus()
     base = load_config("quickstart", overrides=[f"log.out={out / 'data'}"])
     base, tokenizer = _tokens(base, corpus, out / "data")
     batch, length = base.train.global_batch_size, base.data.seq_length
-    ids = [i for _, text in corpus.heldout for i in (*tokenizer.encode(text), tokenizer.eod_id)]
+    ids = _heldout_ids(tokenizer, corpus)
 
     def score(model):
         model.eval()

@@ -19,19 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-SIZES = {  # parameters, embedding and head included
-    "pythia-14m": 14_067_712,
-    "pythia-31m": 30_494_720,
-    "pythia-70m": 70_426_624,
-    "pythia-160m": 162_322_944,
-    "pythia-410m": 405_334_016,
-    "pythia-1b": 1_011_781_632,
-    "pythia-1.4b": 1_414_647_808,
-    "pythia-2.8b": 2_775_208_960,
-    "pythia-6.9b": 6_857_302_016,
-    "pythia-12b": 11_846_072_320,
-    "neox-20b": 20_554_567_680,
-}
+from neox.config import load_config
+from neox.counts import parameters
+from neox.presets import names
+
+_COUNTED = {n: parameters(load_config(n).model).total for n in names() if n.startswith("pythia-") or n == "neox-20b"}
+SIZES = dict(sorted(_COUNTED.items(), key=lambda size: size[1]))  # parameters, embedding and head included
 HOUR = 3600.0
 NIGHT = 8 * HOUR
 TOKENS_PER_PARAMETER = 20
