@@ -2,7 +2,8 @@
 
 from neox.train.loss import cross_entropy
 from neox.train.optim import Muon, build_optimizers, clip_gradients, lr_factor
-from neox.train.trainer import Result, Trainer, run_config
+from neox.train.run import run_config
+from neox.train.trainer import Result, Trainer
 
 __all__ = [
     "Muon",
