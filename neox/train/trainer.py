@@ -26,7 +26,8 @@ from neox.runtime import matmul_flops, peak_memory, resolve_device
 from neox.train.corpus import check_named, discard, token_files
 from neox.train.loss import cross_entropy
 from neox.train.metrics import ConsoleSink, JsonlSink
-from neox.train.optim import build_optimizers, clip_gradients, lr_factor, set_lr
+from neox.train.optim import build_optimizers, clip_gradients, set_lr
+from neox.train.schedule import lr_factor
 
 
 @dataclass(frozen=True)
