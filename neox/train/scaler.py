@@ -16,9 +16,7 @@ class LossScaler:
     multiple of `window` doubles the scale and grants all of `hysteresis` again.
     """
 
-    def __init__(
-        self, initial: float = 2.0**12, window: int = 1000, hysteresis: int = 2, minimum: float = 1.0
-    ) -> None:
+    def __init__(self, initial: float = 2.0**12, window: int = 1000, hysteresis: int = 2, minimum: float = 1.0) -> None:
         self.scale, self.window, self.hysteresis, self.minimum = float(initial), window, hysteresis, minimum
         self.tolerated = hysteresis  # overflows that are left before the scale is halved, that one included
         self.step = 0
@@ -33,7 +31,9 @@ class LossScaler:
         if overflow:
             self.skipped += 1
             if self.skipped == LONGEST:
-                raise ValueError(f"fp16 gradients overflowed in {LONGEST} steps in a row: {ADVICE}")
+                raise ValueError(
+                    f"fp16 gradients overflowed in {LONGEST} steps in a row: lower optim.loss_scale; {ADVICE}"
+                )
             if self.tolerated > 1:
                 self.tolerated -= 1
             elif self.scale <= self.minimum:

@@ -45,7 +45,7 @@ def lr_factor(config: ScheduleConfig, lr: float, update: int, steps: int) -> flo
         return max(floor, math.sqrt(warmup / max(n, warmup)))
     if config.name == "wsd":
         decay = config.decay_updates(horizon)
-        done = max(0.0, n - (horizon - decay)) / max(1.0, decay)
+        done = max(0.0, 1 - (horizon - n) / decay) if decay else 0.0
         return floor + (1 - floor) * (1 - math.sqrt(done))
     done = (n - warmup) / max(1.0, horizon - warmup)
     if config.name == "cosine":

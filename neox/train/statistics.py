@@ -25,7 +25,9 @@ def norms(model: GPTNeoX, loss_scale: float = 1.0) -> dict[str, float]:
     Keys are gradient_norms/PART and parameter_norms/PART, the prefixes as in gpt-neox. The squares of the former sum
     up to that of the global gradient norm. All of it comes to the host in one copy.
     """
-    tensors: dict[str, list[Tensor]] = {f"{kind}_norms/{part}": [] for kind in ("gradient", "parameter") for part in PARTS}
+    tensors: dict[str, list[Tensor]] = {
+        f"{kind}_norms/{part}": [] for kind in ("gradient", "parameter") for part in PARTS
+    }
     for name, parameter in model.named_parameters():
         part = part_of(name)
         tensors[f"parameter_norms/{part}"].append(parameter)
@@ -37,6 +39,5 @@ def norms(model: GPTNeoX, loss_scale: float = 1.0) -> dict[str, float]:
         each = each.full_tensor()
     found = torch.stack([part.norm() for part in each.split([len(members) for members in tensors.values()])]).tolist()
     return {
-        key: norm / loss_scale if key.startswith("gradient") else norm
-        for key, norm in zip(tensors, found, strict=True)
+        key: norm / loss_scale if key.startswith("gradient") else norm for key, norm in zip(tensors, found, strict=True)
     }
