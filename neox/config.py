@@ -112,7 +112,7 @@ class ModelConfig(Section):
 
     @property
     def dropout(self) -> tuple[float, float, float]:
-        """Fractions zeroed in training: of the embedding, of the branches' outputs, of the attention's probabilities."""
+        """Fractions zeroed in training: of the embedding, of each branch's output, of the attention's probabilities."""
         embedding = self.hidden_dropout if self.embedding_dropout is None else self.embedding_dropout
         return embedding, self.hidden_dropout, self.attention_dropout
 

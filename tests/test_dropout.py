@@ -40,7 +40,7 @@ def attention(q, k, v, attn_mask=None, is_causal=False, scale=None, dropout_p=0.
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_it_is_where_transformers_has_it(kind, monkeypatch):
-    """With dropout that draws nothing in its place, training outputs are equal up to rounding; without, they are not."""
+    """With dropout that draws nothing in its place, training outputs are equal up to rounding; in evaluation not."""
     reference = theirs(kind, **FAMILIES[kind][0]).train()
     config = families.read_config(reference.config.to_dict())
     assert config.dropout == (0.1 if kind == "gpt_neox" else 0.3, 0.1, 0.2)

@@ -25,6 +25,7 @@ class Batch:
     labels: torch.Tensor  # [B, T] int64, IGNORED where masked
     positions: torch.Tensor  # [B, T] int64
     segments: torch.Tensor | None = None  # [B, T] int64 where attention must not cross documents
+    first: int = 0  # number of the first sequence, counted over the run
 
 
 class Loader:
@@ -49,7 +50,7 @@ class Loader:
 
     def _samples(self, step: int, start: int, stop: int) -> Batch:
         assert step >= 0, "steps count from 0"
-        first = step * self.global_batch_size
-        rows = torch.from_numpy(self.dataset.sample(np.arange(first + start, first + stop)))
+        first, last = step * self.global_batch_size + start, step * self.global_batch_size + stop
+        rows = torch.from_numpy(self.dataset.sample(np.arange(first, last)))
         positions = torch.arange(self.dataset.seq_length).repeat(len(rows), 1)
-        return Batch(tokens=rows[:, :-1].contiguous(), labels=rows[:, 1:].contiguous(), positions=positions)
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), positions, first=first)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from neox.config import Config
+
 FACTOR = 2.0
 LONGEST = 50
 """Skipped updates in a row after which gpt-neox, and so we, give up."""
@@ -61,3 +63,14 @@ class LossScaler:
 
 
 _STATE: dict[str, type] = {"scale": float, "tolerated": int, "step": int, "last_overflow": int, "skipped": int}
+
+
+def build_scaler(config: Config, state: dict[str, Any]) -> LossScaler | None:
+    """The scaler that a config asks for, none but in fp16; it goes on from `state`, where there is any."""
+    if config.train.dtype != "fp16":
+        return None
+    optim = config.optim
+    scaler = LossScaler(optim.loss_scale, optim.loss_scale_window, optim.loss_scale_hysteresis, optim.loss_scale_min)
+    if state:
+        scaler.load(state)
+    return scaler

@@ -4,6 +4,8 @@ Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step.
 """
 
 import contextlib
+import hashlib
+import math
 import os
 import signal
 import threading
@@ -22,12 +24,14 @@ from neox.data import Batch, Loader, TokenDataset
 from neox.data.loader import IGNORED
 from neox.files import write_atomic
 from neox.model import GPTNeoX
-from neox.runtime import matmul_flops, peak_memory, resolve_device
+from neox.runtime import matmul_flops, peak_memory, resolve_device, resolve_dtype
 from neox.train.corpus import check_named, discard, token_files
 from neox.train.loss import cross_entropy
 from neox.train.metrics import ConsoleSink, JsonlSink
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
+from neox.train.scaler import build_scaler
 from neox.train.schedule import lr_factor
+from neox.train.statistics import norms
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,10 @@ class Trainer:
             stop = 0
             while self.step < steps and not stop:
                 started = time.perf_counter()
-                loss, norm, lr = self.train_step()
+                loss, norm, lr, more = self.train_step()
                 self.step += 1
-                if self.step % self.config.log.every == 0 or self.step in (1, steps):
-                    row = self._row(loss.item(), norm.item(), lr, time.perf_counter() - started)
+                if self._logged(self.step):
+                    row = self._row(loss.item(), norm.item(), lr, time.perf_counter() - started) | more
                     for sink in sinks:
                         sink.write(row)
                 elif console:
@@ -128,22 +132,39 @@ class Trainer:
                 sink.close()
         return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else loss.item())
 
-    def train_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """One optimizer step: its mean loss per token, the gradient norm before clipping, the learning rate."""
+    def train_step(self) -> tuple[torch.Tensor, torch.Tensor, float, dict[str, Any]]:
+        """One optimizer step: its mean loss per token, the gradient norm before clipping, the learning rate, and what
+        else the config makes it tell. In fp16 an overflow skips the update and nothing changes but the loss scale.
+        """
         config = self.config
         batches = list(self.loader.microbatches(self.step, config.train.micro_batch_size))
         valid_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+        loss_scale = self.scaler.scale if self.scaler else 1.0
         self.model.train()
         loss = torch.zeros((), device=self.device)
         for batch in batches:
-            loss += self._loss(batch, 1 / valid_tokens, backward=True)
-        norm = clip_gradients(self.model, config.optim.clip)
-        factor = lr_factor(config.schedule, config.optim.lr, self.step, config.train.steps)
+            loss += self._loss(batch, loss_scale / valid_tokens, backward=True)
+        loss /= loss_scale
+        more: dict[str, Any] = norms(self.model, loss_scale) if config.log.norms and self._logged(self.step + 1) else {}
+        norm = clip_gradients(self.model, config.optim.clip, loss_scale)
+        factor = lr_factor(config.schedule, config.optim.lr, self.updates, config.train.steps)
+        overflow = self.scaler is not None and not norm.isfinite()
+        if self.scaler:
+            more |= {"loss_scale": loss_scale, "skipped": self.step + overflow - self.updates}
+            try:
+                self.scaler.update(overflow)
+            except ValueError as error:
+                raise ValueError(f"{self.run}: step {self.step + 1}: {error}") from None
         set_lr(self.optimizers, factor)
         for optimizer in self.optimizers:
-            optimizer.step()
+            if not overflow:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss, norm, config.optim.lr * factor
+        self.updates += not overflow
+        return loss, norm, config.optim.lr * factor, more
+
+    def _logged(self, step: int) -> bool:
+        return step % self.config.log.every == 0 or step in (1, self.config.train.steps)
 
     def _loss(self, batch: Batch, scale: float, backward: bool) -> torch.Tensor:
         """Loss of one microbatch times `scale`; with `backward` its gradients are added."""
@@ -153,7 +174,12 @@ class Trainer:
                 raise ValueError(
                     f"the data holds token {token}, model.vocab_size is {vocab}: raise it, or prepare the data again"
                 )
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bf16"):
+        if self.model.training and any(self.config.model.dropout):
+            # Of the data alone: a resumed run drops what the uninterrupted one did, ranks drop apart from each other.
+            digest = hashlib.sha256(f"{self.config.train.seed}:dropout:{batch.first}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:8], "little"))
+        dtype = self.config.train.dtype
+        with torch.autocast(self.device.type, resolve_dtype(dtype), enabled=dtype != "fp32"):
             hidden = self.model(
                 batch.tokens.to(self.device),
                 positions=batch.positions.to(self.device),
@@ -183,7 +209,12 @@ class Trainer:
 
     def save(self) -> Path:
         """Write the checkpoint of the current step."""
-        state = {"step": self.step, "samples": self.step * self.config.train.global_batch_size}
+        state = {
+            "step": self.step,
+            "samples": self.step * self.config.train.global_batch_size,
+            "updates": self.updates,
+            "loss_scaler": self.scaler.state() if self.scaler else {},
+        }
         return save_step(self.run, self.model, self.optimizers, self.config, state)
 
     def _build(self) -> None:
@@ -191,7 +222,8 @@ class Trainer:
         config = self.config
         done = complete_steps(self.run) if self.resume else []
         state = read_step(done[-1])[1] if done else {"step": 0, "samples": 0}
-        self.step = state["step"]
+        self.step, self.updates = state["step"], state.get("updates", state["step"])
+        self.scaler = build_scaler(config, state.get("loss_scaler", {}))
         if self.step and state["samples"] != self.step * config.train.global_batch_size:
             raise ValueError(
                 f"{self.run}: took {state['samples'] // self.step} sequences a step: a run keeps its "
@@ -216,7 +248,7 @@ class Trainer:
         self.model.tie()
         self.optimizers = build_optimizers(self.model, config.optim)
         if done:
-            load_tensors(done[-1], self.model, self.optimizers)
+            load_tensors(done[-1], self.model, self.optimizers if self.updates else ())
             self._write_config()  # with what was changed for this call, now that it is known to fit
         else:
             self.model.initialize(config.train.seed)
@@ -229,9 +261,9 @@ class Trainer:
         flops = train_flops_per_token(self.config.model, self.config.data.seq_length) * tokens
         return {
             "step": self.step,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
             "lr": lr,
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": self.step * tokens,
             "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / self.peak_flops,
