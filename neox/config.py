@@ -178,7 +178,7 @@ class TrainConfig(Section):
     micro_batch_size: Positive = 4
     """Sequences per forward pass on one rank."""
     seed: NotNegative = 1234
-    """Of initialisation and data order."""
+    """Of initialisation, data order and dropout."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the matrix products; parameters and optimizer state stay fp32. fp16 scales the loss, see optim.loss_scale."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -134,8 +134,8 @@ _FP16 = (
     "which every device runs."
 )
 _FLOOR = (
-    "Schedule: cosine_floored, the formula of the gpt-neox that trained it. Since version 2 gpt-neox has another "
-    "(pull requests #1008, #1011, #1039, #1040), here called cosine."
+    "Schedule: cosine_floored, the formula of gpt-neox 1.0, which trained it. Today's gpt-neox has another (its pull "
+    "requests #1008, #1011, #1039, #1040), here called cosine."
 )
 _GELU_PYTHIA = (
     "GELU: trained with the tanh approximation (bias_gelu_fusion), but the released Hugging Face configs say gelu "

@@ -69,7 +69,7 @@ def test_unknown_names(wrong, hint):
 
 
 @pytest.mark.parametrize("name", presets.names())
-def test_what_was_trained_before_gpt_neox_2_has_its_schedule(name):
+def test_what_gpt_neox_1_trained_has_its_schedule(name):
     before = name == "neox-20b" or name.startswith("pythia-")
     assert load_config(name).schedule.name == ("cosine_floored" if before else "cosine")
     assert before == ("cosine_floored" in " ".join(presets.notes(name)))

@@ -24,10 +24,10 @@ def lr_factor(config: ScheduleConfig, lr: float, update: int, steps: int) -> flo
 
         inverse_sqrt  lr sqrt(W / n)                       Vaswani et al. 2017 (1706.03762), section 5.3
         wsd           lr, and over the last D = `schedule.decay` updates
-                      low + (lr - low) (1 - sqrt((n - H + D) / D))      Hagele et al. 2024 (2405.18392), section 3
+                      low + (lr - low) (1 - sqrt((n - H + D) / D))      Hägele et al. 2024 (2405.18392)
 
-    cosine_floored is gpt-neox's before version 2, which trained GPT-NeoX-20B and Pythia: lr n / W, so that the first
-    update changes nothing, then max(low, lr / 2 (1 + cos(pi m / H))). With its 1 % of warmup and low = lr / 10 the
+    cosine_floored is that of gpt-neox 1.0, which trained GPT-NeoX-20B and Pythia: lr n / W, so that the first update
+    changes nothing, then max(low, lr / 2 (1 + cos(pi m / H))). With its 1 % of warmup and low = lr / 10 the
     floor is reached after four fifths of the run.
     """
     horizon = config.horizon or steps

@@ -221,7 +221,7 @@ class Trainer:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
         config = self.config
         done = complete_steps(self.run) if self.resume else []
-        state = read_step(done[-1])[1] if done else {"step": 0, "samples": 0}
+        state: dict[str, Any] = read_step(done[-1])[1] if done else {"step": 0, "samples": 0}
         self.step, self.updates = state["step"], state.get("updates", state["step"])
         self.scaler = build_scaler(config, state.get("loss_scaler", {}))
         if self.step and state["samples"] != self.step * config.train.global_batch_size:
