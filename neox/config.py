@@ -89,6 +89,12 @@ class ModelConfig(Section):
     """In local layers, position i sees only the local_window positions i - local_window < j <= i."""
     local_layers: Ints = ()
     """Numbers (from 0) of the layers that attend locally."""
+    hidden_dropout: Fraction = 0.0
+    """In training, fraction of each branch's output that is zeroed before it joins the residual stream."""
+    attention_dropout: Fraction = 0.0
+    """In training, fraction of the attention's probabilities that are zeroed."""
+    embedding_dropout: OptionalFloat = Field(default=None, ge=0, lt=1)
+    """In training, fraction of the embedding's output that is zeroed; none = hidden_dropout."""
 
     @property
     def head_dim(self) -> int:
@@ -104,6 +110,12 @@ class ModelConfig(Section):
     def ffn_size(self) -> int:
         """Width inside the MLP."""
         return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def dropout(self) -> tuple[float, float, float]:
+        """Fractions zeroed in training: of the embedding, of each branch's output, of the attention's probabilities."""
+        embedding = self.hidden_dropout if self.embedding_dropout is None else self.embedding_dropout
+        return embedding, self.hidden_dropout, self.attention_dropout
 
     @property
     def softmax_scale(self) -> float:
@@ -205,9 +217,9 @@ class TrainConfig(Section):
     micro_batch_size: Positive = 4
     """Sequences per forward pass on one rank."""
     seed: NotNegative = 1234
-    """Of initialisation and data order."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the matrix products; parameters and optimizer state stay fp32."""
+    """Of initialisation, data order and dropout."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the matrix products; parameters and optimizer state stay fp32. fp16 scales the loss, see optim.loss_scale."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes an accelerator where there is one."""
     loss_chunk: Positive = 512
@@ -237,17 +249,49 @@ class OptimConfig(Section):
     """Peak learning rate of the matrices under Muon."""
     muon_momentum: Fraction = 0.95
     """Muon's momentum."""
+    loss_scale: float = Field(default=4096.0, ge=1)
+    """In fp16 the loss is multiplied by this at first; it is halved on overflow and doubled after a while without."""
+    loss_scale_window: Positive = 1000
+    """Steps without overflow after which the loss scale is doubled."""
+    loss_scale_hysteresis: Positive = 2
+    """Overflows until the loss scale is halved for the first time."""
+    loss_scale_min: float = Field(default=1.0, gt=0)
+    """Least loss scale: an overflow there ends the run."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.loss_scale_min > self.loss_scale:
+            raise ValueError(f"loss_scale_min: {self.loss_scale_min} is above loss_scale ({self.loss_scale})")
+        return self
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the run."""
+    """The learning rate over the run. It counts applied updates: a step that is skipped does not move it."""
 
-    name: Literal["cosine"] = "cosine"
-    """Linear warmup, then a cosine down to min_lr at the last step."""
-    warmup: float = Field(default=0.01, ge=0, le=1)
-    """Fraction of the steps."""
+    name: Literal["cosine", "cosine_floored", "linear", "exponential", "constant", "inverse_sqrt", "wsd"] = "cosine"
+    """Shape after a linear warmup; cosine_floored trained GPT-NeoX-20B and Pythia. Formulas: docs/training.md."""
+    warmup: float = Field(default=0.01, ge=0)
+    """Below 1: fraction of the horizon. From 1 on: number of updates."""
+    decay: float = Field(default=0.2, ge=0)
+    """Length of the decay that ends wsd (warmup, stable, decay), counted like warmup."""
+    horizon: OptionalInt = Field(default=None, gt=0)
+    """Updates over which the schedule runs; the rate stays as it is from there. none = train.steps."""
     min_lr: float = Field(default=1e-4, ge=0)
-    """Learning rate at the end (absolute)."""
+    """Least learning rate after the warmup (absolute)."""
+
+    def warmup_updates(self, horizon: int) -> float:
+        """Length of the warmup, of `horizon` updates in all."""
+        return self.warmup if self.warmup >= 1 else self.warmup * horizon
+
+    def decay_updates(self, horizon: int) -> float:
+        """Length of the decay that ends wsd, of `horizon` updates in all."""
+        return self.decay if self.decay >= 1 else self.decay * horizon
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.name == "inverse_sqrt" and not self.warmup:
+            raise ValueError("warmup: inverse_sqrt decays by its length, set schedule.warmup above 0")
+        return self
 
 
 class ParallelConfig(Section):
@@ -281,6 +325,8 @@ class LogConfig(Section):
     """Steps between log lines."""
     out: str = Field(default="runs/neox", min_length=1)
     """Run directory."""
+    norms: bool = False
+    """Each line also holds the norms of gradients and parameters: embedding, attention, mlp, norms, head."""
 
 
 class EvalConfig(Section):
@@ -335,6 +381,16 @@ class Config(Section):
             raise ValueError("checkpoint.keep_every: says which older ones stay where checkpoint.keep_last is set")
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(f"schedule.min_lr: {self.schedule.min_lr} is above optim.lr ({self.optim.lr})")
+        horizon = self.schedule.horizon or self.train.steps
+        warmup = self.schedule.warmup_updates(horizon)
+        if warmup > horizon:
+            raise ValueError(
+                f"schedule.warmup: {warmup:g} updates are more than the {horizon} of "
+                f"{'schedule.horizon' if self.schedule.horizon else 'train.steps'}"
+            )
+        decay = self.schedule.decay_updates(horizon) if self.schedule.name == "wsd" else 0
+        if warmup + decay > horizon:
+            raise ValueError(f"schedule.decay: {decay:g} updates after {warmup:g} of warmup are more than {horizon}")
         return self
 
     def to_toml(self) -> str:

@@ -76,6 +76,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim, self.scale = layer, config.head_dim, config.attention_scale
         self.local = layer in config.local_layers
+        _, _, self.dropout = config.dropout
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.dense_bias)
 
@@ -88,8 +89,17 @@ class Attention(nn.Module):
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v, context.positions)  # [B, H, S, D]
         mask = context.local_mask if self.local else context.mask
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, dropout_p=dropout
+        )
         return cast(Tensor, self.dense(out.transpose(1, 2).reshape(B, T, -1)))
+
+
+def dropped(x: Tensor, fraction: float, training: bool) -> Tensor:
+    """x with `fraction` of its values zeroed and the rest divided by 1 - fraction; x itself outside training."""
+    # Nothing is drawn where nothing is dropped: the random state stays as it is.
+    return F.dropout(x, fraction) if fraction and training else x
 
 
 def recomputed(
@@ -137,6 +147,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.parallel = config.use_parallel_residual
+        _, self.dropout, _ = config.dropout
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.post_attention_layernorm = (
             None if config.shared_layer_norm else nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -149,15 +160,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         normed = self.input_layernorm(x)
         with recomputed(normed, self.input_layernorm, x, self.recompute):
-            attended = self.attention(normed, context)
+            attended = dropped(self.attention(normed, context), self.dropout, self.training)
             if self.parallel and self.post_attention_layernorm is None:
-                return x + cast(Tensor, self.branches(self.mlp(normed) + attended))
+                fed = dropped(self.mlp(normed), self.dropout, self.training)
+                return x + cast(Tensor, self.branches(fed + attended))
         assert self.post_attention_layernorm is not None
         if not self.parallel:
             x = x + attended
         normed = self.post_attention_layernorm(x)
         with recomputed(normed, self.post_attention_layernorm, x, self.recompute):
-            fed = self.mlp(normed)
+            fed = dropped(self.mlp(normed), self.dropout, self.training)
         return x + (cast(Tensor, self.branches(fed + attended)) if self.parallel else fed)
 
 
@@ -213,6 +225,7 @@ class GPTNeoX(nn.Module):
         elif config.rotary_dim:
             cos, sin = rotary_angles(positions, config.rotary_dim, config.rotary_emb_base)
             rotation = cos.to(x.dtype), sin.to(x.dtype)
+        x = dropped(x, config.dropout[0], self.training)
         mask, local_mask = attention_masks(config, positions, cache, segments)
         context = Context(rotation, mask, local_mask, cache, positions)
         for layer in self.layers:

@@ -74,6 +74,7 @@ _RECIPE: Sections = {
     "schedule": {"name": "cosine", "warmup": 0.01},
     "checkpoint": {"every": 1000},
 }
+_TRAINED: Sections = {**_RECIPE, "schedule": {"name": "cosine_floored", "warmup": 0.01}}
 _NORMAL_INIT: dict[str, Any] = {"init_method": "normal", "initializer_range": 0.02}
 _SERIAL: dict[str, Any] = {"use_parallel_residual": False, "rotary_pct": 1.0}
 _GPT_J: dict[str, Any] = {
@@ -104,14 +105,14 @@ def _with(base: Sections, **changes: dict[str, Any]) -> Sections:
 
 _FAMILIES: dict[str, Sections] = {
     "20b": _with(
-        _RECIPE,
+        _TRAINED,
         model={"hidden_act": "gelu_fast"},
         optim={"weight_decay": 0.01},
         checkpoint={"every": 500},
         eval={"every": 1000, "batches": 10},
     ),
-    "pythia": _RECIPE,
-    "pythia-normal": _with(_RECIPE, model=_NORMAL_INIT),
+    "pythia": _TRAINED,
+    "pythia-normal": _with(_TRAINED, model=_NORMAL_INIT),
     "gpt": _with(_RECIPE, model=_SERIAL),
     "gpt-49m": _RECIPE,
     "gpt-760m": _with(_RECIPE, model=_SERIAL, optim={"betas": [0.9, 0.999]}),
@@ -128,7 +129,14 @@ _FAMILIES: dict[str, Sections] = {
     ),
 }
 
-_FP16 = "Precision: trained in fp16 with a dynamic loss scale; neox trains in fp32 or bf16, so train.dtype stays fp32."
+_FP16 = (
+    "Precision: trained in fp16 with a dynamic loss scale; train.dtype=fp16 repeats that, train.dtype stays fp32, "
+    "which every device runs."
+)
+_FLOOR = (
+    "Schedule: cosine_floored, the formula of gpt-neox 1.0, which trained it. Today's gpt-neox has another (its pull "
+    "requests #1008, #1011, #1039, #1040), here called cosine."
+)
 _GELU_PYTHIA = (
     "GELU: trained with the tanh approximation (bias_gelu_fusion), but the released Hugging Face configs say gelu "
     "(erf) and the published evaluations run that; hidden_act follows the released files. hidden_act=gelu_fast is "
@@ -151,14 +159,16 @@ _FAMILY_NOTES: dict[str, tuple[str, ...]] = {
         "128 x tensor parallel 2. The paper and the model card say 50257.",
         "Parameters: 20,554,567,680, as on the model card. An early draft of the card says 20,556,201,984, "
         "which no vocabulary size explains.",
+        _FLOOR,
         "Layer norms: two per block on the same input. One shared norm was intended; the released weights have two.",
         _FP16,
     ),
-    "pythia": (_GELU_PYTHIA, _FP16),
+    "pythia": (_GELU_PYTHIA, _FLOOR, _FP16),
     "pythia-normal": (
         "Initialisation: normal(0.02) with scaled residual outputs. The config leaves out the small_init / wang_init "
         "of the other sizes, an acknowledged erratum (pythia issue #135); the preset keeps what was run.",
         _GELU_PYTHIA,
+        _FLOOR,
         _FP16,
     ),
     "gpt": (_GPT_BATCH, _FP16),
@@ -176,6 +186,7 @@ _OWN_NOTES: dict[str, tuple[str, ...]] = {
     "pythia-1b": (
         "Learning rate: 2.5e-4, as in the config that was run (configs/pythia/1B.yml). Pythia's README says 3.0e-4.",
         _GELU_PYTHIA,
+        _FLOOR,
         "Precision: trained in bf16, after an irrecoverable loss spike in fp16; train.dtype=bf16 repeats that.",
     ),
 }

@@ -236,7 +236,7 @@ def test_any_override_gives_a_config_or_one_line(key, value):
         ("model.vocab_size=0", "model.vocab_size: must be greater than 0"),
         ("betas=[0.9, 1.0]", "optim.betas[1]: must be less than 1, got 1.0"),
         ("betas=[0.9]", "optim.betas[1]: is missing"),
-        ("dtype=fp16", "train.dtype: must be 'fp32' or 'bf16', got 'fp16'"),
+        ("dtype=fp8", "train.dtype: must be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
         ("top_p=0", "generate.top_p: must be greater than 0"),
         ("out=", "log.out: must have at least 1 character"),
         ("data.train=[a, b]", "not a list; its texts need quotes"),
@@ -246,12 +246,28 @@ def test_any_override_gives_a_config_or_one_line(key, value):
         ("local_layers=[1]", "model.local_window: must be at least 1 where local_layers are given"),
         ("local_layers=[1, 1]", "model.local_layers: names a layer twice"),
         ("seq_length=4096", "data.seq_length: 4096 is more than model.max_position_embeddings (2048)"),
+        ("loss_scale=0.5", "optim.loss_scale: must be greater than or equal to 1, got 0.5 (from loss_scale=0.5)"),
+        ("loss_scale_min=8192", "optim.loss_scale_min: 8192.0 is above loss_scale (4096.0)"),
+        ("hidden_dropout=1", "model.hidden_dropout: must be less than 1"),
+        ("warmup=143001", "schedule.warmup: 143001 updates are more than the 143000 of train.steps"),
         ("min_lr=0.01", "schedule.min_lr: 0.01 is above optim.lr (0.001)"),
         ("preset=pythia-160", "no preset 'pythia-160'; did you mean pythia-160m?"),
     ],
 )
 def test_override_errors(override, expected):
     assert expected in error_of(preset="pythia-14m", overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("warmup=20", "horizon=10"), "schedule.warmup: 20 updates are more than the 10 of schedule.horizon"),
+        (("warmup=600", "schedule.name=wsd", "decay=0.5", "steps=1000"), "schedule.decay: 500 updates after 600 of"),
+        (("warmup=0", "schedule.name=inverse_sqrt"), "schedule.warmup: inverse_sqrt decays by its length"),
+    ],
+)
+def test_schedules_that_do_not_fit_their_horizon(overrides, expected):
+    assert expected in error_of(overrides=overrides)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +354,7 @@ def configs(draw) -> Config:
     model["local_layers"] = draw(st.lists(st.integers(0, layers - 1), unique=True))
     sections["data"]["seq_length"] = min(sections["data"]["seq_length"], model["max_position_embeddings"])
     sections["schedule"]["min_lr"] = sections["optim"]["lr"] * draw(unit)
+    sections["optim"]["loss_scale"] = draw(st.floats(1, 2**24))
     return Config(preset=draw(st.none() | st.sampled_from(["neox-20b", "gpt-neo-125m", "pythia-14m"])), **sections)
 
 

@@ -68,6 +68,13 @@ def test_unknown_names(wrong, hint):
         assert hint in str(caught.value)
 
 
+@pytest.mark.parametrize("name", presets.names())
+def test_what_gpt_neox_1_trained_has_its_schedule(name):
+    before = name == "neox-20b" or name.startswith("pythia-")
+    assert load_config(name).schedule.name == ("cosine_floored" if before else "cosine")
+    assert before == ("cosine_floored" in " ".join(presets.notes(name)))
+
+
 @pytest.mark.parametrize("size", PYTHIA)
 def test_pythia_recipe(size):
     config, (tensor_parallel, lr) = load_config(f"pythia-{size}"), PYTHIA[size]

@@ -124,6 +124,18 @@ def _read_gpt_neox(raw: dict[str, Any]) -> dict[str, Any]:
         "initializer_range": raw.get("initializer_range", 0.02),
         "qkv_bias": bias,
         "dense_bias": bias,
+        **_dropout(raw, "hidden_dropout", "attention_dropout"),
+    }
+
+
+def _dropout(raw: dict[str, Any], hidden: str, attention: str, embedding: str | None = None) -> dict[str, Any]:
+    """Our three fractions, from keys that may be missing."""
+    branches, probabilities = float(raw.get(hidden) or 0), float(raw.get(attention) or 0)
+    embedded = float(raw.get(embedding) or 0) if embedding else branches
+    return {
+        "hidden_dropout": branches,
+        "attention_dropout": probabilities,
+        "embedding_dropout": None if embedded == branches else embedded,
     }
 
 
@@ -153,6 +165,7 @@ def _read_gptj(raw: dict[str, Any]) -> dict[str, Any]:
         "qkv_bias": False,
         "dense_bias": False,
         "head_bias": True,
+        **_dropout(raw, "resid_pdrop", "attn_pdrop", "embd_pdrop"),
     }
 
 
@@ -178,6 +191,7 @@ def _read_gpt_neo(raw: dict[str, Any]) -> dict[str, Any]:
         "attention_scale": 1.0,
         "local_window": raw.get("window_size", 256),
         "local_layers": tuple(i for i, kind in enumerate(layers) if kind == "local"),
+        **_dropout(raw, "resid_dropout", "attention_dropout", "embed_dropout"),
     }
 
 
@@ -208,6 +222,8 @@ def write_config(config: ModelConfig, dtype: torch.dtype, eos: int | None) -> di
         free.add("rotary_pct")  # GPT-J writes the number of dims
     if not config.rotary_dim:
         free.add("rotary_emb_base")
+    if read_back.dropout == config.dropout:
+        free.add("embedding_dropout")  # GPT-NeoX has one number for it and the branches
     for field in type(config).model_fields:
         if field not in free and getattr(read_back, field) != getattr(config, field):
             raise ValueError(
@@ -235,8 +251,8 @@ def _write_gpt_neox(config: ModelConfig) -> dict[str, Any]:
         "layer_norm_eps": config.layer_norm_eps,
         "use_parallel_residual": config.use_parallel_residual,
         "attention_bias": config.qkv_bias,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
+        "attention_dropout": config.attention_dropout,
+        "hidden_dropout": config.hidden_dropout,
     }
 
 
@@ -250,9 +266,9 @@ def _write_gptj(config: ModelConfig) -> dict[str, Any]:
         "n_positions": config.max_position_embeddings,
         "rotary_dim": config.rotary_dim,
         "layer_norm_epsilon": config.layer_norm_eps,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
+        "attn_pdrop": config.attention_dropout,
+        "embd_pdrop": config.dropout[0],
+        "resid_pdrop": config.hidden_dropout,
     }
 
 
@@ -269,7 +285,7 @@ def _write_gpt_neo(config: ModelConfig) -> dict[str, Any]:
         "window_size": config.local_window,
         "attention_layers": layers,
         "attention_types": [[[kind], 1] for kind in layers],
-        "attention_dropout": 0.0,
-        "embed_dropout": 0.0,
-        "resid_dropout": 0.0,
+        "attention_dropout": config.attention_dropout,
+        "embed_dropout": config.dropout[0],
+        "resid_dropout": config.hidden_dropout,
     }

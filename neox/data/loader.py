@@ -31,6 +31,7 @@ class Batch:
     labels: torch.Tensor  # [B, T] int64, IGNORED where masked
     positions: torch.Tensor  # [B, T] int64
     segments: torch.Tensor | None = None  # [B, T] int64 where attention must not cross documents
+    first: int = 0  # number of the first sequence, counted over the run
 
 
 class Loader:
@@ -49,9 +50,9 @@ class Loader:
     def microbatches(self, step: int, micro_batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """The sequences of step `step` that are this rank's, in order, at most `micro_batch_size` at a time.
 
-        Rank r has the r-th block of ceil(global_batch_size / ranks). A rank alone may end in a smaller microbatch. Of
-        several, all yield as many microbatches, each of exactly `micro_batch_size` rows, since their collectives must
-        meet: rows without a sequence are filler, whose labels are all IGNORED.
+        Rank r has the r-th block of ceil(global_batch_size / ranks). All yield as many microbatches, of the same
+        shapes, since their collectives must meet: where the sequences end early, rows are filler, whose labels are all
+        IGNORED.
         """
         if micro_batch_size < 1:
             raise ValueError(f"train.micro_batch_size = {micro_batch_size}: must be at least 1")
@@ -60,7 +61,7 @@ class Loader:
         own = self._samples(step)[rank * share : (rank + 1) * share]
         for start in range(0, share, micro_batch_size):
             part = own[start : start + micro_batch_size]
-            yield self._rows(part, filler=micro_batch_size - len(part) if ranks > 1 else 0)
+            yield self._rows(part, filler=min(micro_batch_size, share - start) - len(part))
 
     def _samples(self, step: int) -> npt.NDArray[np.int64]:
         """The numbers of the samples of a step: the one place that maps the one to the other."""
@@ -79,7 +80,7 @@ class Loader:
             labels[documents[:, 1:] != segments] = IGNORED
             begins = F.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
             positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
-        batch = Batch(tokens, labels, positions, segments)
+        batch = Batch(tokens, labels, positions, segments, first=int(samples[0]) if len(samples) else 0)
         return _filled(batch, filler) if filler else batch
 
 
@@ -92,4 +93,5 @@ def _filled(batch: Batch, rows: int) -> Batch:
         torch.cat((batch.labels, torch.full_like(zeros, IGNORED))),
         torch.cat((batch.positions, torch.arange(T).repeat(rows, 1))),
         None if batch.segments is None else torch.cat((batch.segments, zeros)),
+        batch.first,
     )

@@ -85,7 +85,8 @@ class ConsoleSink:
         if "valid_loss" in row:
             self.say(f"step {row['step']}: held-out loss {row['valid_loss']:.4f}")
             return
-        status = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tok/s  MFU {row['mfu']:.2f}"
+        loss = math.nan if row["loss"] is None else row["loss"]
+        status = f"loss {loss:.4f}  {row['tokens_per_second']:,.0f} tok/s  MFU {row['mfu']:.2f}"
         self.bar.update(self.task, completed=row["step"], status=status)
         if not self.console.is_terminal:
             done = max(1, row["step"] - self.first_step)

@@ -1,4 +1,4 @@
-"""Optimizers and the learning-rate schedule: AdamW with gpt-neox's decay groups, Muon for the blocks' matrices."""
+"""Optimizers: AdamW with gpt-neox's decay groups, Muon for the blocks' matrices."""
 
 import math
 from collections import defaultdict
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from neox.config import OptimConfig, ScheduleConfig
+from neox.config import OptimConfig
 from neox.model import GPTNeoX
 
 
@@ -41,31 +41,25 @@ def build_optimizers(model: GPTNeoX, config: OptimConfig) -> list[torch.optim.Op
     return built
 
 
-def lr_factor(config: ScheduleConfig, lr: float, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `steps`, as a fraction of the peak.
+def clip_gradients(model: GPTNeoX, limit: float, loss_scale: float = 1.0) -> Tensor:
+    """Divide all gradients by `loss_scale`, and scale them so that their global L2 norm is at most `limit` (0: none).
 
-    gpt-neox's formula of today: linear warmup over W = warmup * steps, then
-    min_lr + (lr - min_lr) / 2 * (1 + cos(pi (step - W) / (steps - W))).
-    """
-    warmup = config.warmup * steps
-    if step < warmup:
-        return min(1.0, max(1, step) / warmup)  # a warmup shorter than one step has no ramp
-    done = (step - warmup) / max(1.0, steps - warmup)
-    floor = config.min_lr / lr
-    return floor + (1 - floor) / 2 * (1 + math.cos(math.pi * done))
-
-
-def clip_gradients(model: GPTNeoX, limit: float) -> Tensor:
-    """Scale all gradients so that their global L2 norm is at most `limit` (0: no limit); return the norm before.
-
-    The formula of torch's clip_grad_norm_. On a CPU, where looking at the norm costs nothing, gradients within the
-    limit are left alone instead of being multiplied by one.
+    Returns the norm of the divided gradients before the limit. Where it is not finite, on an overflow, they are left
+    as they are. Both factors are one multiplication, min(1, limit / (norm + 1e-6)) / loss_scale, as in gpt-neox; with
+    `loss_scale` 1 this is torch's clip_grad_norm_. On a CPU, where looking at the norm costs nothing, gradients within
+    the limit are left alone instead of being multiplied by one.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if limit and (norm.device.type != "cpu" or norm > limit):
+    if loss_scale != 1.0:
+        norm = norm / loss_scale
+        if norm.isfinite():
+            factor = min(1.0, limit / (norm.item() + 1e-6)) if limit else 1.0
+            torch._foreach_mul_(gradients, factor / loss_scale)
+    elif limit and (norm.device.type != "cpu" or norm > limit):
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 

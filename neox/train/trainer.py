@@ -4,6 +4,8 @@ Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step. Neit
 processes: `neox.parallel.build` gives the parts of it that are here, and the callable that runs a step through them.
 """
 
+import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from neox.checkpoint import complete_steps, fill_state, is_due, load_tensors, prune, read_step, save_step
 from neox.config import Config
 from neox.counts import train_flops_per_token
-from neox.data import Batch, Loader, TokenDataset
+from neox.data import Batch, Loader, build_datasets
 from neox.data.loader import IGNORED
 from neox.files import write_atomic
 from neox.model import GPTNeoX
@@ -25,8 +27,11 @@ from neox.runtime import Processes, joined_processes, local_device, matmul_flops
 from neox.train.corpus import check_named, discard, token_files
 from neox.train.loss import head_loss
 from neox.train.metrics import ConsoleSink, JsonlSink
-from neox.train.optim import build_optimizers, clip_gradients, lr_factor, set_lr
+from neox.train.optim import build_optimizers, clip_gradients, set_lr
 from neox.train.run import StopSignals, only_writer
+from neox.train.scaler import build_scaler
+from neox.train.schedule import lr_factor
+from neox.train.statistics import norms
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,10 @@ class Trainer:
                 self.save()
             while self.step < steps and not self.stop_signal:
                 started = time.perf_counter()
-                loss, norm, lr = self.train_step()
+                loss, norm, lr, more = self.train_step()
                 self.step += 1
-                if self.step % config.log.every == 0 or self.step in (1, steps):
-                    row = self._row(loss.item(), norm.item(), lr, time.perf_counter() - started)
+                if self._logged(self.step):
+                    row = self._row(loss.item(), norm.item(), lr, time.perf_counter() - started) | more
                     for sink in sinks:
                         sink.write(row)
                 elif console:
@@ -127,22 +132,39 @@ class Trainer:
                 sink.close()
         return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else loss.item())
 
-    def train_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """One optimizer step: its mean loss per token, the gradient norm before clipping, the learning rate."""
+    def train_step(self) -> tuple[torch.Tensor, torch.Tensor, float, dict[str, Any]]:
+        """One optimizer step: its mean loss per token, the gradient norm before clipping, the learning rate, and what
+        else the config makes it tell. In fp16 an overflow skips the update and nothing changes but the loss scale.
+        """
         config = self.config
         batches = list(self._microbatches(self.loader, self.step))
-        self.scale = 1 / self.processes.sum(_valid_tokens(batches))
+        loss_scale = self.scaler.scale if self.scaler else 1.0
+        self.scale = loss_scale / self.processes.sum(_valid_tokens(batches))
         self.model.train()
         loss = self.forward_backward(batches)
         if self.layout.dp_size > 1:
             dist.all_reduce(loss)
-        norm = clip_gradients(self.model, config.optim.clip)
-        factor = lr_factor(config.schedule, config.optim.lr, self.step, config.train.steps)
+        loss /= loss_scale
+        more: dict[str, Any] = norms(self.model, loss_scale) if config.log.norms and self._logged(self.step + 1) else {}
+        norm = clip_gradients(self.model, config.optim.clip, loss_scale)
+        factor = lr_factor(config.schedule, config.optim.lr, self.updates, config.train.steps)
+        overflow = self.scaler is not None and not norm.isfinite()
+        if self.scaler:
+            more |= {"loss_scale": loss_scale, "skipped": self.step + overflow - self.updates}
+            try:
+                self.scaler.update(overflow)
+            except ValueError as error:
+                raise ValueError(f"{self.run}: step {self.step + 1}: {error}") from None
         set_lr(self.optimizers, factor)
         for optimizer in self.optimizers:
-            optimizer.step()
+            if not overflow:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss, norm, config.optim.lr * factor
+        self.updates += not overflow
+        return loss, norm, config.optim.lr * factor, more
+
+    def _logged(self, step: int) -> bool:
+        return step % self.config.log.every == 0 or step in (1, self.config.train.steps)
 
     def _microbatches(self, loader: Loader, step: int) -> Any:
         size = self.config.train.micro_batch_size
@@ -156,6 +178,10 @@ class Trainer:
                 raise ValueError(
                     f"the data holds token {token}, model.vocab_size is {vocab}: raise it, or prepare the data again"
                 )
+        if model.training and any(self.config.model.dropout):
+            # Of the data alone: a resumed run drops what the uninterrupted one did, ranks drop apart from each other.
+            digest = hashlib.sha256(f"{self.config.train.seed}:dropout:{batch.first}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:8], "little"))
         dtype = self.config.train.dtype
         with torch.autocast(self.device.type, resolve_dtype(dtype), enabled=dtype != "fp32"):
             hidden = model(
@@ -191,9 +217,9 @@ class Trainer:
         state = {
             "step": self.step,
             "samples": self.step * self.config.train.global_batch_size,
-            "updates": self.step,
-            "loss_scaler": {},
-            "order": "",
+            "updates": self.updates,
+            "loss_scaler": self.scaler.state() if self.scaler else {},
+            "order": self.order,
         }
         folder = save_step(self.run, self.model, self.optimizers, self.config, state, self.processes)
         if not self.processes.rank:
@@ -204,13 +230,19 @@ class Trainer:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
         config, processes = self.config, self.processes
         done = complete_steps(self.run) if self.resume else []
-        state = read_step(done[-1])[1] if done else {"step": 0, "samples": 0}
-        self.step = state["step"]
+        state: dict[str, Any] = read_step(done[-1])[1] if done else {"step": 0, "samples": 0, "updates": 0, "order": ""}
+        self.step, self.updates = state["step"], state["updates"]
+        self.scaler = build_scaler(config, state.get("loss_scaler", {}))
         if self.step and state["samples"] != self.step * config.train.global_batch_size:
             raise ValueError(
                 f"{self.run}: took {state['samples'] // self.step} sequences a step: a run keeps its "
                 "train.global_batch_size"
             )
+        samples = config.train.steps * config.train.global_batch_size
+        if config.data.order == "megatron" and not config.data.num_samples:
+            # The order depends on it: a run that is made longer keeps the one it began with.
+            data = config.data.model_copy(update={"num_samples": samples})
+            self.config = config = config.model_copy(update={"data": data})
         with processes.first_alone():
             if not self.resume and not processes.rank:
                 discard(config, self.run)
@@ -218,13 +250,14 @@ class Trainer:
                 self._write_config()
             files = token_files(config, self.run, quiet=self.quiet)
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
-        self.loader = Loader(
-            TokenDataset(files.train, config.data.seq_length, config.train.seed, config.data.order),
-            config.train.global_batch_size,
-        )
-        self.valid = (
-            TokenDataset(files.valid, config.data.seq_length, config.train.seed, "sequential") if files.valid else None
-        )
+        datasets = build_datasets(config.data, files.train, files.valid, config.train.seed, samples, not self.quiet)
+        self.order = datasets.fingerprint
+        if state["order"] not in ("", self.order):
+            raise ValueError(
+                f"{self.run}: its data would be read in another order than before step {self.step}: a run keeps "
+                "train.seed, its text, and data.order, seq_length, weights, split and num_samples"
+            )
+        self.loader, self.valid = Loader(datasets.train, config.train.global_batch_size), datasets.valid
         (self.model,), self.forward_backward = build(config, self.layout, self._loss, head_loss)
         self.optimizers = build_optimizers(self.model, config.optim)
         fill_state(self.optimizers)
@@ -241,9 +274,9 @@ class Trainer:
         flops = train_flops_per_token(self.config.model, self.config.data.seq_length) * tokens
         return {
             "step": self.step,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
             "lr": lr,
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": self.step * tokens,
             "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / self.peak_flops / self.processes.world,

@@ -125,21 +125,44 @@ def test_tied_weights_collect_both_gradients():
         assert relative(gradients[name], p.grad) < 2 * CLOSE, name
 
 
-def test_under_autocast_products_are_bfloat16_and_the_rest_is_not():
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_under_autocast_products_are_of_16_bits_and_the_rest_is_not(dtype, unit):
     hidden, head, labels = case(512, 64, 100, True, 0.2, 0)
     with torch.no_grad():
         head.weight.mul_(0.1)
     expected, gradients = reference(hidden, head, labels, 1 / 512)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         loss = cross_entropy(hidden, head, labels, chunk=100, scale=1 / 512)
     loss.backward()
     assert loss.dtype == torch.float32
-    # bfloat16 keeps 8 bits: each product is off by up to 2^-8 of its size, and such errors average out in the sums.
-    unit = 2**-8
+    # bfloat16 keeps 8 bits, float16 11: each product is off by up to a unit of its size, and such errors average out in
+    # the sums.
     assert 0 < abs(loss - expected) < unit / 4 * expected
     for (name, p), theirs in zip((("hidden", hidden), *head.named_parameters()), gradients, strict=True):
         assert p.grad.dtype == torch.float32
         assert 0 < relative(p.grad.double(), theirs) < 2 * unit, name
+
+
+def in_half(scale: float):
+    """Gradients under fp16, and in float64, of a loss with this factor."""
+    hidden, head, labels = case(512, 64, 100, False, 0.2, 0)
+    with torch.no_grad():
+        head.weight.mul_(0.1)
+    with torch.autocast("cpu", torch.float16):
+        cross_entropy(hidden, head, labels, chunk=100, scale=scale).backward()
+    return (hidden.grad, head.weight.grad), reference(hidden, head, labels, scale)[1]
+
+
+def test_a_loss_scale_keeps_small_gradients_alive_in_fp16():
+    """A mean over 10^9 tokens has factors below fp16's smallest number, 6e-8; times 2^30 they are near one."""
+    (_, head), _ = in_half(1e-9)
+    assert not head.any()
+    for found, expected in zip(*in_half(2**30 * 1e-9), strict=True):
+        assert 0 < relative(found.double(), expected) < 2 * 2**-11
+
+
+def test_a_loss_scale_that_is_too_large_shows_in_the_gradients():
+    assert not all(gradient.isfinite().all() for gradient in in_half(2.0**20)[0])
 
 
 class Largest(TorchDispatchMode):
