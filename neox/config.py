@@ -143,7 +143,7 @@ class DataConfig(Section):
     """What is read, and in what order."""
 
     train: Strings = ()
-    """Prefixes of .bin/.idx pairs (what `neox prepare` writes) or text files, for training."""
+    """For training: prefixes of .bin/.idx pairs (what `neox prepare` writes), or text: files, folders, hf:OWNER/NAME."""
     valid: Strings = ()
     """The same, held out for evaluation."""
     seq_length: Positive = 256
@@ -151,9 +151,11 @@ class DataConfig(Section):
     order: Literal["permuted"] = "permuted"
     """permuted: a keyed permutation of the samples, without index files."""
     text_key: str = "text"
-    """Key of the text in a JSON lines file."""
+    """Key of the text in JSON lines; its column in Parquet files and data sets."""
     append_eod: bool = True
     """End each document with the end-of-document token."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What cannot be read: fail stops there, skip leaves it out, counts it and reports it."""
 
 
 class TrainConfig(Section):
