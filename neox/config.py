@@ -143,7 +143,7 @@ class DataConfig(Section):
     """What is read, and in what order."""
 
     train: Strings = ()
-    """For training: prefixes of .bin/.idx pairs (what `neox prepare` writes), or text: files, folders, hf:OWNER/NAME."""
+    """For training: .bin/.idx prefixes (what `neox prepare` writes), or text: files, folders, hf:OWNER/NAME."""
     valid: Strings = ()
     """The same, held out for evaluation."""
     seq_length: Positive = 256

@@ -89,7 +89,7 @@ class HubDataset:
             raise ValueError(f"{name}: cannot be opened: {one_line(error)}") from None
         known = (self._stream.info.splits or {}).get(split)
         self._rows: int = known.num_examples if known else 0
-        self.size: int | None = known.num_bytes or None if known and self._rows else None
+        self.size: int | None = (known.num_bytes or None) if known and self._rows else None
         self.noted: dict[str, Any] = {"path": name, "bytes": self.size, "revision": commit}
 
     def check(self, text_key: str) -> None:

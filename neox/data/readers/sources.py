@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from neox.data.readers.columns import check_parquet, read_parquet
-from neox.data.readers.huggingface import HUB, HubDataset, SavedDataset, is_saved
 from neox.data.readers.faults import Fault, Faults, OnError, optional
+from neox.data.readers.huggingface import HUB, HubDataset, SavedDataset, is_saved
 from neox.data.readers.streams import COMPRESSED
 from neox.data.readers.text import read_jsonl, read_txt
 
