@@ -87,6 +87,8 @@ class HubDataset:
             self._stream = self._datasets.load_dataset(repo, config, revision=commit, split=split, streaming=True)
         except Exception as error:  # the hub's, the network's or the library's own
             raise ValueError(f"{name}: cannot be opened: {one_line(error)}") from None
+        self.identity = f"{repo}:{self._stream.info.config_name}@{commit}#{split}"
+        """The same for every name of the same data."""
         known = (self._stream.info.splits or {}).get(split)
         self._rows: int = known.num_examples if known else 0
         self.size: int | None = (known.num_bytes or None) if known and self._rows else None

@@ -12,6 +12,9 @@ from neox.data.readers.huggingface import HUB, HubDataset, SavedDataset, is_save
 from neox.data.readers.streams import COMPRESSED
 from neox.data.readers.text import read_jsonl, read_txt
 
+Place = tuple[int, int] | str
+"""Which file this is on the disk, by whatever name; or which data set of the hub."""
+
 
 class Source(Protocol):
     """One name that the user gave, and the documents behind it."""
@@ -62,7 +65,7 @@ def find_sources(
     """
     if not (listed := [names] if isinstance(names, str | Path) else list(names)):
         raise ValueError("no input files given")
-    seen: dict[tuple[int, int] | str, str] = {}
+    seen: dict[Place, str] = {}
     sources = [_source(str(name), seen) for name in listed]
     if on_error == "fail":
         for source in sources:
@@ -73,12 +76,11 @@ def find_sources(
     return sources
 
 
-def _source(name: str, seen: dict[tuple[int, int] | str, str]) -> Source:
+def _source(name: str, seen: dict[Place, str]) -> Source:
     if name.startswith(HUB):
-        if name in seen:
-            raise ValueError(f"{name}: named twice; name it once")
-        seen[name] = name
-        return HubDataset(name)
+        hub = HubDataset(name)
+        _once(hub.identity, name, seen)
+        return hub
     path = Path(name)
     if path.is_dir():
         if is_saved(path):
@@ -93,7 +95,7 @@ def _source(name: str, seen: dict[tuple[int, int] | str, str]) -> Source:
     return Files(name, [path])
 
 
-def _below(folder: Path, seen: dict[tuple[int, int] | str, str]) -> Iterator[Path]:
+def _below(folder: Path, seen: dict[Place, str]) -> Iterator[Path]:
     """Every file below `folder`, through links too, in no order. Unlike os.walk it hides no folder that is closed."""
     _meet(folder, seen)
     for path in folder.iterdir():
@@ -106,7 +108,7 @@ def _below(folder: Path, seen: dict[tuple[int, int] | str, str]) -> Iterator[Pat
             yield path
 
 
-def _meet(path: Path, seen: dict[tuple[int, int] | str, str]) -> None:
+def _meet(path: Path, seen: dict[Place, str]) -> None:
     """Note a file or a folder by its place on the disk.
 
     Raises ValueError where it was met already, by any name, and where it is a pipe or the like.
@@ -122,10 +124,13 @@ def _meet(path: Path, seen: dict[tuple[int, int] | str, str]) -> None:
         path.stat()  # a link to nothing has an error of its own
         raise ValueError(f"{path}: neither a file nor a folder; write its content to a file first")
     status = path.stat()
-    place = (status.st_dev, status.st_ino)
+    _once((status.st_dev, status.st_ino), str(path), seen)
+
+
+def _once(place: Place, name: str, seen: dict[Place, str]) -> None:
     if place in seen:
-        raise ValueError(f"{path}: is the same as {seen[place]}; its text would come twice: name it once")
-    seen[place] = str(path)
+        raise ValueError(f"{name}: is the same as {seen[place]}; its text would come twice: name it once")
+    seen[place] = name
 
 
 class Files:
