@@ -259,6 +259,7 @@ def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path: Path) -> None:
     )
     at = whole.index(b"document 150")
     path.write_bytes(whole[:at] + b"D" + whole[at + 1 :])
+    assert next(read_documents(path)) == ROWS[0]  # no more is read than is asked for
     found, skipped = skipping(path)
     (place,) = skipped["damaged"].first
     assert "the rest of row group 1 is lost" in place

@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -207,10 +209,14 @@ def test_a_file_that_the_disk_cannot_give_is_named(tmp_path: Path, monkeypatch: 
     assert caught.value.filename == str(path)
 
 
-def test_jsonl_is_streamed(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    row = json.dumps({"text": "x" * 1000}).encode() + b"\n"
-    path.write_bytes(row * 20_000)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_jsonl_is_streamed(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    random = os.urandom(10_000_000).hex()
+    raw = b"".join(b'{"text": "%s"}\n' % random[n : n + 1000].encode() for n in range(0, len(random), 1000))
+    packed = {"": bytes, ".gz": lambda r: gzip.compress(r, 1), ".zst": zstandard.ZstdCompressor(level=1).compress}
+    path.write_bytes(packed[suffix](raw))
+    del raw, random
     tracemalloc.start()
     count = sum(1 for _ in read_documents(path))
     peak = tracemalloc.get_traced_memory()[1]
