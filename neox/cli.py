@@ -152,21 +152,29 @@ def show(targets: list[str], options: list[str]) -> None:
 
 @verb
 def prepare(targets: list[str], options: list[str]) -> None:
-    """Turn text into tokens: SOURCE files in, one .bin/.idx pair out.
+    """Turn text into tokens: SOURCES in, one .bin/.idx pair out.
 
     neox prepare SOURCE... out=PREFIX [tokenizer=tokenizer.json] [key=value ...]
+
+    SOURCE is a file (.txt, .jsonl, .json with a document a line; each also .gz or .zst; .parquet), a
+    folder of such files, a folder that Hugging Face's save_to_disk wrote, or a data set of the hub,
+    hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]. What was read, and what was left out, is in
+    PREFIX.json.
 
     Options:
       out=PREFIX                writes PREFIX.bin and PREFIX.idx
       tokenizer=tokenizer.json  encode with this tokenizer; without it, one is trained on the sources
                                 and saved as PREFIX-tokenizer.json
       vocab_size=8192           tokens of the tokenizer that is trained
-      text_key=text             key of the text in JSON lines
+      text_key=text             key of the text in JSON lines; column in Parquet and data sets
       append_eod=true           end each document with the end-of-document token
+      on_error=fail             skip: leave out what cannot be read, and report it
 
     Examples:
       neox prepare corpus.txt out=data/corpus
-      neox prepare a.jsonl b.jsonl out=data/ab tokenizer=tokenizer.json text_key=content
+      neox prepare a.jsonl.zst b.parquet out=data/ab tokenizer=tokenizer.json text_key=content
+      neox prepare crawl/ out=data/crawl on_error=skip
+      neox prepare hf:roneneldan/TinyStories#validation out=data/stories
     """
     from neox.config import load_config
     from neox.options import parse_override
@@ -179,8 +187,9 @@ def prepare(targets: list[str], options: list[str]) -> None:
             continue
         full = {"tokenizer": "tokenizer.path", "vocab_size": "tokenizer.vocab_size"}.get(key, key) + "=" + value
         section, name, _ = parse_override(full)
-        if section != "tokenizer" and name not in ("text_key", "append_eod"):
-            raise UsageError(f"prepare has no option {key}; it has out, tokenizer, vocab_size, text_key, append_eod")
+        if section != "tokenizer" and name not in ("text_key", "append_eod", "on_error"):
+            known = "out, tokenizer, vocab_size, text_key, append_eod, on_error"
+            raise UsageError(f"prepare has no option {key}; it has {known}")
         overrides.append(full)
     if not targets:
         raise UsageError("prepare needs a SOURCE")
@@ -198,17 +207,18 @@ def prepare(targets: list[str], options: list[str]) -> None:
     if path:
         tokenizer = Tokenizer.from_file(path)
     else:
-        # A list, so that a source that does not exist is missed now and not after the others were read.
-        texts = itertools.chain.from_iterable([read_documents(source, data.text_key) for source in targets])
+        texts = read_documents(targets, data.text_key, data.on_error)
         tokenizer = train_bpe(texts, config.tokenizer.vocab_size)
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(f"{out}-tokenizer.json")
         print(f"{out}-tokenizer.json: {tokenizer.vocab_size} tokens")
-    report = run(targets, out, tokenizer, text_key=data.text_key, append_eod=data.append_eod)
+    report = run(targets, out, tokenizer, data.text_key, data.append_eod, on_error=data.on_error)
     print(
         f"{report.prefix}.bin: {report.tokens:,} tokens of {report.documents:,} documents, "
         f"{report.bytes / max(report.tokens, 1):.2f} bytes a token, {report.seconds:.1f} s"
     )
+    for line in report.left_out():
+        print(line)
 
 
 @verb
@@ -218,7 +228,8 @@ def train(targets: list[str], options: list[str]) -> int:
     neox train [PRESET] [FILE.toml ...] data.train=SOURCE [out=RUN_DIR] [key=value ...]
     neox train resume=RUN_DIR [key=value ...]
 
-    SOURCE is a prefix that `neox prepare` wrote, or a .txt or .jsonl file, which is tokenized first.
+    SOURCE is a prefix that `neox prepare` wrote, or text, which is tokenized first: all that `neox
+    prepare` reads.
     Ctrl-C and SIGTERM save after the current step; a run that was killed loses the steps since its
     last checkpoint. Both are continued by resume=, bit for bit as if nothing had happened.
     Several processes share the work when torchrun starts them; a run may change their number.

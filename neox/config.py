@@ -156,7 +156,7 @@ class DataConfig(Section):
     """What is read, and in what order."""
 
     train: Strings = ()
-    """Prefixes of .bin/.idx pairs (what `neox prepare` writes) or text files, for training."""
+    """For training: .bin/.idx prefixes (what `neox prepare` writes), or text: files, folders, hf:OWNER/NAME."""
     valid: Strings = ()
     """The same, held out for evaluation."""
     seq_length: Positive = 256
@@ -174,9 +174,11 @@ class DataConfig(Section):
     segments: bool = False
     """Documents that share a sample do not see each other."""
     text_key: str = "text"
-    """Key of the text in a JSON lines file."""
+    """Key of the text in JSON lines; its column in Parquet files and data sets."""
     append_eod: bool = True
     """End each document with the end-of-document token."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What cannot be read: fail stops there, skip leaves it out, counts it and reports it."""
 
     @property
     def fractions(self) -> tuple[float, float, float] | None:
