@@ -58,18 +58,19 @@ class Blend:
         numbers = np.atleast_1d(np.asarray(samples, dtype=np.int64))
         assert not numbers.size or numbers.min() >= 0, "sample numbers start at 0"
         datasets, indices = np.empty(len(numbers), np.uint8), np.empty(len(numbers), np.int64)
-        if numbers.size:
-            self._extend(int(numbers.max()) // SEGMENT + 1)
-        for segment in np.unique(numbers // SEGMENT).tolist():
-            here = numbers // SEGMENT == segment
-            inside = numbers[here] % SEGMENT
-            choices, before = self._choices[segment], np.empty(len(inside), np.int64)
-            datasets[here] = chosen = choices[inside]
+        if not numbers.size:
+            return datasets, indices
+        segments = numbers // SEGMENT
+        self._extend(int(segments.max()) + 1)
+        by_segment = np.argsort(segments, kind="stable")
+        for rows in np.split(by_segment, np.flatnonzero(np.diff(segments[by_segment])) + 1):
+            segment = int(segments[rows[0]])
+            choices, places = self._choices[segment], numbers[rows] % SEGMENT
+            datasets[rows] = chosen = choices[places]
             for dataset in np.unique(chosen):
                 own = chosen == dataset
-                given = np.searchsorted(np.flatnonzero(choices == dataset), inside[own])
-                before[own] = int(self._counts[segment][dataset]) + given
-            indices[here] = before
+                given = np.searchsorted(np.flatnonzero(choices == dataset), places[own])
+                indices[rows[own]] = int(self._counts[segment][dataset]) + given
         return datasets, indices
 
     def _extend(self, segments: int) -> None:
@@ -85,7 +86,7 @@ class Blend:
             self._compute(count)
 
     def _compute(self, count: int) -> None:
-        first: Counts = (len(self._choices) + np.arange(count)) * float(SEGMENT)
+        first = np.arange(len(self._choices), len(self._choices) + count, dtype=np.float64) * SEGMENT
         before = self._guess(first)
         before[:, 0] = self._counts[-1]
         choices, after = np.empty((count, SEGMENT), np.uint8), np.empty_like(before)

@@ -70,7 +70,8 @@ class Loader:
 
     def _rows(self, samples: npt.NDArray[np.int64], filler: int = 0) -> Batch:
         rows = torch.from_numpy(self.dataset.sample(samples))
-        tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        # A copy even of one row, whose slices are contiguous as they are: writing to labels must not change tokens.
+        tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].clone(memory_format=torch.contiguous_format)
         positions = torch.arange(self.dataset.seq_length).repeat(len(rows), 1)
         segments = None
         if self.dataset.segments:
