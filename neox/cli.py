@@ -221,6 +221,7 @@ def train(targets: list[str], options: list[str]) -> int:
     SOURCE is a prefix that `neox prepare` wrote, or a .txt or .jsonl file, which is tokenized first.
     Ctrl-C and SIGTERM save after the current step; a run that was killed loses the steps since its
     last checkpoint. Both are continued by resume=, bit for bit as if nothing had happened.
+    Several processes share the work when torchrun starts them; a run may change their number.
 
     Options (`neox show` lists them all):
       data.train=SOURCE    or '["a", "b"]'; data.valid= the same, held out
@@ -232,6 +233,7 @@ def train(targets: list[str], options: list[str]) -> int:
     Examples:
       neox train data.train=corpus.txt out=runs/first steps=200
       neox train pythia-14m data.train=data/corpus out=runs/14m dtype=bf16
+      torchrun --standalone --nproc-per-node 2 -m neox train recipes/small.toml data.train=data/corpus
       neox train resume=runs/first
       neox train resume=runs/first steps=400
     """
@@ -254,12 +256,15 @@ def train(targets: list[str], options: list[str]) -> int:
         if done >= steps:
             print(f"{run}: finished at step {done}; train on: {again} steps={2 * done}")
             return 0
+    trainer = Trainer(config, resume=bool(resumed))
     try:
-        result = Trainer(config, resume=bool(resumed)).fit()
+        result = trainer.fit()
     except KeyboardInterrupt:
         if (run / "config.toml").exists():
             print(f"neox: interrupted; continue from the last checkpoint: {again}", file=sys.stderr)
         raise
+    if trainer.processes.rank:  # rank 0 speaks for all
+        return 128 + result.signal if result.signal else 0
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     if result.finished:
         print(f"{run}: {result.step} steps done{loss}; next: neox generate {shlex.quote(str(run))} prompt='The'")
@@ -298,6 +303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OtherProcessFailed":  # by name: its module imports torch
+            raise
+        return 1  # that process has said why
     return status
 
 

@@ -185,6 +185,10 @@ class TrainConfig(Section):
     """auto takes an accelerator where there is one."""
     loss_chunk: Positive = 512
     """Tokens whose logits exist at one time: the head and the loss run chunk by chunk."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing dear; the MLPs; whole blocks."""
+    compile: bool = False
+    """Compile each block with torch.compile: half a minute and more at the start, fewer passes over memory after."""
 
 
 class OptimConfig(Section):
@@ -251,11 +255,28 @@ class ScheduleConfig(Section):
         return self
 
 
+class ParallelConfig(Section):
+    """How the processes that torchrun started share the work; one process needs none of it."""
+
+    dp_replicate: Positive = 1
+    """Groups of processes that hold a whole copy of the model each."""
+    dp_shard: NotNegative = 0
+    """Processes that share one copy; 0 = all that dp_replicate leaves."""
+    zero: Literal[1, 2, 3] = 1
+    """What they share: 1 the optimizer state; 2 gradients too; 3 parameters too, gathered block by block."""
+
+
 class CheckpointConfig(Section):
     """What is kept of a run."""
 
     every: NotNegative = 1000
     """Steps between checkpoints; 0 = only at the end."""
+    early: NotNegative = 0
+    """Also at steps 0, 1, 2, 4, 8 .. up to this one, as Pythia does with 512; 0 = no early ones."""
+    keep_last: NotNegative = 0
+    """Keep the newest so many and remove older ones; 0 = keep all."""
+    keep_every: NotNegative = 0
+    """Of the older ones keep those of every so many steps, and the early ones; 0 = no others."""
 
 
 class LogConfig(Section):
@@ -304,6 +325,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
@@ -316,6 +338,8 @@ class Config(Section):
             raise ValueError(
                 f"data.seq_length: {self.data.seq_length} is more than model.max_position_embeddings ({longest})"
             )
+        if self.checkpoint.keep_every and not self.checkpoint.keep_last:
+            raise ValueError("checkpoint.keep_every: says which older ones stay where checkpoint.keep_last is set")
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(f"schedule.min_lr: {self.schedule.min_lr} is above optim.lr ({self.optim.lr})")
         horizon = self.schedule.horizon or self.train.steps

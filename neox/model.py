@@ -102,13 +102,16 @@ def dropped(x: Tensor, fraction: float, training: bool) -> Tensor:
     return F.dropout(x, fraction) if fraction and training else x
 
 
-def recomputed(result: Tensor, function: Callable[[Tensor], Tensor], argument: Tensor) -> AbstractContextManager[Any]:
+def recomputed(
+    result: Tensor, function: Callable[[Tensor], Tensor], argument: Tensor, wanted: bool = True
+) -> AbstractContextManager[Any]:
     """Inside, autograd does not keep `result` = function(argument) for the backward pass but computes it again there.
 
     For a cheap function whose argument is kept anyway: two fifths of a block's activations for one more GELU and norms.
-    A compiler decides this by itself, and a distributed tensor's address says nothing: both keep the result.
+    A compiler decides this by itself, and a distributed tensor's address says nothing: both keep the result. Under
+    activation checkpointing it is not `wanted`: it would hold on to what the checkpoint lets go.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(result) is not Tensor:
+    if not wanted or torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(result) is not Tensor:
         return nullcontext()
     address, size = result.data_ptr(), result.numel()
 
@@ -123,6 +126,8 @@ def recomputed(result: Tensor, function: Callable[[Tensor], Tensor], argument: T
 
 
 class MLP(nn.Module):
+    recompute = True  # see `recomputed`
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.ffn_size, bias=config.mlp_bias)
@@ -132,11 +137,13 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.dense_h_to_4h(x)
         activated = self.activation(hidden)
-        with recomputed(activated, self.activation, hidden):
+        with recomputed(activated, self.activation, hidden, self.recompute):
             return cast(Tensor, self.dense_4h_to_h(activated))
 
 
 class Block(nn.Module):
+    recompute = True  # see `recomputed`
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.parallel = config.use_parallel_residual
@@ -152,7 +159,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         normed = self.input_layernorm(x)
-        with recomputed(normed, self.input_layernorm, x):
+        with recomputed(normed, self.input_layernorm, x, self.recompute):
             attended = dropped(self.attention(normed, context), self.dropout, self.training)
             if self.parallel and self.post_attention_layernorm is None:
                 fed = dropped(self.mlp(normed), self.dropout, self.training)
@@ -161,7 +168,7 @@ class Block(nn.Module):
         if not self.parallel:
             x = x + attended
         normed = self.post_attention_layernorm(x)
-        with recomputed(normed, self.post_attention_layernorm, x):
+        with recomputed(normed, self.post_attention_layernorm, x, self.recompute):
             fed = dropped(self.mlp(normed), self.dropout, self.training)
         return x + (cast(Tensor, self.branches(fed + attended)) if self.parallel else fed)
 
@@ -228,27 +235,30 @@ class GPTNeoX(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int = 1234) -> "GPTNeoX":
-        """Fill every parameter from (seed, parameter name) alone, so that every layout starts from the same weights.
-
-        small_init: N(0, 2 / (5 C)) (arXiv 1910.05895), residual outputs N(0, (2 / (L sqrt(C)))^2) (wang_init);
-        normal: N(0, initializer_range^2), residual outputs divided by sqrt(2 L). Norms start at one, biases at zero.
-        """
+        """Fill every parameter with its `initial_value`."""
         self.tie()
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-                generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little"))
-                full = torch.empty(parameter.shape, device=parameter.device)
-                parameter.copy_(full.normal_(std=init_std(self.config, name), generator=generator))
+            parameter.copy_(initial_value(self.config, seed, name, parameter.shape, parameter.device))
         return self
 
 
+def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+    """The value, float32, that parameter `name` starts with: a function of (seed, name) alone, whatever the layout.
+
+    small_init: N(0, 2 / (5 C)) (arXiv 1910.05895), residual outputs N(0, (2 / (L sqrt(C)))^2) (wang_init);
+    normal: N(0, initializer_range^2), residual outputs divided by sqrt(2 L). Norms start at one, biases at zero.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape, device=device)
+    if "norm" in name:
+        return torch.ones(shape, device=device)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.empty(shape, device=device).normal_(std=init_std(config, name), generator=generator)
+
+
 def init_std(config: ModelConfig, name: str) -> float:
-    """The standard deviation that `GPTNeoX.initialize` draws the parameter `name` with."""
+    """The standard deviation that `initial_value` draws the parameter `name` with."""
     residual_output = name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight"))
     if config.init_method == "normal":
         scale = math.sqrt(2 * config.num_hidden_layers) if residual_output else 1.0

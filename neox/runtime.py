@@ -1,12 +1,91 @@
-"""The ground a run stands on: device, dtype and memory. The only reader of the environment."""
+"""The ground a run stands on: processes, device, dtype and memory. The only reader of the environment."""
 
+import contextlib
 import functools
+import os
 import sys
 import time
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class OtherProcessFailed(RuntimeError):
+    """Another process of the run has failed, and has said why."""
+
+
+class Processes(NamedTuple):
+    """This process among those of the run. Collective calls go over the CPU: no accelerator waits for them."""
+
+    rank: int = 0
+    world: int = 1
+
+    def sum(self, value: int) -> int:
+        """The sum over all processes."""
+        return self._reduced(value, "SUM")
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes."""
+        return self._reduced(value, "MAX")
+
+    def _reduced(self, value: int, operation: str) -> int:
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+        return int(tensor)
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Rank 0 goes through the block, then all others: what it left on the disk, they find.
+
+        Raises OtherProcessFailed on the others where it failed.
+        """
+        if self.rank and not self.largest(0):
+            raise OtherProcessFailed("rank 0 failed")
+        good = 0
+        try:
+            yield
+            good = 1
+        finally:
+            if not self.rank:
+                self.largest(good)
+
+
+@contextlib.contextmanager
+def joined_processes(device: str = "auto") -> Iterator[Processes]:
+    """The processes that torchrun started, joined into a group while inside; one alone without torchrun.
+
+    A group that the caller has made is used, and left as it is.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        yield Processes(dist.get_rank(), dist.get_world_size())
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Processes()
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if resolve_device(device).type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device(name: str = "auto") -> torch.device:
+    """The device of this process: `resolve_device`, and where torchrun started several on a host, this one's own."""
+    device = resolve_device(name)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def resolve_device(name: str = "auto") -> torch.device:

@@ -6,7 +6,16 @@ from pathlib import Path
 import torch
 
 from neox.checkpoint.huggingface import CheckpointError, load_huggingface, save_huggingface
-from neox.checkpoint.native import complete_steps, load_native, load_tensors, read_step, save_step, step_folder
+from neox.checkpoint.native import (
+    complete_steps,
+    fill_state,
+    load_native,
+    load_tensors,
+    read_step,
+    save_step,
+    step_folder,
+)
+from neox.checkpoint.retention import expired, is_due, prune
 from neox.model import GPTNeoX
 from neox.runtime import resolve_device, resolve_dtype
 from neox.tokenizer import Tokenizer
@@ -14,8 +23,12 @@ from neox.tokenizer import Tokenizer
 __all__ = [
     "CheckpointError",
     "complete_steps",
+    "expired",
+    "fill_state",
+    "is_due",
     "load",
     "load_tensors",
+    "prune",
     "read_step",
     "save",
     "save_step",

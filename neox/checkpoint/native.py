@@ -30,11 +30,18 @@ from neox.checkpoint.huggingface import CheckpointError, read_json
 from neox.config import Config, load_config
 from neox.files import sync_folder, write_synced
 from neox.model import GPTNeoX
+from neox.runtime import Processes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DAMAGED = "it is damaged: remove the folder, and the run resumes at the step before it"
+ALONE = Processes()
 FAILURES = (Exception, dcp.CheckpointException)  # torch derives the latter from BaseException
 Kind = TypeVar("Kind", bound=BaseException)
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    # Before there was a loss scaler every step was an update, and the order of the data was not noted.
+    1: lambda state: {**state, "updates": state["step"], "loss_scaler": {}, "order": ""},
+}
+"""From the state.json of a format version to that of the next one."""
 _STEP = re.compile(r"step_(\d{8})$")
 
 
@@ -62,29 +69,31 @@ def _named_state(model: GPTNeoX, optimizers: Iterable[torch.optim.Optimizer]) ->
 
 
 def save_step(
-    run: Path, model: GPTNeoX, optimizers: Iterable[torch.optim.Optimizer], config: Config, state: dict[str, Any]
+    run: Path,
+    model: GPTNeoX,
+    optimizers: Iterable[torch.optim.Optimizer],
+    config: Config,
+    state: dict[str, Any],
+    processes: Processes = ALONE,
 ) -> Path:
     """Write the checkpoint of `state["step"]` and return its folder; it counts only once it is whole.
 
-    Raises OSError (a full disk) with nothing of it left behind.
+    All processes of the run call it together, each writes its own part. Raises OSError (a full disk) with nothing of
+    it left behind.
     """
     folder = step_folder(run, state["step"])
     if (folder / ".metadata").is_file():
         return folder
-    # What a killed writer left is never reused: an old .metadata over new data would read as complete.
-    shutil.rmtree(folder, ignore_errors=True)
     try:
-        folder.mkdir(parents=True)
-        written = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2) + "\n"
-        for name, content in (("config.toml", config.to_toml()), ("state.json", written)):
-            write_synced(folder / name, _writer(content.encode()))
-        sync_folder(folder)
+        with processes.first_alone():
+            if not processes.rank:
+                _begin(folder, config, state)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process saves without a process group is intended
             dcp.save(
                 _named_state(model, optimizers),
                 storage_writer=dcp.FileSystemWriter(folder, sync_files=True, overwrite=True),
-                no_dist=True,
+                no_dist=processes.world == 1,
             )
         sync_folder(folder)
         sync_folder(run)
@@ -102,6 +111,17 @@ def save_step(
             ) from None
         raise
     return folder
+
+
+def _begin(folder: Path, config: Config, state: dict[str, Any]) -> None:
+    """A fresh folder with all but the tensors."""
+    # What a killed writer left is never reused: an old .metadata over new data would read as complete.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    written = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2) + "\n"
+    for name, content in (("config.toml", config.to_toml()), ("state.json", written)):
+        write_synced(folder / name, _writer(content.encode()))
+    sync_folder(folder)
 
 
 def _writer(content: bytes) -> Callable[[IO[bytes]], None]:
@@ -135,10 +155,16 @@ def read_step(folder: Path) -> tuple[Config, dict[str, Any]]:
         raise CheckpointError(f"{folder}: is not a complete checkpoint (no .metadata): use the step before it")
     state = read_json(folder / "state.json")
     version = state.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{folder}: format version {version}, this neox reads {FORMAT_VERSION}: upgrade neox")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder}: format version {version}, this neox reads 1 to {FORMAT_VERSION}: upgrade neox"
+        )
     if not all(isinstance(state.get(key), int) for key in ("step", "samples")):
         raise CheckpointError(f"{folder / 'state.json'}: step or samples is no number; {DAMAGED}")
+    for old in range(version, FORMAT_VERSION):
+        state = UPGRADES[old](state)
+    if not isinstance(state.get("updates"), int) or not isinstance(state.get("loss_scaler"), dict):
+        raise CheckpointError(f"{folder / 'state.json'}: updates or loss_scaler is missing; {DAMAGED}")
     return load_config(files=[folder / "config.toml"]), state
 
 
@@ -196,23 +222,20 @@ class _SafeReader(dcp.FileSystemReader):
         return metadata
 
 
-def load_tensors(folder: Path, model: GPTNeoX, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+def load_tensors(
+    folder: Path, model: GPTNeoX, optimizers: Iterable[torch.optim.Optimizer] = (), processes: Processes = ALONE
+) -> None:
     """Fill the model, and the state of the optimizers, from a complete checkpoint; all names and shapes must agree.
+
+    The layout of the processes that wrote it does not matter; all of those that read it call this together.
 
     Raises CheckpointError naming the tensor that is missing, left over or misshapen, or the file that is cut.
     """
     optimizers = list(optimizers)
+    fill_state(optimizers)
     reader = _SafeReader(folder)
     stored = reader.entries()
-    names = dict(model.named_parameters())
-    owner: dict[Tensor, tuple[torch.optim.Optimizer, dict[str, Any]]] = {
-        p: (o, group) for o in optimizers for group in o.param_groups for p in group["params"]
-    }
-    wanted: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in names.items()}
-    states: dict[Tensor, dict[str, Tensor]] = {}
-    for name, parameter in names.items() if optimizers else ():
-        states[parameter] = _empty_state(*owner[parameter], parameter)
-        wanted |= {f"optim.{name}.{key}": value for key, value in states[parameter].items()}
+    wanted = _named_state(model, optimizers)
     hint = "the run's own model and optim settings fit it"
     for key, value in wanted.items():
         if key not in stored:
@@ -228,23 +251,32 @@ def load_tensors(folder: Path, model: GPTNeoX, optimizers: Iterable[torch.optim.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(wanted, storage_reader=reader, no_dist=True)
+            dcp.load(wanted, storage_reader=reader, no_dist=processes.world == 1)
     except FAILURES as error:
         _pass_interrupt_on(error)
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise CheckpointError(f"{folder}: cannot be read ({reason}); {DAMAGED}") from None
-    for filled, state in states.items():
-        owner[filled][0].state[filled] = state
 
 
-def _empty_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
-    """What the optimizer keeps of a parameter once it has taken a step, to be filled."""
+def fill_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Give every parameter that has none the state that its optimizer begins its first update with: zeros.
+
+    A checkpoint then holds the same tensors at every step, the first and a skipped one too.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in optimizer.state:
+                    optimizer.state[parameter] = _zero_state(optimizer, group, parameter)
+
+
+def _zero_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
     if isinstance(optimizer, torch.optim.Muon):
-        return {"momentum_buffer": torch.empty_like(parameter)}
+        return {"momentum_buffer": torch.zeros_like(parameter)}
     assert isinstance(optimizer, torch.optim.AdamW), f"state of {type(optimizer).__name__} is unknown"
     # torch's fused kernel wants the step counter beside the parameter, the others on the CPU.
     step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
-    return {"step": step, "exp_avg": torch.empty_like(parameter), "exp_avg_sq": torch.empty_like(parameter)}
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
 def load_native(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> GPTNeoX:

@@ -41,12 +41,21 @@ class Loader:
         """All sequences of step `step`, which counts from 0."""
         return self._samples(step, 0, self.global_batch_size)
 
-    def microbatches(self, step: int, micro_batch_size: int) -> Iterator[Batch]:
+    def microbatches(self, step: int, micro_batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """The sequences of step `step` in order, at most `micro_batch_size` at a time; the last may hold fewer."""
         if micro_batch_size < 1:
             raise ValueError(f"train.micro_batch_size = {micro_batch_size}: must be at least 1")
-        for start in range(0, self.global_batch_size, micro_batch_size):
-            yield self._samples(step, start, min(start + micro_batch_size, self.global_batch_size))
+        share = -(-self.global_batch_size // ranks)
+        first, last = rank * share, min((rank + 1) * share, self.global_batch_size)
+        for start in range(first, first + share, micro_batch_size):
+            batch = self._samples(
+                step,
+                min(start, self.global_batch_size - 1),
+                max(start + 1, min(start + micro_batch_size, last)) if start < last else self.global_batch_size,
+            )
+            if start >= last:
+                batch.labels.fill_(IGNORED)
+            yield batch
 
     def _samples(self, step: int, start: int, stop: int) -> Batch:
         assert step >= 0, "steps count from 0"

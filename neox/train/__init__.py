@@ -2,9 +2,10 @@
 
 from neox.train.loss import cross_entropy
 from neox.train.optim import Muon, build_optimizers, clip_gradients
+from neox.train.run import run_config
 from neox.train.scaler import LossScaler
 from neox.train.schedule import lr_factor
-from neox.train.trainer import Result, Trainer, run_config
+from neox.train.trainer import Result, Trainer
 
 __all__ = [
     "LossScaler",

@@ -37,7 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight, need_bias = (learning and need for need in ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         # Written by the first chunk, added to by the others.
-        grad_weight = torch.empty_like(weight) if need_weight and len(hidden) else None
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight and len(hidden) else None
         grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
         total = hidden.new_zeros((), dtype=torch.float32)
         matrix, states = weight.to(dtype), hidden.to(dtype)
@@ -97,6 +97,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def slices(length: int, size: int) -> Iterator[slice]:
     """0 .. length in consecutive slices of `size`; the last one may be shorter."""
     return (slice(start, start + size) for start in range(0, length, size))
+
+
+def head_loss(head: torch.nn.Linear, hidden: Tensor, labels: Tensor, chunk: int, scale: float) -> Tensor:
+    """`cross_entropy`, in the form of a method of the head."""
+    return cross_entropy(hidden, head, labels, chunk=chunk, scale=scale)
 
 
 def cross_entropy(

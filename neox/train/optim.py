@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from neox.config import OptimConfig
 from neox.model import GPTNeoX
@@ -51,6 +52,8 @@ def clip_gradients(model: GPTNeoX, limit: float, loss_scale: float = 1.0) -> Ten
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if loss_scale != 1.0:
         norm = norm / loss_scale
         if norm.isfinite():

@@ -1,34 +1,34 @@
 """The training loop: one optimizer step at a time, every step a pure function of the state before it.
 
-Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step.
+Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step. Neither knows how the model lies on its
+processes: `neox.parallel.build` gives the parts of it that are here, and the callable that runs a step through them.
 """
 
-import contextlib
 import hashlib
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from neox.checkpoint import complete_steps, load_tensors, read_step, save_step
-from neox.config import Config, load_config
+from neox.checkpoint import complete_steps, fill_state, is_due, load_tensors, prune, read_step, save_step
+from neox.config import Config
 from neox.counts import train_flops_per_token
 from neox.data import Batch, Loader, TokenDataset
 from neox.data.loader import IGNORED
 from neox.files import write_atomic
 from neox.model import GPTNeoX
-from neox.runtime import matmul_flops, peak_memory, resolve_device, resolve_dtype
+from neox.parallel import Layout, build, layout, reshard
+from neox.runtime import Processes, joined_processes, local_device, matmul_flops, peak_memory, resolve_dtype
 from neox.train.corpus import check_named, discard, token_files
-from neox.train.loss import cross_entropy
+from neox.train.loss import head_loss
 from neox.train.metrics import ConsoleSink, JsonlSink
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
+from neox.train.run import StopSignals, only_writer
 from neox.train.scaler import build_scaler
 from neox.train.schedule import lr_factor
 from neox.train.statistics import norms
@@ -44,27 +44,14 @@ class Result:
     loss: float | None = None  # of the last step of this call, None where it took none
 
 
-def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
-    """The config that a resumed run goes on with: its own, overrides on top.
-
-    RUN/config.toml holds what the run was last started or resumed with; a copy without it has its newest checkpoint's.
-    Raises ValueError where the directory holds neither.
-    """
-    files = [run / "config.toml", *(step / "config.toml" for step in reversed(complete_steps(run)))]
-    kept = next((file for file in files if file.is_file()), None)
-    if kept is None:
-        raise ValueError(f"{run}: holds no run (no config.toml): start one with `neox train ... out={run}`")
-    config = load_config(files=[kept], overrides=overrides)
-    # The run may have been moved: it is where it was found.
-    return config.model_copy(update={"log": config.log.model_copy(update={"out": str(run)})})
-
-
 class Trainer:
     """Trains the model that a config describes, in a run directory that holds all that a resumed run needs.
 
     `hooks` are called as hook(trainer, step) once before the first step and after each one: samples, evaluations,
     pictures come in that way. `trainer.model` is the live model. Both the constructor and `fit` raise ValueError for a
     config, data or run directory that cannot be used, `fit` also OSError where the disk is full.
+
+    Started by torchrun, all processes of the run make the same calls; rank 0 writes what is written once.
     """
 
     def __init__(
@@ -79,36 +66,47 @@ class Trainer:
         self.run = Path(config.log.out)
         self.resume = resume
         check_named(config)
-        self.device = resolve_device(config.train.device)
         self.step = 0
         self.stop_signal = 0
 
+        self.layout = Layout(Processes(), torch.device("cpu"), None)  # until `fit` has joined the others
+
     def fit(self) -> Result:
         """Train up to `train.steps`, saving as configured; Ctrl-C and SIGTERM save and return early."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        with _only_writer(self.run):
-            # Looked at under the lock: a run that another process has just finished must not be begun again.
-            if not self.resume and (complete_steps(self.run) or (self.run / "metrics.jsonl").exists()):
-                raise ValueError(
-                    f"{self.run}: holds a run: continue it with `neox train resume={self.run}`, or choose another out="
-                )
-            self._build()
-            # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
-            with self._signals():
-                return self._loop()
+        with joined_processes(self.config.train.device) as processes:
+            self.device = local_device(self.config.train.device)
+            self.layout = layout(self.config.parallel, processes, self.device)
+            self.quiet = self.quiet or processes.rank > 0
+            self.run.mkdir(parents=True, exist_ok=True)
+            with only_writer(self.run, processes):
+                # Looked at under the lock: a run that another process has just finished must not be begun again.
+                if not self.resume and (complete_steps(self.run) or (self.run / "metrics.jsonl").exists()):
+                    raise ValueError(
+                        f"{self.run}: holds a run: continue it with `neox train resume={self.run}`, "
+                        "or choose another out="
+                    )
+                self._build()
+                # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
+                with StopSignals(self.quiet) as signals:
+                    return self._loop(signals)
 
-    def _loop(self) -> Result:
-        steps, every = self.config.train.steps, self.config.checkpoint.every
+    @property
+    def processes(self) -> Processes:
+        return self.layout.processes
+
+    def _loop(self, signals: StopSignals) -> Result:
+        config, steps = self.config, self.config.train.steps
         console = None if self.quiet else ConsoleSink(self.step, steps)
-        rows = JsonlSink(self.run / "metrics.jsonl", self.step)
-        sinks: list[JsonlSink | ConsoleSink] = [rows, console] if console else [rows]
+        rows = None if self.processes.rank else JsonlSink(self.run / "metrics.jsonl", self.step)
+        sinks: list[JsonlSink | ConsoleSink] = [sink for sink in (rows, console) if sink is not None]
         loss = None
         try:
             if self.step and console:
                 console.say(f"resumed {self.run} at step {self.step} of {steps}")
             self._call_hooks()
-            stop = 0
-            while self.step < steps and not stop:
+            if not self.step and is_due(config.checkpoint, 0):
+                self.save()
+            while self.step < steps and not self.stop_signal:
                 started = time.perf_counter()
                 loss, norm, lr, more = self.train_step()
                 self.step += 1
@@ -118,14 +116,16 @@ class Trainer:
                         sink.write(row)
                 elif console:
                     console.step(self.step)
-                if self.config.eval.every and (self.step % self.config.eval.every == 0 or self.step == steps):
+                if config.eval.every and (self.step % config.eval.every == 0 or self.step == steps):
                     valid = {"step": self.step, "valid_loss": self.validate()}
                     for sink in sinks:
                         sink.write(valid)
                 self._call_hooks()
-                stop = self.stop_signal  # once: a signal that comes after this line ends, and saves, the next step
-                if self.step == steps or stop or (every and self.step % every == 0):
-                    rows.sync()  # a resumed run drops what is beyond its checkpoint, and could not make up for less
+                # Asked once a step: a signal that comes after this line ends, and saves, the next step.
+                self.stop_signal = self.processes.largest(signals.number)
+                if self.step == steps or self.stop_signal or is_due(config.checkpoint, self.step):
+                    if rows:
+                        rows.sync()  # a resumed run drops what is beyond its checkpoint, and could not make up for less
                     self.save()
         finally:
             for sink in sinks:
@@ -137,17 +137,16 @@ class Trainer:
         else the config makes it tell. In fp16 an overflow skips the update and nothing changes but the loss scale.
         """
         config = self.config
-        batches = list(self.loader.microbatches(self.step, config.train.micro_batch_size))
-        valid_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+        batches = list(self._microbatches(self.loader, self.step))
         loss_scale = self.scaler.scale if self.scaler else 1.0
+        self.scale = loss_scale / self.processes.sum(_valid_tokens(batches))
         self.model.train()
-        loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss += self._loss(batch, loss_scale / valid_tokens, backward=True)
+        loss = self.forward_backward(batches)
+        if self.layout.dp_size > 1:
+            dist.all_reduce(loss)
         loss /= loss_scale
         more: dict[str, Any] = norms(self.model, loss_scale) if config.log.norms and self._logged(self.step + 1) else {}
         norm = clip_gradients(self.model, config.optim.clip, loss_scale)
-        factor = lr_factor(config.schedule, config.optim.lr, self.updates, config.train.steps)
         overflow = self.scaler is not None and not norm.isfinite()
         if self.scaler:
             more |= {"loss_scale": loss_scale, "skipped": self.step + overflow - self.updates}
@@ -155,6 +154,7 @@ class Trainer:
                 self.scaler.update(overflow)
             except ValueError as error:
                 raise ValueError(f"{self.run}: step {self.step + 1}: {error}") from None
+        factor = lr_factor(config.schedule, config.optim.lr, self.updates, config.train.steps)
         set_lr(self.optimizers, factor)
         for optimizer in self.optimizers:
             if not overflow:
@@ -166,31 +166,33 @@ class Trainer:
     def _logged(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step in (1, self.config.train.steps)
 
-    def _loss(self, batch: Batch, scale: float, backward: bool) -> torch.Tensor:
-        """Loss of one microbatch times `scale`; with `backward` its gradients are added."""
+    def _microbatches(self, loader: Loader, step: int) -> Any:
+        size = self.config.train.micro_batch_size
+        return loader.microbatches(step, size, self.layout.dp_rank, self.layout.dp_size)
+
+    def _loss(self, model: GPTNeoX, batch: Batch) -> torch.Tensor:
+        """Sum of the losses of one microbatch's tokens, times `self.scale`."""
         vocab = self.config.model.vocab_size
         for token in (int(batch.tokens.max()), int(batch.labels.max()), int(batch.tokens.min())):
-            if not 0 <= token < vocab:
+            if not 0 <= token < vocab and token != IGNORED:
                 raise ValueError(
                     f"the data holds token {token}, model.vocab_size is {vocab}: raise it, or prepare the data again"
                 )
-        if self.model.training and any(self.config.model.dropout):
+        if model.training and any(self.config.model.dropout):
             # Of the data alone: a resumed run drops what the uninterrupted one did, ranks drop apart from each other.
             digest = hashlib.sha256(f"{self.config.train.seed}:dropout:{batch.first}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:8], "little"))
         dtype = self.config.train.dtype
         with torch.autocast(self.device.type, resolve_dtype(dtype), enabled=dtype != "fp32"):
-            hidden = self.model(
+            hidden = model(
                 batch.tokens.to(self.device),
                 positions=batch.positions.to(self.device),
                 segments=None if batch.segments is None else batch.segments.to(self.device),
                 head=False,
             )
             labels = batch.labels.to(self.device)
-            loss = cross_entropy(hidden, self.model.embed_out, labels, chunk=self.config.train.loss_chunk, scale=scale)
-        if backward:
-            loss.backward()
-        return loss.detach()
+            loss: Callable[..., torch.Tensor] = getattr(model.embed_out, "loss")  # noqa: B009 (mypy: a tensor)
+            return loss(hidden, labels, self.config.train.loss_chunk, self.scale)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -198,43 +200,55 @@ class Trainer:
         if self.valid is None:
             raise ValueError("data.valid is empty: name held-out text")
         self.model.eval()
-        total, tokens = 0.0, 0
         wanted = self.config.eval.batches * self.config.train.global_batch_size
         # One batch of as many windows as there are: a short text is not read twice.
-        windows = Loader(self.valid, min(wanted, self.valid.num_windows))
-        for batch in windows.microbatches(0, self.config.train.micro_batch_size):
-            total += self._loss(batch, 1.0, backward=False).item()
-            tokens += int((batch.labels != IGNORED).sum())
-        return total / tokens
+        loader = Loader(self.valid, min(wanted, self.valid.num_windows))
+        total, tokens, self.scale = torch.zeros((), device=self.device), 0, 1.0
+        for batch in self._microbatches(loader, 0):
+            total += self._loss(self.model, batch)
+            tokens += _valid_tokens([batch])
+        reshard(self.model)
+        if self.layout.dp_size > 1:
+            dist.all_reduce(total)
+        return total.item() / self.processes.sum(tokens)
 
     def save(self) -> Path:
-        """Write the checkpoint of the current step."""
+        """Write the checkpoint of the current step, and let expired ones go."""
         state = {
             "step": self.step,
             "samples": self.step * self.config.train.global_batch_size,
             "updates": self.updates,
             "loss_scaler": self.scaler.state() if self.scaler else {},
+            "order": "",
         }
-        return save_step(self.run, self.model, self.optimizers, self.config, state)
+        folder = save_step(self.run, self.model, self.optimizers, self.config, state, self.processes)
+        if not self.processes.rank:
+            prune(self.run, self.config.checkpoint)
+        return folder
 
     def _build(self) -> None:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
-        config = self.config
+        config, processes = self.config, self.processes
         done = complete_steps(self.run) if self.resume else []
-        state: dict[str, Any] = read_step(done[-1])[1] if done else {"step": 0, "samples": 0}
-        self.step, self.updates = state["step"], state.get("updates", state["step"])
-        self.scaler = build_scaler(config, state.get("loss_scaler", {}))
+        nothing: dict[str, Any] = {"step": 0, "samples": 0, "updates": 0, "loss_scaler": {}}
+        state = read_step(done[-1])[1] if done else nothing
+        self.step, self.updates = state["step"], state["updates"]
+        try:
+            self.scaler = build_scaler(config, state["loss_scaler"])
+        except ValueError as error:
+            raise ValueError(f"{done[-1] / 'state.json'}: {error}") from None
         if self.step and state["samples"] != self.step * config.train.global_batch_size:
             raise ValueError(
                 f"{self.run}: took {state['samples'] // self.step} sequences a step: a run keeps its "
                 "train.global_batch_size"
             )
-        if not self.resume:
-            discard(config, self.run)
-        if not done:  # before the text is tokenized, which may take long: from now on `resume=` continues
-            self._write_config()
+        with processes.first_alone():
+            if not self.resume and not processes.rank:
+                discard(config, self.run)
+            if not done:  # before the text is tokenized, which may take long: from now on `resume=` continues
+                self._write_config()
+            files = token_files(config, self.run, quiet=self.quiet)
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
-        files = token_files(config, self.run, quiet=self.quiet)
         self.loader = Loader(
             TokenDataset(files.train, config.data.seq_length, config.train.seed, config.data.order),
             config.train.global_batch_size,
@@ -242,19 +256,16 @@ class Trainer:
         self.valid = (
             TokenDataset(files.valid, config.data.seq_length, config.train.seed, "sequential") if files.valid else None
         )
-        with torch.device("meta"):
-            self.model = GPTNeoX(config.model)
-        self.model.to_empty(device=self.device)
-        self.model.tie()
+        (self.model,), self.forward_backward = build(config, self.layout, self._loss, head_loss)
         self.optimizers = build_optimizers(self.model, config.optim)
+        fill_state(self.optimizers)
         if done:
-            load_tensors(done[-1], self.model, self.optimizers if self.updates else ())
+            load_tensors(done[-1], self.model, self.optimizers, processes)
             self._write_config()  # with what was changed for this call, now that it is known to fit
-        else:
-            self.model.initialize(config.train.seed)
 
     def _write_config(self) -> None:
-        write_atomic(self.run / "config.toml", self.config.to_toml().encode())
+        if not self.processes.rank:
+            write_atomic(self.run / "config.toml", self.config.to_toml().encode())
 
     def _row(self, loss: float, norm: float, lr: float, seconds: float) -> dict[str, Any]:
         tokens = self.config.train.global_batch_size * self.config.data.seq_length
@@ -266,7 +277,7 @@ class Trainer:
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": self.step * tokens,
             "tokens_per_second": tokens / seconds,
-            "mfu": flops / seconds / self.peak_flops,
+            "mfu": flops / seconds / self.peak_flops / self.processes.world,
             "memory": peak_memory(self.device),
             "seconds": seconds,
             "time": time.time(),
@@ -276,46 +287,6 @@ class Trainer:
         for hook in self.hooks:
             hook(self, self.step)
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM asks for a save after the current step; a second Ctrl-C interrupts at once."""
 
-        def ask(number: int, _: Any) -> None:
-            self.stop_signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            if not self.quiet:  # not through a stream: it may be in the middle of a write
-                os.write(2, b"\nneox: stopping after this step; Ctrl-C again stops at once, without saving\n")
-
-        if threading.current_thread() is not threading.main_thread():  # whoever runs us there handles signals
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in before:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _only_writer(run: Path) -> Iterator[None]:
-    """Refuse a second writer on a run directory; the lock goes with the process, also when it is killed."""
-    import fcntl
-
-    handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            process = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
-            raise ValueError(
-                f"{run}: process {process} is writing this run: wait for it, stop it, or choose another out="
-            ) from None
-        with contextlib.suppress(OSError):  # the number is a courtesy: on a full disk the lock holds all the same
-            os.ftruncate(handle, 0)
-            os.write(handle, f"{os.getpid()}\n".encode())
-        yield
-    finally:
-        os.close(handle)
+def _valid_tokens(batches: list[Batch]) -> int:
+    return sum(int((batch.labels != IGNORED).sum()) for batch in batches)

@@ -1,0 +1,34 @@
+"""Which steps are saved, and which saved ones are let go."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from neox.checkpoint.native import complete_steps
+from neox.config import CheckpointConfig
+
+
+def _early(config: CheckpointConfig, step: int) -> bool:
+    return step <= config.early and config.early > 0 and step & (step - 1) == 0  # 0 and the powers of two
+
+
+def is_due(config: CheckpointConfig, step: int) -> bool:
+    """Whether step `step` is saved, besides the last one. Pythia's schedule is early = 512, every = 1000."""
+    return _early(config, step) or (config.every > 0 and step > 0 and step % config.every == 0)
+
+
+def expired(config: CheckpointConfig, steps: Iterable[int]) -> list[int]:
+    """Those of the saved steps that are no longer kept: never the newest `keep_last`."""
+    if not config.keep_last:
+        return []
+    older = sorted(steps)[: -config.keep_last]
+    return [s for s in older if not (_early(config, s) or (config.keep_every and s % config.keep_every == 0))]
+
+
+def prune(run: Path, config: CheckpointConfig) -> None:
+    """Remove the run's expired checkpoints."""
+    folders = {int(folder.name.removeprefix("step_")): folder for folder in complete_steps(run)}
+    for step in expired(config, folders):
+        # First: a folder that is half removed must not read as complete.
+        (folders[step] / ".metadata").unlink()
+        shutil.rmtree(folders[step], ignore_errors=True)

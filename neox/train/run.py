@@ -1,0 +1,84 @@
+"""A run directory: the config it goes on with, one writer at a time, and signals that end the run with a save."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from neox.checkpoint import complete_steps
+from neox.config import Config, load_config
+from neox.runtime import Processes
+
+
+def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
+    """The config that a resumed run goes on with: its own, overrides on top.
+
+    RUN/config.toml holds what the run was last started or resumed with; a copy without it has its newest checkpoint's.
+    Raises ValueError where the directory holds neither.
+    """
+    files = [run / "config.toml", *(step / "config.toml" for step in reversed(complete_steps(run)))]
+    kept = next((file for file in files if file.is_file()), None)
+    if kept is None:
+        raise ValueError(f"{run}: holds no run (no config.toml): start one with `neox train ... out={run}`")
+    config = load_config(files=[kept], overrides=overrides)
+    # The run may have been moved: it is where it was found.
+    return config.model_copy(update={"log": config.log.model_copy(update={"out": str(run)})})
+
+
+@contextlib.contextmanager
+def only_writer(run: Path, processes: Processes) -> Iterator[None]:
+    """Refuse a second writer on a run directory; the lock goes with the process, also when it is killed.
+
+    Of the processes of one run rank 0 holds it for all.
+    """
+    import fcntl
+
+    handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with processes.first_alone():
+            if not processes.rank:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    process = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+                    raise ValueError(
+                        f"{run}: process {process} is writing this run: wait for it, stop it, or choose another out="
+                    ) from None
+                with contextlib.suppress(
+                    OSError
+                ):  # the number is a courtesy: on a full disk the lock holds all the same
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+class StopSignals:
+    """While inside, the first Ctrl-C or SIGTERM is noted in `number` instead of ending the process; a second Ctrl-C
+    interrupts at once."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.number = 0
+
+    def __enter__(self) -> "StopSignals":
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere whoever runs us there handles signals
+            self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.before:
+            signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self.quiet:  # not through a stream: it may be in the middle of a write
+            os.write(2, b"\nneox: stopping after this step; Ctrl-C again stops at once, without saving\n")
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
