@@ -147,7 +147,6 @@ class Trainer:
         loss /= loss_scale
         more: dict[str, Any] = norms(self.model, loss_scale) if config.log.norms and self._logged(self.step + 1) else {}
         norm = clip_gradients(self.model, config.optim.clip, loss_scale)
-        factor = lr_factor(config.schedule, config.optim.lr, self.updates, config.train.steps)
         overflow = self.scaler is not None and not norm.isfinite()
         if self.scaler:
             more |= {"loss_scale": loss_scale, "skipped": self.step + overflow - self.updates}
@@ -155,6 +154,7 @@ class Trainer:
                 self.scaler.update(overflow)
             except ValueError as error:
                 raise ValueError(f"{self.run}: step {self.step + 1}: {error}") from None
+        factor = lr_factor(config.schedule, config.optim.lr, self.updates, config.train.steps)
         set_lr(self.optimizers, factor)
         for optimizer in self.optimizers:
             if not overflow:
@@ -230,9 +230,13 @@ class Trainer:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
         config, processes = self.config, self.processes
         done = complete_steps(self.run) if self.resume else []
-        state: dict[str, Any] = read_step(done[-1])[1] if done else {"step": 0, "samples": 0, "updates": 0, "order": ""}
+        nothing: dict[str, Any] = {"step": 0, "samples": 0, "updates": 0, "loss_scaler": {}, "order": ""}
+        state = read_step(done[-1])[1] if done else nothing
         self.step, self.updates = state["step"], state["updates"]
-        self.scaler = build_scaler(config, state.get("loss_scaler", {}))
+        try:
+            self.scaler = build_scaler(config, state["loss_scaler"])
+        except ValueError as error:
+            raise ValueError(f"{done[-1] / 'state.json'}: {error}") from None
         if self.step and state["samples"] != self.step * config.train.global_batch_size:
             raise ValueError(
                 f"{self.run}: took {state['samples'] // self.step} sequences a step: a run keeps its "

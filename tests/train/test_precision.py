@@ -1,5 +1,6 @@
 """fp32, bf16 and fp16 runs: near each other, resumed bit for bit, and what an overflow changes: the scale alone."""
 
+import json
 import math
 
 import pytest
@@ -118,6 +119,17 @@ def test_a_run_that_only_overflows_ends_with_one_line(tmp_path):
         fit(tmp_path, "dtype=fp16", "loss_scale=1e20", "loss_scale_min=1e20")
     assert "\n" not in str(caught.value)
     assert rows(tmp_path / "run")[0]["grad_norm"] is None
+
+
+@pytest.mark.parametrize(("key", "value"), [("updates", "3"), ("loss_scaler", None), ("loss_scaler", {"scale": 1.0})])
+def test_a_checkpoint_whose_counters_are_damaged(tmp_path, key, value):
+    fit(tmp_path, "dtype=fp16", steps=1)
+    file = complete(tmp_path / "run")[-1] / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(
+        ValueError, match=r"step_00000001/state.json: (updates or loss_scaler is missing|not the state)"
+    ):
+        Trainer(config(tmp_path, "dtype=fp16", steps=2), resume=True, quiet=True).fit()
 
 
 def test_a_run_may_change_its_precision_when_it_is_resumed(tmp_path):
