@@ -160,7 +160,8 @@ def prepare(targets: list[str], options: list[str]) -> None:
       out=PREFIX                writes PREFIX.bin and PREFIX.idx
       tokenizer=tokenizer.json  encode with this tokenizer; without it, one is trained on the sources
                                 and saved as PREFIX-tokenizer.json
-      vocab_size=8192           tokens of the tokenizer that is trained
+      vocab_size=8192           tokens of the tokenizer that is trained; special_tokens=, space_runs=,
+                                digits= and normalizer= shape it too, see `neox show`
       text_key=text             key of the text in JSON lines
       append_eod=true           end each document with the end-of-document token
 
@@ -171,7 +172,7 @@ def prepare(targets: list[str], options: list[str]) -> None:
     from neox.config import load_config
     from neox.options import parse_override
 
-    out, overrides = "", []
+    out, trained, overrides = "", "", []
     for option in options:
         key, _, value = option.partition("=")
         if key == "out":
@@ -181,6 +182,8 @@ def prepare(targets: list[str], options: list[str]) -> None:
         section, name, _ = parse_override(full)
         if section != "tokenizer" and name not in ("text_key", "append_eod"):
             raise UsageError(f"prepare has no option {key}; it has out, tokenizer, vocab_size, text_key, append_eod")
+        if section == "tokenizer" and name != "path":
+            trained = key
         overrides.append(full)
     if not targets:
         raise UsageError("prepare needs a SOURCE")
@@ -188,8 +191,8 @@ def prepare(targets: list[str], options: list[str]) -> None:
         raise UsageError("prepare needs out=PREFIX")
     config = load_config(overrides=overrides)
     path, data = config.tokenizer.path, config.data
-    if path and any(override.startswith("tokenizer.vocab_size=") for override in overrides):
-        raise UsageError("give tokenizer= to use one or vocab_size= to train one, not both")
+    if path and trained:
+        raise UsageError(f"give tokenizer= to use one or {trained}= to train one, not both")
 
     from neox.data.prepare import prepare as run
     from neox.data.readers import read_documents
@@ -200,7 +203,7 @@ def prepare(targets: list[str], options: list[str]) -> None:
     else:
         # A list, so that a source that does not exist is missed now and not after the others were read.
         texts = itertools.chain.from_iterable([read_documents(source, data.text_key) for source in targets])
-        tokenizer = train_bpe(texts, config.tokenizer.vocab_size)
+        tokenizer = train_bpe(texts, **config.tokenizer.training)
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(f"{out}-tokenizer.json")
         print(f"{out}-tokenizer.json: {tokenizer.vocab_size} tokens")

@@ -119,7 +119,7 @@ def _tokenizer(config: Config, run: Path, needed: bool, quiet: bool) -> Tokenize
                 f"{made}: is tokens already, and the text beside it needs the same tokenizer: set tokenizer.path"
             )
         documents = chain.from_iterable(read_documents(name, config.data.text_key) for name in config.data.train)
-        tokenizer = train_bpe(documents, config.tokenizer.vocab_size, progress=not quiet)
+        tokenizer = train_bpe(documents, progress=not quiet, **config.tokenizer.training)
     else:
         return None
     tokenizer.save(kept)
