@@ -224,7 +224,7 @@ def test_a_word_level_tokenizer_cannot_spell_them_out() -> None:
     inner.add_special_tokens(["[END]"])
     tokenizer = Tokenizer.from_str(inner.to_str())
     assert tokenizer.encode("[END]") == [0]
-    with pytest.raises(ValueError, match=r"no ids for '\[END\]' but the special token's own"):
+    with pytest.raises(ValueError, match=r"no ids for '\[END\]' but the special token's"):
         tokenizer.encode("[END]", specials=False)
 
 
