@@ -272,6 +272,26 @@ def train(targets: list[str], options: list[str]) -> int:
     return 128 + result.signal
 
 
+@verb
+def doctor(targets: list[str], options: list[str]) -> int:
+    """Examine this machine: versions, speeds, disk, traps, and what mends them.
+
+    neox doctor [out=RUN_DIR]
+
+    Takes some seconds; out= is where runs are to be written (runs). Exit status 1 where something
+    that neox needs is broken, else 0.
+
+    Examples:
+      neox doctor
+      neox doctor out=/scratch/runs
+    """
+    from neox.doctor import examine
+
+    if targets or any(not option.startswith("out=") for option in options):
+        raise UsageError("doctor takes out=RUN_DIR only")
+    return examine(Path(options[-1].partition("=")[2] if options else "runs"))
+
+
 def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
     """The config that a preset's name, TOML files and key=value options add up to."""
     from neox import presets
