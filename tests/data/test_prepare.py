@@ -180,7 +180,7 @@ def test_no_end_of_document_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_ids_outside_of_the_vocabulary(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, documents: int, wrong: int
 ) -> None:
-    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts: [[5, wrong, 6] for _ in texts])
+    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts, specials: [[5, wrong, 6] for _ in texts])
     source = jsonl(tmp_path / "a.jsonl", ["the cat"] * documents)
     with pytest.raises(ValueError, match=rf"token id {wrong} is outside of the tokenizer's vocabulary \(0 to 289\)"):
         prepare([source], tmp_path / "out", tokenizer, progress=False)
