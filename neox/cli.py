@@ -165,8 +165,10 @@ def prepare(targets: list[str], options: list[str]) -> None:
       out=PREFIX                writes PREFIX.bin and PREFIX.idx
       tokenizer=tokenizer.json  encode with this tokenizer; without it, one is trained on the sources
                                 and saved as PREFIX-tokenizer.json
-      vocab_size=8192           tokens of the tokenizer that is trained
+      vocab_size=8192           tokens of the tokenizer that is trained; special_tokens=, space_runs=,
+                                digits= and normalizer= shape it too, see `neox show`
       text_key=text             key of the text in JSON lines; column in Parquet and data sets
+      special_in_text=token     text: <|endoftext|> spelled out in a document is text, and ends nothing
       append_eod=true           end each document with the end-of-document token
       on_error=fail             skip: leave out what cannot be read, and report it
 
@@ -179,7 +181,7 @@ def prepare(targets: list[str], options: list[str]) -> None:
     from neox.config import load_config
     from neox.options import parse_override
 
-    out, overrides = "", []
+    out, trained, overrides = "", "", []
     for option in options:
         key, _, value = option.partition("=")
         if key == "out":
@@ -187,9 +189,11 @@ def prepare(targets: list[str], options: list[str]) -> None:
             continue
         full = {"tokenizer": "tokenizer.path", "vocab_size": "tokenizer.vocab_size"}.get(key, key) + "=" + value
         section, name, _ = parse_override(full)
-        if section != "tokenizer" and name not in ("text_key", "append_eod", "on_error"):
-            known = "out, tokenizer, vocab_size, text_key, append_eod, on_error"
+        if section != "tokenizer" and name not in ("text_key", "append_eod", "on_error", "special_in_text"):
+            known = "out, tokenizer, vocab_size, text_key, append_eod, on_error, special_in_text"
             raise UsageError(f"prepare has no option {key}; it has {known}")
+        if section == "tokenizer" and name != "path":
+            trained = key
         overrides.append(full)
     if not targets:
         raise UsageError("prepare needs a SOURCE")
@@ -197,8 +201,8 @@ def prepare(targets: list[str], options: list[str]) -> None:
         raise UsageError("prepare needs out=PREFIX")
     config = load_config(overrides=overrides)
     path, data = config.tokenizer.path, config.data
-    if path and any(override.startswith("tokenizer.vocab_size=") for override in overrides):
-        raise UsageError("give tokenizer= to use one or vocab_size= to train one, not both")
+    if path and trained:
+        raise UsageError(f"give tokenizer= to use one or {trained}= to train one, not both")
 
     from neox.data.prepare import prepare as run
     from neox.data.readers import read_documents
@@ -208,11 +212,19 @@ def prepare(targets: list[str], options: list[str]) -> None:
         tokenizer = Tokenizer.from_file(path)
     else:
         texts = read_documents(targets, data.text_key, data.on_error)
-        tokenizer = train_bpe(texts, config.tokenizer.vocab_size)
+        tokenizer = train_bpe(texts, **config.tokenizer.training)
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(f"{out}-tokenizer.json")
         print(f"{out}-tokenizer.json: {tokenizer.vocab_size} tokens")
-    report = run(targets, out, tokenizer, data.text_key, data.append_eod, on_error=data.on_error)
+    report = run(
+        targets,
+        out,
+        tokenizer,
+        data.text_key,
+        data.append_eod,
+        on_error=data.on_error,
+        special_in_text=data.special_in_text,
+    )
     print(
         f"{report.prefix}.bin: {report.tokens:,} tokens of {report.documents:,} documents, "
         f"{report.bytes / max(report.tokens, 1):.2f} bytes a token, {report.seconds:.1f} s"
@@ -283,6 +295,26 @@ def train(targets: list[str], options: list[str]) -> int:
     name = signal.Signals(result.signal).name
     print(f"{run}: stopped by {name}, saved at step {result.step} of {steps}{loss}; continue: {again}")
     return 128 + result.signal
+
+
+@verb
+def doctor(targets: list[str], options: list[str]) -> int:
+    """Examine this machine: versions, speeds, disk, traps, and what mends them.
+
+    neox doctor [out=RUN_DIR]
+
+    Takes some seconds; out= is where runs are to be written (runs). Exit status 1 where something
+    that neox needs is broken, else 0.
+
+    Examples:
+      neox doctor
+      neox doctor out=/scratch/runs
+    """
+    from neox.doctor import examine
+
+    if targets or any(not option.startswith("out=") for option in options):
+        raise UsageError("doctor takes out=RUN_DIR only")
+    return examine(Path(options[-1].partition("=")[2] if options else "runs"))
 
 
 def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:

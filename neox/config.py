@@ -144,12 +144,25 @@ class ModelConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """Where the tokenizer comes from."""
+    """Where the tokenizer comes from, or how one is trained on the text."""
 
     path: OptionalStr = None
     """A tokenizer.json; none = one is trained on the text."""
     vocab_size: Positive = 8192
     """Number of tokens when one is trained."""
+    special_tokens: Strings = ()
+    """Special tokens after <|endoftext|> and <|padding|>, in this order, when one is trained."""
+    space_runs: NotNegative = 24
+    """Longest run of spaces that is a token of its own, when one is trained; 0 = none is."""
+    digits: Literal["joined", "single"] = "joined"
+    """single lets no token hold two digits; joined splits as GPT-2 does. When one is trained."""
+    normalizer: Literal["nfc", "none"] = "nfc"
+    """nfc composes characters, as GPT-NeoX-20B's does; none gives every text back as it was. When one is trained."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What `train_bpe` is called with, besides the texts."""
+        return self.model_dump(exclude={"path"})
 
 
 class DataConfig(Section):
@@ -177,6 +190,8 @@ class DataConfig(Section):
     """Key of the text in JSON lines; its column in Parquet files and data sets."""
     append_eod: bool = True
     """End each document with the end-of-document token."""
+    special_in_text: Literal["token", "text"] = "token"
+    """What the spelling of a special token in a document becomes: that token, which may end the document, or text."""
     on_error: Literal["fail", "skip"] = "fail"
     """What cannot be read: fail stops there, skip leaves it out, counts it and reports it."""
 

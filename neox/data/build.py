@@ -119,5 +119,5 @@ def _manifest(bin_file: Path) -> list[Any]:
     with suppress(OSError, ValueError):
         noted = json.loads(bin_file.with_suffix(".json").read_bytes())
         if isinstance(noted, dict):
-            return [noted.get(key) for key in ("tokenizer_sha256", "append_eod", "bytes")]
+            return [noted.get(key) for key in ("tokenizer_sha256", "append_eod", "special_in_text", "bytes")]
     return []

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -53,14 +54,16 @@ def prepare(
     append_eod: bool = True,
     progress: bool = True,
     on_error: OnError = "fail",
+    special_in_text: Literal["token", "text"] = "token",
 ) -> PrepareReport:
     """Encode the documents of `sources`, in order, into `<out_prefix>.bin`/`.idx`, plus `<out_prefix>.json`.
 
     A source is a file, a folder, a saved data set or one of the hub: see `find_sources`. What cannot be read raises,
     or with `on_error="skip"` is left out, counted by reason in the report and the manifest, with the first places.
 
-    With `append_eod` each document ends in `<|endoftext|>`. All files appear at once, at the end, or none does; files
-    of an earlier run stay whole until then.
+    With `append_eod` each document ends in `<|endoftext|>`. Where its text spells out a special token, that becomes the
+    token, or with `special_in_text="text"` text like any other. All files appear at once, at the end, or none does;
+    files of an earlier run stay whole until then.
     Raises FileNotFoundError or ValueError (file, line, what to do) on input that cannot be read, most of it before
     anything is read, and on a corpus without text; OSError naming the file when it cannot be read or written.
     """
@@ -74,6 +77,7 @@ def prepare(
     sizes = [source.size for source in found if source.size is not None]
     total = sum(sizes) if len(sizes) == len(found) else None
     text_bytes = empty = 0
+    specials = special_in_text == "token"
     end = np.array([] if eod is None else [eod], dtype=np.int32)
     with (
         TokenWriter(out_prefix, token_dtype(tokenizer.vocab_size)) as writer,
@@ -84,7 +88,7 @@ def prepare(
             texts = [text for text in batch if text]
             text_bytes += sum(len(text.encode("utf-8")) for text in texts)
             empty += len(batch) - len(texts)
-            for ids in _encode(tokenizer, texts, count, lambda done: bar.advance(task, done)):
+            for ids in _encode(tokenizer, texts, specials, count, lambda done: bar.advance(task, done)):
                 writer.add_document(np.concatenate([ids, end]))
         if total is not None:
             bar.update(task, completed=total)
@@ -97,6 +101,7 @@ def prepare(
             "vocab_size": tokenizer.vocab_size,
             "text_key": text_key,
             "append_eod": append_eod,
+            "special_in_text": special_in_text,
             "dtype": writer.dtype.name,
             "documents": writer.documents,
             "bytes": text_bytes,
@@ -137,17 +142,17 @@ def _batches(sources: Sequence[Source], text_key: str, faults: Faults) -> Iterat
 
 
 def _encode(
-    tokenizer: Tokenizer, texts: list[str], count: float, advance: Callable[[float], object]
+    tokenizer: Tokenizer, texts: list[str], specials: bool, count: float, advance: Callable[[float], object]
 ) -> Iterator[npt.NDArray[np.int32]]:
     """Ids of each text; `advance` gets `count` in all, in shares as the work is done."""
     if len(texts) != 1:
-        encoded = tokenizer.encode_batch(texts)
+        encoded = tokenizer.encode_batch(texts, specials)
         advance(count)
         for ids in encoded:
             yield _array(ids, tokenizer.vocab_size)
         return
     pieces = []
-    for ids in tokenizer.encode_pieces(texts[0]):
+    for ids in tokenizer.encode_pieces(texts[0], specials):
         pieces.append(_array(ids, tokenizer.vocab_size))
         advance(count * min(1.0, PIECE_CHARACTERS / len(texts[0])))
     yield np.concatenate(pieces)

@@ -80,7 +80,16 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
         if name in text and not _whole(prefix):
             assert tokenizer is not None
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            report = prepare(name, prefix, tokenizer, data.text_key, data.append_eod, not quiet, data.on_error)
+            report = prepare(
+                name,
+                prefix,
+                tokenizer,
+                data.text_key,
+                data.append_eod,
+                not quiet,
+                data.on_error,
+                data.special_in_text,
+            )
             for line in report.left_out():
                 print(f"{name}: {line}", file=sys.stderr)
         noted = _manifest(prefix)
@@ -128,7 +137,7 @@ def _tokenizer(config: Config, run: Path, needed: bool, quiet: bool) -> Tokenize
                 f"{made}: is tokens already, and the text beside it needs the same tokenizer: set tokenizer.path"
             )
         documents = read_documents(config.data.train, config.data.text_key, config.data.on_error)
-        tokenizer = train_bpe(documents, config.tokenizer.vocab_size, progress=not quiet)
+        tokenizer = train_bpe(documents, progress=not quiet, **config.tokenizer.training)
     else:
         return None
     tokenizer.save(kept)

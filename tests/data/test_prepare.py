@@ -80,6 +80,7 @@ def test_the_documents_of_the_files_in_order(
         "vocab_size": 290,
         "text_key": "text",
         "append_eod": append_eod,
+        "special_in_text": "token",
         "dtype": "uint16",
         "documents": report.documents,
         "bytes": report.bytes,
@@ -192,7 +193,7 @@ def test_two_bytes_a_token_where_they_suffice(
 ) -> None:
     """The bound is gpt-neox's, and the highest id must come back."""
     monkeypatch.setattr(tokenizer, "vocab_size", vocab_size)
-    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts: [[vocab_size - 1] for _ in texts])
+    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts, specials: [[vocab_size - 1] for _ in texts])
     prepare(jsonl(tmp_path / "a.jsonl", ["a", "b"]), tmp_path / "out", tokenizer, progress=False)
     assert TokenFile(tmp_path / "out").tokens.tolist() == [vocab_size - 1, 0] * 2
     assert (tmp_path / "out.bin").stat().st_size == 4 * (2 if dtype == "uint16" else 4)
@@ -233,7 +234,7 @@ def test_no_end_of_document_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_ids_outside_of_the_vocabulary(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, documents: int, wrong: int
 ) -> None:
-    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts: [[5, wrong, 6] for _ in texts])
+    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts, specials: [[5, wrong, 6] for _ in texts])
     source = jsonl(tmp_path / "a.jsonl", ["the cat"] * documents)
     with pytest.raises(ValueError, match=rf"token id {wrong} is outside of the tokenizer's vocabulary \(0 to 289\)"):
         prepare([source], tmp_path / "out", tokenizer, progress=False)
@@ -288,3 +289,15 @@ def test_progress_is_shown_in_bytes(tmp_path: Path, tokenizer: Tokenizer, capfd:
     assert out == ""
     assert "prepare" in err
     assert "2.0/2.0 kB" in err  # 100 lines of 20 bytes
+
+
+@pytest.mark.parametrize("how", ["token", "text"])
+def test_a_document_that_spells_out_the_end_of_a_document(tmp_path: Path, tokenizer: Tokenizer, how: str) -> None:
+    """As a token it is the end, id 0; as text no id is that of a special token, and decoding gives the text back."""
+    text = "one<|endoftext|>two"
+    prepare(jsonl(tmp_path / "a.jsonl", [text]), tmp_path / "out", tokenizer, progress=False, special_in_text=how)
+    ids = TokenFile(tmp_path / "out").tokens.tolist()
+    assert ids[-1] == 0
+    assert ids[:-1].count(0) == (how == "token")
+    assert tokenizer.decode(ids[:-1]) == text
+    assert json.loads((tmp_path / "out.json").read_text())["special_in_text"] == how
