@@ -17,7 +17,6 @@ import torch
 
 from neox.checkpoint import complete_steps, load_tensors, read_step, save_step
 from neox.config import Config, load_config
-from neox.counts import train_flops_per_token
 from neox.data import Batch, Loader, TokenDataset
 from neox.data.loader import IGNORED
 from neox.files import write_atomic
@@ -25,8 +24,10 @@ from neox.model import GPTNeoX
 from neox.runtime import matmul_flops, peak_memory, resolve_device
 from neox.train.corpus import check_named, discard, token_files
 from neox.train.loss import cross_entropy
-from neox.train.metrics import ConsoleSink, JsonlSink
+from neox.train.metrics import Meter, make_row
 from neox.train.optim import build_optimizers, clip_gradients, lr_factor, set_lr
+from neox.train.sinks import Sink, build_sinks
+from neox.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Trainer:
         self.run = Path(config.log.out)
         self.resume = resume
         check_named(config)
+        check_trackers(config)
+        self.sinks: list[Sink] = []  # of the call of `fit` that is under way: a hook may write to them
         self.device = resolve_device(config.train.device)
         self.step = 0
         self.stop_signal = 0
@@ -94,36 +97,37 @@ class Trainer:
 
     def _loop(self) -> Result:
         steps, every = self.config.train.steps, self.config.checkpoint.every
-        console = None if self.quiet else ConsoleSink(self.step, steps)
-        rows = JsonlSink(self.run / "metrics.jsonl", self.step)
-        sinks: list[JsonlSink | ConsoleSink] = [rows, console] if console else [rows]
+        self.sinks = build_sinks(self.config, self.run, self.step, self.quiet)
         loss = None
         try:
-            if self.step and console:
-                console.say(f"resumed {self.run} at step {self.step} of {steps}")
             self._call_hooks()
+            meter = Meter(self.device)
             stop = 0
             while self.step < steps and not stop:
-                started = time.perf_counter()
                 loss, norm, lr = self.train_step()
                 self.step += 1
+                meter.step()
                 if self.step % self.config.log.every == 0 or self.step in (1, steps):
-                    row = self._row(loss.item(), norm.item(), lr, time.perf_counter() - started)
-                    for sink in sinks:
+                    row = self._row(loss.item(), norm.item(), lr, *meter.take())
+                    for sink in self.sinks:
                         sink.write(row)
-                elif console:
-                    console.step(self.step)
-                if self.config.eval.every and (self.step % self.config.eval.every == 0 or self.step == steps):
-                    valid = {"step": self.step, "valid_loss": self.validate()}
-                    for sink in sinks:
-                        sink.write(valid)
-                self._call_hooks()
-                stop = self.stop_signal  # once: a signal that comes after this line ends, and saves, the next step
-                if self.step == steps or stop or (every and self.step % every == 0):
-                    rows.sync()  # a resumed run drops what is beyond its checkpoint, and could not make up for less
-                    self.save()
+                else:
+                    for sink in self.sinks:
+                        sink.step(self.step)
+                with meter.paused():
+                    if self.config.eval.every and (self.step % self.config.eval.every == 0 or self.step == steps):
+                        valid = {"step": self.step, "valid_loss": self.validate()}
+                        for sink in self.sinks:
+                            sink.write(valid)
+                    self._call_hooks()
+                    stop = self.stop_signal  # once: a signal that comes after this line ends, and saves, the next step
+                    if self.step == steps or stop or (every and self.step % every == 0):
+                        for sink in self.sinks:
+                            # A resumed run drops what is beyond its checkpoint, and could not make up for less.
+                            sink.sync()
+                        self.save()
         finally:
-            for sink in sinks:
+            for sink in self.sinks:
                 sink.close()
         return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else loss.item())
 
@@ -223,21 +227,20 @@ class Trainer:
     def _write_config(self) -> None:
         write_atomic(self.run / "config.toml", self.config.to_toml().encode())
 
-    def _row(self, loss: float, norm: float, lr: float, seconds: float) -> dict[str, Any]:
-        tokens = self.config.train.global_batch_size * self.config.data.seq_length
-        flops = train_flops_per_token(self.config.model, self.config.data.seq_length) * tokens
-        return {
-            "step": self.step,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens": self.step * tokens,
-            "tokens_per_second": tokens / seconds,
-            "mfu": flops / seconds / self.peak_flops,
-            "memory": peak_memory(self.device),
-            "seconds": seconds,
-            "time": time.time(),
-        }
+    def _row(self, loss: float, norm: float, lr: float, seconds: float, elapsed: float) -> dict[str, Any]:
+        return make_row(
+            self.config,
+            step=self.step,
+            loss=loss,
+            norm=norm,
+            lr=lr,
+            seconds=seconds,
+            elapsed=elapsed,
+            samples=self.step * self.config.train.global_batch_size,
+            memory=peak_memory(self.device),
+            peak_flops=self.peak_flops,
+            now=time.time(),
+        )
 
     def _call_hooks(self) -> None:
         for hook in self.hooks:
