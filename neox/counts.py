@@ -83,9 +83,7 @@ def forward_flops(
     return 2 * blocks * tokens + 2 * head * scored + 4 * model.hidden_size * pairs
 
 
-def train_flops_per_token(
-    model: ModelConfig, seq_length: int, causal: bool = False, recomputed: float = 0.0
-) -> float:
+def train_flops_per_token(model: ModelConfig, seq_length: int, causal: bool = False, recomputed: float = 0.0) -> float:
     """FLOPs of forward and backward per token: 6 (N + head) + 12 L C T; causal halves the attention term.
 
     N is the non-embedding count; the backward pass costs twice the forward one. The full convention (causal=False) is

@@ -77,7 +77,7 @@ def write_error(error: OSError, path: Path) -> OSError:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a file of JSON lines; a last line that is still being written, or that a crash cut, is left out."""
+    """The whole rows of a file of JSON lines; a last line that is being written, or that a crash cut, is left out."""
     rows = []
     for line in path.read_bytes().split(b"\n"):
         try:

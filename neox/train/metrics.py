@@ -1,4 +1,4 @@
-"""The rows of a run: what a logged step tells, and the clock that its speed is read from. `sinks` says where they go."""
+"""The rows of a run: what a logged step tells, and the clock that its speed is read from."""
 
 import time
 from collections.abc import Callable, Iterator

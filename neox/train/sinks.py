@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +42,7 @@ def build_sinks(config: Config, run: Path, first_step: int, quiet: bool = False)
     and is left out from then on (one that is not installed has been missed before: `trackers.check_trackers`).
     """
     sinks: list[Sink] = [JsonlSink(run, first_step)]
-    say = _say
+    say: Callable[[str], None] = _say
     if not quiet:
         console = ConsoleSink(first_step, config.train.steps)
         sinks.append(console)

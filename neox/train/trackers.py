@@ -92,12 +92,12 @@ class TensorBoard:
 
         # A run that begins once more at step 0 writes that step's sample once more.
         purge = first_step + 1 if first_step else 0
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=purge)
         self._text("config", config.to_toml(), first_step)
 
     def write(self, row: Row) -> None:
         for key, value in grouped(row).items():
-            self.writer.add_scalar(key, value, row["step"], row.get("time"))  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(key, value, row["step"], row.get("time"))
 
     def sample(self, row: Row) -> None:
         self._text("samples", row["prompt"] + row["text"], row["step"])
@@ -105,13 +105,13 @@ class TensorBoard:
     def _text(self, tag: str, text: str, step: int) -> None:
         # Indented by four is Markdown for "as it stands".
         indented = "\n".join("    " + line for line in text.splitlines())
-        self.writer.add_text(tag, indented, step)  # type: ignore[no-untyped-call]
+        self.writer.add_text(tag, indented, step)
 
     def sync(self) -> None:
-        self.writer.flush()  # type: ignore[no-untyped-call]
+        self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 class WeightsAndBiases:
