@@ -3,7 +3,10 @@
 import html
 import importlib.util
 import json
+import os
 import secrets
+import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -85,33 +88,48 @@ class Guarded:
 
 
 class TensorBoard:
-    """RUN/tensorboard. Events that an earlier call wrote beyond this one's checkpoint are purged by their reader."""
+    """An event file in RUN/tensorboard. Events of earlier calls beyond this one's checkpoint are hidden by the reader.
+
+    Not through SummaryWriter: its thread tells of a full disk late, and by a traceback.
+    """
 
     def __init__(self, config: Config, run: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
 
+        self.event, self.summary = Event, summary
+        folder = run / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}"
+        self.file = open(folder / name, "wb", buffering=0)  # noqa: SIM115
+        self.records = RecordWriter(self.file)
+        self._add(0, file_version="brain.Event:2")
         # A run that begins once more at step 0 writes that step's sample once more.
-        purge = first_step + 1 if first_step else 0
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=purge)
-        self._text("config", config.to_toml(), first_step)
+        self._add(first_step + 1 if first_step else 0, session_log=SessionLog(status=SessionLog.START))
+        self._add(first_step, summary=summary.text("config", _as_it_stands(config.to_toml())))
+
+    def _add(self, step: int, wall_time: float | None = None, **what: Any) -> None:
+        event = self.event(step=step, wall_time=wall_time or time.time(), **what)
+        self.records.write(event.SerializeToString())
 
     def write(self, row: Row) -> None:
         for key, value in grouped(row).items():
-            self.writer.add_scalar(key, value, row["step"], row.get("time"))
+            self._add(row["step"], row.get("time"), summary=self.summary.scalar(key, value))
 
     def sample(self, row: Row) -> None:
-        self._text("samples", row["prompt"] + row["text"], row["step"])
-
-    def _text(self, tag: str, text: str, step: int) -> None:
-        # Indented by four is Markdown for "as it stands".
-        indented = "\n".join("    " + line for line in text.splitlines())
-        self.writer.add_text(tag, indented, step)
+        self._add(row["step"], summary=self.summary.text("samples", _as_it_stands(row["prompt"] + row["text"])))
 
     def sync(self) -> None:
-        self.writer.flush()
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.writer.close()
+        self.file.close()
+
+
+def _as_it_stands(text: str) -> str:
+    """Markdown, which TensorBoard shows: a text that is indented by four is left alone."""
+    return "\n".join("    " + line for line in text.splitlines())
 
 
 class WeightsAndBiases:
