@@ -188,7 +188,7 @@ def decimate(x: Array, y: Array, bins: int) -> tuple[Array, Array]:
     """Of each of `bins` equal spans of x [N] the first, lowest, highest and last point, in order, or fewer.
 
     Drawn on `bins` columns of pixels this looks like all N points, every spike included. Where a span holds values
-    that are not finite, one of them follows its points, so that the line is broken there.
+    that are not finite, the first of them is kept too, so that the line is broken there.
     """
     if len(x) <= 4 * bins:
         return x, y
@@ -198,10 +198,9 @@ def decimate(x: Array, y: Array, bins: int) -> tuple[Array, Array]:
     for start, end in zip(starts, np.append(starts[1:], len(x)), strict=True):
         part = y[start:end]
         finite = np.flatnonzero(np.isfinite(part))
+        own = set(np.flatnonzero(~np.isfinite(part))[:1])
         if len(finite):
-            lowest, highest = finite[np.argmin(part[finite])], finite[np.argmax(part[finite])]
-            kept += sorted({int(start + i) for i in (finite[0], lowest, highest, finite[-1])})
-        if len(finite) < len(part):
-            kept.append(int(start + np.flatnonzero(~np.isfinite(part))[-1]))
+            own |= {finite[0], finite[np.argmin(part[finite])], finite[np.argmax(part[finite])], finite[-1]}
+        kept += sorted(int(start + i) for i in own)
     index = np.array(kept)
     return x[index], y[index]

@@ -103,7 +103,9 @@ def test_training_flops_are_those_torch_counts(checkpointed):
     # The counter sees matrix products only; the convention charges 2 FLOPs a pass for biases and norms as well.
     vectors = sum(weight.numel() for weight in theirs.parameters() if weight.ndim == 1)
     ours = counts.train_flops_per_token(model, tokens, recomputed=float(checkpointed)) * tokens
-    assert ours - 2 * vectors * tokens * (4 if checkpointed else 3) == pytest.approx(counter.get_total_flops(), abs=1e-3)
+    assert ours - 2 * vectors * tokens * (4 if checkpointed else 3) == pytest.approx(
+        counter.get_total_flops(), abs=1e-3
+    )
 
 
 def test_the_meter_averages_between_rows_and_leaves_pauses_out():
