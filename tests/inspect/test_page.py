@@ -1,4 +1,4 @@
-"""The page and the picture: whole, valid, the rows and nothing but the rows; a browser is asked in test_page_browser."""
+"""The page and the picture: whole, valid, the rows and nothing else; a browser is asked in test_page_browser."""
 
 import base64
 import json
