@@ -8,7 +8,6 @@ ValueError or OSError with one line for the user.
 from __future__ import annotations
 
 import difflib
-import inspect
 import itertools
 import os
 import re
@@ -16,6 +15,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from inspect import getdoc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Verb = Callable[[list[str], list[str]], int | None]
 VERBS: dict[str, Verb] = {}
+TOPICS: dict[str, Verb] = {}  # of inspect
 
 
 class UsageError(Exception):
@@ -252,6 +253,8 @@ def train(targets: list[str], options: list[str]) -> int:
       steps=1000           optimizer steps
       checkpoint.every=N   steps between checkpoints
       eval.every=N         steps between evaluations on data.valid
+      log.sample_every=N   steps between samples of what the model writes; log.sample_prompt=TEXT
+      log.tensorboard=true write RUN_DIR/tensorboard too; log.wandb=PROJECT reports to W&B
 
     Examples:
       neox train data.train=corpus.txt out=runs/first steps=200
@@ -261,6 +264,7 @@ def train(targets: list[str], options: list[str]) -> int:
       neox train resume=runs/first steps=400
     """
     from neox.checkpoint import complete_steps, read_step
+    from neox.inspect.samples import SampleHook
     from neox.options import parse_override
     from neox.train import Trainer, run_config
 
@@ -279,7 +283,7 @@ def train(targets: list[str], options: list[str]) -> int:
         if done >= steps:
             print(f"{run}: finished at step {done}; train on: {again} steps={2 * done}")
             return 0
-    trainer = Trainer(config, resume=bool(resumed))
+    trainer = Trainer(config, resume=bool(resumed), hooks=(SampleHook(config),))
     try:
         result = trainer.fit()
     except KeyboardInterrupt:
@@ -315,6 +319,77 @@ def doctor(targets: list[str], options: list[str]) -> int:
     if targets or any(not option.startswith("out=") for option in options):
         raise UsageError("doctor takes out=RUN_DIR only")
     return examine(Path(options[-1].partition("=")[2] if options else "runs"))
+
+
+@verb
+def inspect(targets: list[str], options: list[str]) -> int | None:
+    """Look into a run.
+
+    neox inspect TOPIC ... [key=value ...]
+
+    Topics (`neox inspect TOPIC --help` says more):
+      run    curves of one or more runs, and where their options differ, as a page or a picture
+
+    Examples:
+      neox inspect run runs/first
+      neox inspect run runs/a runs/b out=report.png
+    """
+    if not targets or targets[0] not in TOPICS:
+        raise UsageError(f"inspect needs a topic first: {', '.join(TOPICS)}")
+    return TOPICS[targets[0]](targets[1:], options)
+
+
+def inspect_run(targets: list[str], options: list[str]) -> None:
+    """Lay the curves of runs beside each other, while they go on or after.
+
+    neox inspect run RUN_DIR... [out=report.html] [key=value ...]
+
+    Loss (held-out too), gradient norm, learning rate, throughput, and the options in which the
+    runs differ. report.html is one file that needs no network: point at a curve to read it, drag
+    to look closer. A name that ends in .png makes a picture.
+
+    Options:
+      out=report.html   .html or .png
+      x=steps           or tokens, or hours of training
+      y=log             or linear: loss and gradient norm
+      smooth=0.02       share of the x axis that a smoothed point takes in; 0: as logged
+
+    Examples:
+      neox inspect run runs/first
+      neox inspect run runs/a runs/b x=tokens
+      neox inspect run runs/a runs/b out=report.png smooth=0.05
+    """
+    given = dict(option.split("=", 1) for option in options)
+    plain = {"out": "report.html", "x": "steps", "y": "log", "smooth": "0.02"} | given
+    if not targets or len(plain) > 4:
+        raise UsageError("inspect run needs a RUN_DIR; its options are out, x, y, smooth")
+    for key, words in (("x", ("steps", "tokens", "hours")), ("y", ("log", "linear"))):
+        if plain[key] not in words:
+            raise ValueError(f"{key}={plain[key]}: must be {' or '.join(words)}")
+    try:
+        share = float(plain["smooth"])
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 1:
+        raise ValueError(f"smooth={plain['smooth']}: must be a number from 0 to 1")
+    out = Path(plain["out"])
+    if out.suffix not in (".html", ".png"):
+        raise ValueError(f"out={out}: must end in .html (a page) or .png (a picture)")
+
+    from neox.inspect.runs import read_runs, summary
+
+    runs = read_runs(targets)
+    if out.suffix == ".html":
+        from neox.inspect.page import write_page as write
+    else:
+        from neox.inspect.picture import write_picture as write
+    write(out, runs, plain["x"], plain["y"], share)
+    for run in runs:
+        print(f"{run.name}: {summary(run)}")
+    print(f"{out}: {'open it in a browser' if out.suffix == '.html' else 'written'}")
+
+
+TOPICS["run"] = inspect_run
 
 
 def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
@@ -366,7 +441,8 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
         raise UsageError(f"no verb {name!r}; {hint}")
     if "--help" in arguments or "-h" in arguments:
-        print(inspect.getdoc(VERBS[name]))
+        topic = TOPICS.get(arguments[0]) if name == "inspect" else None
+        print(getdoc(topic or VERBS[name]))
         return 0
     targets: list[str] = []
     options: list[str] = []
@@ -386,7 +462,7 @@ def _usage() -> str:
         "Train, run and study GPT-NeoX language models.",
         "",
         "Verbs:",
-        *(f"  {name:<12}{(inspect.getdoc(function) or '').partition(chr(10))[0]}" for name, function in VERBS.items()),
+        *(f"  {name:<12}{(getdoc(function) or '').partition(chr(10))[0]}" for name, function in VERBS.items()),
         "",
         "Examples:",
         "  neox show neox-20b",

@@ -344,6 +344,16 @@ class LogConfig(Section):
     """Run directory."""
     norms: bool = False
     """Each line also holds the norms of gradients and parameters: embedding, attention, mlp, norms, head."""
+    tensorboard: bool = False
+    """Write RUN/tensorboard as well."""
+    wandb: OptionalStr = None
+    """Weights & Biases project to report to as well; its own settings say where (WANDB_MODE=offline: to RUN/wandb)."""
+    sample_every: NotNegative = 0
+    """Steps between samples of what the model writes, drawn as generate.* says; 0 = never."""
+    sample_prompt: str = ""
+    """What each sample continues; empty = the start of a document."""
+    sample_tokens: Positive = 64
+    """New tokens per sample, at most."""
 
 
 class EvalConfig(Section):
