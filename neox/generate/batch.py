@@ -2,13 +2,14 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -134,23 +135,28 @@ def write_completions(
         kept = _kept(file, partial, header)
         for record in _records(engine, prompts, encoded, sampling, n, kept, progress):
             _append(file, partial, record)
-        file.seek(0)
-        file.readline()
         temporary = temporary_name(out)
-        write_synced(temporary, lambda target: target.writelines(file), named=out)
+        with partial.open("rb") as source:
+            source.readline()
+            write_synced(temporary, lambda target: target.writelines(source), named=out)
         os.replace(temporary, out)
         partial.unlink()
         sync_folder(out.parent)
     return len(prompts) * n
 
 
-def _append(file: IO[bytes], path: Path, value: Record) -> None:
+def _append(file: io.FileIO, path: Path, value: Record) -> None:
+    line = memoryview(_line(value))
     try:
-        file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-        file.flush()
+        while line:
+            line = line[file.write(line) :]
     except OSError as error:
         reason = f"{error.strerror or error}: what was written is kept, the same command continues"
         raise OSError(error.errno, reason, str(path)) from error
+
+
+def _line(value: Record) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
 def refuse_existing(out: str | Path) -> None:
@@ -179,11 +185,12 @@ def _header(engine: Engine, prompts: Sequence[tuple[str, str]], sampling: Sampli
 
 
 @contextlib.contextmanager
-def _opened_alone(path: Path) -> Iterator[IO[bytes]]:
-    """The file, kept, for reading and appending. Refused where another process has it: the lock goes with the process."""
+def _opened_alone(path: Path) -> Iterator[io.FileIO]:
+    """The file, kept, for appending. Refused where another process has it: the lock goes with the process."""
     import fcntl
 
-    with open(path, "a+b") as file:
+    # Unbuffered: what could not be written must not be tried again, by the handle's closing, after the error was told.
+    with open(path, "ab", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -191,26 +198,27 @@ def _opened_alone(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _kept(file: IO[bytes], path: Path, header: Record) -> int:
+def _kept(file: io.FileIO, path: Path, header: Record) -> int:
     """How many whole records a partial file holds; what follows them is cut off. An empty one gets the header."""
-    file.seek(0)
-    first = file.readline()
-    if not first:
-        _append(file, path, header)
-        return 0
-    found = _json(first)
-    if not isinstance(found, dict) or found.get("partial") != header["partial"]:
-        raise ValueError(f"{path}: is no partial output of neox generate; move it away or give another out=")
-    if differing := [key for key in header if found.get(key) != header[key]]:
-        raise ValueError(
-            f"{path}: was begun with another {', '.join(differing)}; continue with the same, delete it, or give "
-            "another out="
-        )
-    kept, end = 0, file.tell()
-    for line in file:
-        if not line.endswith(b"\n") or not isinstance(_json(line), dict):
-            break
-        kept, end = kept + 1, end + len(line)
+    with path.open("rb") as source:
+        first = source.readline()
+        if not first.endswith(b"\n") and _line(header).startswith(first):
+            file.truncate(0)
+            _append(file, path, header)
+            return 0
+        found = _json(first)
+        if not isinstance(found, dict) or found.get("partial") != header["partial"]:
+            raise ValueError(f"{path}: is no partial output of neox generate; move it away or give another out=")
+        if differing := [key for key in header if found.get(key) != header[key]]:
+            raise ValueError(
+                f"{path}: was begun with another {', '.join(differing)}; continue with the same, delete it, or give "
+                "another out="
+            )
+        kept, end = 0, len(first)
+        for line in source:
+            if not line.endswith(b"\n") or not isinstance(_json(line), dict):
+                break
+            kept, end = kept + 1, end + len(line)
     file.truncate(end)
     return kept
 

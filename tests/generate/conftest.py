@@ -24,10 +24,10 @@ def small_tokenizer() -> Tokenizer:
     return train_bpe(["naïve café 🙂🙃 the quick brown fox 東京\n" * 20], 400, progress=False)
 
 
-def random_engine(slots: int = 3) -> Engine:
+def random_engine(slots: int = 3, **options) -> Engine:
     """A tiny model with a tokenizer, and as many padding rows again as there are tokens."""
     tokenizer = small_tokenizer()
-    return Engine(random_model(vocab_size=2 * tokenizer.vocab_size), tokenizer, slots=slots)
+    return Engine(random_model(vocab_size=2 * tokenizer.vocab_size, **options), tokenizer, slots=slots)
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,9 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(engine, texts, slots, temp
     cuts=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 4)), max_size=3),
     other=st.lists(st.text(min_size=1, max_size=3), max_size=2),
 )
-def test_streamed_text_is_that_of_generate_cut_at_the_first_stop_string(engine, seed, temperature, penalty, cuts, other):
+def test_streamed_text_is_that_of_generate_cut_at_the_first_stop_string(
+    engine, seed, temperature, penalty, cuts, other
+):
     """Stop strings are taken out of what comes without them, so that they do occur, over token borders too."""
     plain = Sampling(max_tokens=30, seed=seed, temperature=temperature, repetition_penalty=penalty)
     whole = engine.generate("naïve 🙂 ", plain)[0]
@@ -180,7 +182,9 @@ def test_streamed_text_is_that_of_generate_cut_at_the_first_stop_string(engine, 
 
 @pytest.mark.parametrize("top", [0, 3, 10_000])
 def test_logprobs_are_over_the_whole_padded_vocabulary_before_all_filters(engine, top):
-    asked = Sampling(max_tokens=10, temperature=0.3, top_k=5, top_p=0.5, min_p=0.2, repetition_penalty=1.4, logprobs=top)
+    asked = Sampling(
+        max_tokens=10, temperature=0.3, top_k=5, top_p=0.5, min_p=0.2, repetition_penalty=1.4, logprobs=top
+    )
     prompt, usable = [5, 9, 260], engine.tokenizer.vocab_size
     done = engine.generate(prompt, asked)[0]
     assert len(done.tokens) == len(done.logprobs)

@@ -24,7 +24,9 @@ def characters(raw: bytes, final: bool = False) -> str:
 
 
 # Few letters, so that stop strings occur, begin and break off; "é" and the emoji are split between tokens.
-tokens = st.sampled_from([b"a", b"b", b"ab", b"ba", b"aab", b"", "é".encode(), b"\xc3", b"\xa9", "🙂".encode()[:3], b"\x82"])
+tokens = st.sampled_from(
+    [b"a", b"b", b"ab", b"ba", b"aab", b"", "é".encode(), b"\xc3", b"\xa9", "🙂".encode()[:3], b"\x82"]
+)
 stops = st.lists(st.text("abé🙂\ufffd", min_size=1, max_size=4), max_size=3)
 
 
@@ -43,5 +45,7 @@ def test_streamed_text_ends_before_the_first_stop_string_and_holds_back_no_more_
             assert shown == so_far[: min(found)]
             assert stream.push(0) == stream.finish() == ""
             return
-        held = 0 if last else max((n for one in stop for n in range(1, len(one)) if so_far.endswith(one[:n])), default=0)
+        held = (
+            0 if last else max((n for one in stop for n in range(1, len(one)) if so_far.endswith(one[:n])), default=0)
+        )
         assert shown == so_far[: len(so_far) - held]
