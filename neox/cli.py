@@ -148,7 +148,7 @@ def generate(targets: list[str], options: list[str]) -> None:
             if (partial := partial_name(out)).exists():
                 print(f"neox: interrupted; the same command continues {partial}", file=sys.stderr)
             raise
-        print(f"{out}: {count:,} samples of {len(prompts):,} prompts")
+        print(f"{out}: {count:,} samples")
     elif prompt is None:
         converse(engine, config)
     elif config.n == 1:

@@ -109,7 +109,7 @@ def partial(engine, whole, tmp_path_factory) -> bytes:
     return header + whole
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(share=st.floats(0, 1), tail=st.sampled_from([b"", b"\0\0\0\0", b'{"index": 3, "te', b"\xff\n{}\n"]))
 def test_a_file_cut_anywhere_continues_after_its_last_whole_record(
     engine, whole, partial, tmp_path_factory, share, tail

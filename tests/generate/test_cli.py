@@ -49,7 +49,7 @@ def test_a_file_of_prompts_to_a_file_of_records(engine, generate, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"context": "the"}\n{"prompt": "quick"}\n')
     out = tmp_path / "out.jsonl"
     options = [f"prompts={tmp_path / 'p.jsonl'}", f"out={out}", "n=2", "max_tokens=5", "logprobs=1", 'stop=["x", "e"]']
-    assert generate(*options)[:2] == (0, f"{out}: 4 samples of 2 prompts\n")
+    assert generate(*options)[:2] == (0, f"{out}: 4 samples\n")
     records = [json.loads(line) for line in out.read_text().splitlines()]
     for record, prompt, seed in zip(records, ["the", "the", "quick", "quick"], range(1234, 1238), strict=True):
         alone = engine.generate(prompt, Sampling(max_tokens=5, seed=seed, stop=["x", "e"]))[0]
@@ -62,7 +62,7 @@ def test_a_file_of_prompts_to_a_file_of_records(engine, generate, tmp_path):
 
 def test_unconditional_samples_go_to_a_file(engine, generate, tmp_path):
     out = tmp_path / "out.jsonl"
-    assert generate("prompt=", f"out={out}", "n=5", "max_tokens=5")[:2] == (0, f"{out}: 5 samples of 1 prompts\n")
+    assert generate("prompt=", f"out={out}", "n=5", "max_tokens=5")[:2] == (0, f"{out}: 5 samples\n")
     texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
     assert texts == [done.text for done in engine.generate([""] * 5, Sampling(max_tokens=5))]
 

@@ -102,7 +102,7 @@ def test_greedy_with_a_repetition_penalty_equals_transformers(tmp_path, penalty)
     model = random_model()
     neox.save(model, tmp_path / "hf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    prompts = [[7, 7, 7], torch.randint(97, (11,)).tolist()]
+    prompts = [[7, 7, 7], torch.randperm(97)[:20].tolist(), torch.randperm(97)[:20].tolist()]
     asked = Sampling(max_tokens=40, temperature=0, repetition_penalty=penalty, stop_at_eod=False)
     plain = replace(asked, repetition_penalty=1.0)
     for prompt, done, without in zip(
@@ -145,7 +145,7 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(engine, texts, slots, temp
             assert [token for token, _ in a.top] == [token for token, _ in b.top]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     temperature=st.sampled_from([0.0, 1.0, 2.5]),
