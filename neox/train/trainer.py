@@ -190,7 +190,7 @@ class Trainer:
         return total.item() / self.layout.sum_over_data(_valid_tokens(batches))
 
     def whole_model(self) -> GPTNeoX | None:
-        """The model in one piece, on rank 0, None on the others: what a hook may run. All processes call it together."""
+        """The model in one piece on rank 0, None elsewhere: what a hook may run. All processes call it together."""
         return whole_model(self.model, self.layout)
 
     def save(self) -> Path:
