@@ -1,4 +1,4 @@
-"""Reading runs: whatever state they are in, in units that can be compared; smoothing and thinning that lose no spike."""
+"""Reading runs: whatever state they are in, in comparable units; smoothing and thinning that lose no spike."""
 
 import json
 import math

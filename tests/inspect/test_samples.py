@@ -87,8 +87,8 @@ def test_without_a_tokenizer_or_room_it_says_so_before_the_first_step(tmp_path, 
     pair = token_pair(tmp_path / "pair")
     with pytest.raises(ValueError, match=r"no tokenizer to write text with: set tokenizer.path, or log.sample_every=0"):
         fit(tmp_path, "a", *TINY, f"data.train={pair}", "steps=2", "log.sample_every=1")
+    short = ("max_position_embeddings=32", f"log.sample_prompt={'seven ' * 50}")
     with pytest.raises(ValueError, match=r"log.sample_prompt: has \d+ tokens, the context 32: shorten it"):
-        short = ("max_position_embeddings=32", f"log.sample_prompt={'seven ' * 50}")
         fit(tmp_path, "b", *options, "steps=2", "log.sample_every=1", *short)
     for name in "ab":
         assert read_rows(tmp_path / name / "metrics.jsonl") == []

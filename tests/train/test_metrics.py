@@ -66,7 +66,7 @@ def test_recomputation_shows_as_hfu_and_leaves_mfu():
 
 
 def test_recomputed_flops_are_those_of_the_megatron_paper_and_of_gpt_neox():
-    """Narayanan et al. 2021, equation 3: 96 B s L h^2 (1 + s / 6h + V / 16Lh); 20B: 0.535 EFLOP a step of 1538 x 2048."""
+    """Narayanan et al. 2021, equation 3: 96 B s L h^2 (1 + s / 6h + V / 16Lh); 20B: 0.535 EFLOP, 1538 x 2048 a step."""
     model = load_config("neox-20b").model
     layers, width, length, vocab = 44, 6144, 2048, 50432
     megatron = 96 * layers * width**2 * (1 + length / (6 * width) + vocab / (16 * layers * width))
