@@ -140,7 +140,8 @@ def test_a_drag_zooms_and_escape_shows_all(written, browse):
       const canvas = document.querySelector("#panel-loss canvas.over"), box = canvas.getBoundingClientRect();
       canvas.setPointerCapture = () => {};
       const send = (kind, share) => canvas.dispatchEvent(new PointerEvent(kind, {
-        clientX: box.left + 58 + share * (box.width - 80), clientY: box.top + 50, bubbles: true, pointerType: "mouse", button: 0}));
+        clientX: box.left + 58 + share * (box.width - 80), clientY: box.top + 50,
+        bubbles: true, pointerType: "mouse", button: 0}));
       send("pointerdown", .2); send("pointermove", .4); send("pointerup", .4);
       const zoomed = point("lr", .5), shown = document.getElementById("whole").hidden;
       canvas.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape", bubbles: true}));
