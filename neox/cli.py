@@ -152,26 +152,36 @@ def show(targets: list[str], options: list[str]) -> None:
 
 @verb
 def prepare(targets: list[str], options: list[str]) -> None:
-    """Turn text into tokens: SOURCE files in, one .bin/.idx pair out.
+    """Turn text into tokens: SOURCES in, one .bin/.idx pair out.
 
     neox prepare SOURCE... out=PREFIX [tokenizer=tokenizer.json] [key=value ...]
+
+    SOURCE is a file (.txt, .jsonl, .json with a document a line; each also .gz or .zst; .parquet), a
+    folder of such files, a folder that Hugging Face's save_to_disk wrote, or a data set of the hub,
+    hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]. What was read, and what was left out, is in
+    PREFIX.json.
 
     Options:
       out=PREFIX                writes PREFIX.bin and PREFIX.idx
       tokenizer=tokenizer.json  encode with this tokenizer; without it, one is trained on the sources
                                 and saved as PREFIX-tokenizer.json
-      vocab_size=8192           tokens of the tokenizer that is trained
-      text_key=text             key of the text in JSON lines
+      vocab_size=8192           tokens of the tokenizer that is trained; special_tokens=, space_runs=,
+                                digits= and normalizer= shape it too, see `neox show`
+      text_key=text             key of the text in JSON lines; column in Parquet and data sets
+      special_in_text=token     text: <|endoftext|> spelled out in a document is text, and ends nothing
       append_eod=true           end each document with the end-of-document token
+      on_error=fail             skip: leave out what cannot be read, and report it
 
     Examples:
       neox prepare corpus.txt out=data/corpus
-      neox prepare a.jsonl b.jsonl out=data/ab tokenizer=tokenizer.json text_key=content
+      neox prepare a.jsonl.zst b.parquet out=data/ab tokenizer=tokenizer.json text_key=content
+      neox prepare crawl/ out=data/crawl on_error=skip
+      neox prepare hf:roneneldan/TinyStories#validation out=data/stories
     """
     from neox.config import load_config
     from neox.options import parse_override
 
-    out, overrides = "", []
+    out, trained, overrides = "", "", []
     for option in options:
         key, _, value = option.partition("=")
         if key == "out":
@@ -179,8 +189,11 @@ def prepare(targets: list[str], options: list[str]) -> None:
             continue
         full = {"tokenizer": "tokenizer.path", "vocab_size": "tokenizer.vocab_size"}.get(key, key) + "=" + value
         section, name, _ = parse_override(full)
-        if section != "tokenizer" and name not in ("text_key", "append_eod"):
-            raise UsageError(f"prepare has no option {key}; it has out, tokenizer, vocab_size, text_key, append_eod")
+        if section != "tokenizer" and name not in ("text_key", "append_eod", "on_error", "special_in_text"):
+            known = "out, tokenizer, vocab_size, text_key, append_eod, on_error, special_in_text"
+            raise UsageError(f"prepare has no option {key}; it has {known}")
+        if section == "tokenizer" and name != "path":
+            trained = key
         overrides.append(full)
     if not targets:
         raise UsageError("prepare needs a SOURCE")
@@ -188,8 +201,8 @@ def prepare(targets: list[str], options: list[str]) -> None:
         raise UsageError("prepare needs out=PREFIX")
     config = load_config(overrides=overrides)
     path, data = config.tokenizer.path, config.data
-    if path and any(override.startswith("tokenizer.vocab_size=") for override in overrides):
-        raise UsageError("give tokenizer= to use one or vocab_size= to train one, not both")
+    if path and trained:
+        raise UsageError(f"give tokenizer= to use one or {trained}= to train one, not both")
 
     from neox.data.prepare import prepare as run
     from neox.data.readers import read_documents
@@ -198,17 +211,26 @@ def prepare(targets: list[str], options: list[str]) -> None:
     if path:
         tokenizer = Tokenizer.from_file(path)
     else:
-        # A list, so that a source that does not exist is missed now and not after the others were read.
-        texts = itertools.chain.from_iterable([read_documents(source, data.text_key) for source in targets])
-        tokenizer = train_bpe(texts, config.tokenizer.vocab_size)
+        texts = read_documents(targets, data.text_key, data.on_error)
+        tokenizer = train_bpe(texts, **config.tokenizer.training)
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(f"{out}-tokenizer.json")
         print(f"{out}-tokenizer.json: {tokenizer.vocab_size} tokens")
-    report = run(targets, out, tokenizer, text_key=data.text_key, append_eod=data.append_eod)
+    report = run(
+        targets,
+        out,
+        tokenizer,
+        data.text_key,
+        data.append_eod,
+        on_error=data.on_error,
+        special_in_text=data.special_in_text,
+    )
     print(
         f"{report.prefix}.bin: {report.tokens:,} tokens of {report.documents:,} documents, "
         f"{report.bytes / max(report.tokens, 1):.2f} bytes a token, {report.seconds:.1f} s"
     )
+    for line in report.left_out():
+        print(line)
 
 
 @verb
@@ -218,7 +240,8 @@ def train(targets: list[str], options: list[str]) -> int:
     neox train [PRESET] [FILE.toml ...] data.train=SOURCE [out=RUN_DIR] [key=value ...]
     neox train resume=RUN_DIR [key=value ...]
 
-    SOURCE is a prefix that `neox prepare` wrote, or a .txt or .jsonl file, which is tokenized first.
+    SOURCE is a prefix that `neox prepare` wrote, or text, which is tokenized first: all that `neox
+    prepare` reads.
     Ctrl-C and SIGTERM save after the current step; a run that was killed loses the steps since its
     last checkpoint. Both are continued by resume=, bit for bit as if nothing had happened.
     Several processes share the work when torchrun starts them; a run may change their number.
@@ -272,6 +295,26 @@ def train(targets: list[str], options: list[str]) -> int:
     name = signal.Signals(result.signal).name
     print(f"{run}: stopped by {name}, saved at step {result.step} of {steps}{loss}; continue: {again}")
     return 128 + result.signal
+
+
+@verb
+def doctor(targets: list[str], options: list[str]) -> int:
+    """Examine this machine: versions, speeds, disk, traps, and what mends them.
+
+    neox doctor [out=RUN_DIR]
+
+    Takes some seconds; out= is where runs are to be written (runs). Exit status 1 where something
+    that neox needs is broken, else 0.
+
+    Examples:
+      neox doctor
+      neox doctor out=/scratch/runs
+    """
+    from neox.doctor import examine
+
+    if targets or any(not option.startswith("out=") for option in options):
+        raise UsageError("doctor takes out=RUN_DIR only")
+    return examine(Path(options[-1].partition("=")[2] if options else "runs"))
 
 
 def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:

@@ -119,12 +119,13 @@ def matmul_flops(device: torch.device, dtype: str = "fp32", seconds: float = 0.5
     kind = resolve_dtype(dtype)
     deadline = time.perf_counter() + seconds
     best = 0.0
-    for n in (512, 1024, 2048, 8192):
-        # A larger product comes closer to the limit, where there is time for a few of them.
-        if n > 512 and 2 * n**3 / best > (deadline - time.perf_counter()) / 4:
+    for n in (128, 512, 1024, 2048, 8192):
+        # A larger product comes closer to the limit, where there is time for a few of them. The first only tells
+        # whether there is: 16-bit products run 400 times slower than others on some CPUs.
+        if n > 128 and 2 * n**3 / best > (deadline - time.perf_counter()) / 4:
             break
         a = torch.randn(n, n, device=device, dtype=kind)
-        end = time.perf_counter() + seconds / 4
+        end = time.perf_counter() + (seconds / 4 if n > 128 else 0)
         calls = 0
         while calls < 2 or time.perf_counter() < end:
             started = time.perf_counter()
@@ -132,6 +133,11 @@ def matmul_flops(device: torch.device, dtype: str = "fp32", seconds: float = 0.5
             best = max(best, 2 * n**3 / (time.perf_counter() - started))
             calls += 1
     return best
+
+
+def asked_threads() -> str | None:
+    """OMP_NUM_THREADS as it is set: the threads that torch takes on a CPU; None where it is not."""
+    return os.environ.get("OMP_NUM_THREADS")
 
 
 def peak_memory(device: torch.device) -> int:

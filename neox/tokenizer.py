@@ -1,7 +1,7 @@
 """Text to token ids and back: reads a tokenizer.json, trains a 20B-style byte-level BPE, decodes a stream.
 
 Literal `<|endoftext|>` (or any other special token's spelling) in a text becomes that token's id, as in the
-GPT-NeoX-20B tokenizer: it is the caller's part to remove it where a text must not be able to end a document.
+GPT-NeoX-20B tokenizer; `specials=False` encodes it as the ordinary text that it is, so that no text can end a document.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -28,6 +29,9 @@ PIECE_CHARACTERS = 1 << 20
 # Between a single line break and the next line's first character byte-level BPE always splits, and NFC never joins:
 # cutting there leaves every id as it was. Two line breaks in a row would not do: they may form one token.
 CUT = re.compile(r"(?<=[!-~]\n)(?=[!-~])")
+# GPT-2's regex never keeps a letter or digit and such borders in one piece, so no merge can spell a special token; and
+# ASCII is the same in every normal form, so a decoded one is what was given.
+SPECIAL = re.compile(r"[!-/:-@\[-`{-~][!-~]*[A-Za-z0-9][!-~]*[!-/:-@\[-`{-~]")
 
 
 class Tokenizer:
@@ -90,29 +94,34 @@ class Tokenizer:
             raise ValueError(f"padded_vocab_size: multiple must be at least 1, not {multiple}")
         return -(-self.vocab_size // multiple) * multiple
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of one text. Raises ValueError on a lone surrogate, which is no character and has no UTF-8 form."""
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, specials: bool = True) -> list[int]:
+        """Ids of one text; `specials=False` encodes a special token's spelling as ordinary text, never as its id.
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        Raises ValueError on a lone surrogate, which is no character and has no UTF-8 form, and with `specials=False`
+        where the tokenizer has no other ids for a special token's spelling.
+        """
+        return self.encode_batch([text], specials)[0]
+
+    def encode_batch(self, texts: Sequence[str], specials: bool = True) -> list[list[int]]:
         """Ids of many texts, on all cores; each text alone gives the same ids. Raises ValueError as `encode` does."""
         short = [number for number, text in enumerate(texts) if not self._long(text)]
         result: list[list[int]] = [[] for _ in texts]
-        for number, ids in zip(short, self._encode([texts[number] for number in short]), strict=True):
+        for number, ids in zip(short, self._encode([texts[number] for number in short], specials), strict=True):
             result[number] = ids
         for number in set(range(len(texts))) - set(short):
-            result[number] = list(chain.from_iterable(self.encode_pieces(texts[number])))
+            result[number] = list(chain.from_iterable(self.encode_pieces(texts[number], specials)))
         return result
 
-    def encode_pieces(self, text: str) -> Iterator[list[int]]:
+    def encode_pieces(self, text: str, specials: bool = True) -> Iterator[list[int]]:
         """The ids of one text, a piece at a time, so that memory stays small however long the text; on all cores."""
-        pieces = self._pieces(text)
+        pieces = self.pieces(text)
         while group := list(islice(pieces, 4)):
-            yield from self._encode(group)
+            yield from self._encode(group, specials)
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str], specials: bool) -> list[list[int]]:
+        inner = self._inner if specials else self._blind
         try:
-            return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+            return [encoding.ids for encoding in inner.encode_batch_fast(texts, add_special_tokens=False)]
         except TypeError as error:
             for text in texts:
                 if not isinstance(text, str):
@@ -120,10 +129,23 @@ class Tokenizer:
                 check_characters(text)
             raise
 
+    @cached_property
+    def _blind(self) -> tokenizers.Tokenizer:
+        # Not a switch on the one object: another thread may be encoding with it.
+        blind = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        blind.encode_special_tokens = True
+        for spelling, id in self.special_tokens.items():
+            if id in blind.encode(spelling, add_special_tokens=False).ids:
+                raise ValueError(
+                    f"this tokenizer has no ids for {spelling!r} but the special token's: it cannot be encoded as text"
+                )
+        return blind
+
     def _long(self, text: str, start: int = 0) -> bool:
         return isinstance(text, str) and len(text) - start > PIECE_CHARACTERS and self._cuttable
 
-    def _pieces(self, text: str) -> Iterator[str]:
+    def pieces(self, text: str) -> Iterator[str]:
+        """A long text cut where neither ids nor normalisation tell: each piece encodes and decodes on its own."""
         start = 0
         while self._long(text, start) and (found := CUT.search(text, start + PIECE_CHARACTERS)):
             yield text[start : found.start()]
@@ -134,6 +156,10 @@ class Tokenizer:
     def _cuttable(self) -> bool:
         file = json.loads(self._inner.to_str())
         pre = file["pre_tokenizer"] or {}
+        steps = pre.get("pretokenizers", [pre])
+        # To set digits apart first only adds boundaries: a line break and what follows it stay two pieces.
+        if len(steps) == 2 and steps[0]["type"] == "Digits":
+            pre = steps[1]
         return (
             pre.get("type") == "ByteLevel"
             and not pre.get("add_prefix_space")
@@ -163,8 +189,13 @@ class Tokenizer:
         return [self._inner.id_to_token(id) for id in range(self.vocab_size)]
 
     @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Spelling and id of each special token, in the order of the ids."""
+        return {t.content: id for id, t in sorted(self._inner.get_added_tokens_decoder().items()) if t.special}
+
+    @cached_property
     def _special(self) -> frozenset[int]:
-        return frozenset(id for id, token in self._inner.get_added_tokens_decoder().items() if token.special)
+        return frozenset(self.special_tokens.values())
 
     def token_bytes(self, id: int, skip_special: bool = False) -> bytes:
         """The bytes that token `id` adds to a text: a part of a character, maybe.
@@ -230,30 +261,47 @@ class StreamDecoder:
         return rest
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True) -> Tokenizer:
-    """Train a byte-level BPE by the recipe of GPT-NeoX-20B's tokenizer; the same texts give the same file.
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    progress: bool = True,
+    *,
+    special_tokens: Sequence[str] = (),
+    space_runs: int = LONGEST_SPACE_RUN,
+    digits: Literal["joined", "single"] = "joined",
+    normalizer: Literal["nfc", "none"] = "nfc",
+) -> Tokenizer:
+    """Train a byte-level BPE, by default by the recipe of GPT-NeoX-20B's; the same texts give the same file.
 
-    NFC, no prefix space, `<|endoftext|>` = 0, `<|padding|>` = 1, all 256 bytes, merges, and at the end runs of
-    24, 23, .. 2 spaces: `vocab_size` ids in all, fewer where the texts are too small for as many merges.
-    Raises ValueError on a `vocab_size` that cannot hold the bytes, on a lone surrogate, and where there is no text.
+    No prefix space, `<|endoftext|>` = 0, `<|padding|>` = 1, then `special_tokens`, all 256 bytes, merges, and at the
+    end runs of `space_runs`, .. 3, 2 spaces: `vocab_size` ids in all, fewer where the texts are too small for as many
+    merges. `digits="single"` lets no token hold two digits (characters of Unicode's category N);
+    `normalizer="none"` gives every text back as it was, where NFC gives it back composed.
+    Raises ValueError on a `vocab_size` that cannot hold the bytes, on a special token that ordinary text could be
+    mistaken for, on a lone surrogate, and where there is no text.
     """
+    specials = _special_tokens(special_tokens)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    runs = [" " * length for length in range(LONGEST_SPACE_RUN, 1, -1)]
-    smallest = 2 + len(alphabet) + len(runs)
+    runs = [" " * length for length in range(space_runs, 1, -1)]
+    smallest = len(specials) + len(alphabet) + len(runs)
     if vocab_size < smallest:
         raise ValueError(
-            f"tokenizer.vocab_size = {vocab_size} is too small: 256 bytes, 2 special tokens and {len(runs)} runs of "
-            f"spaces need at least {smallest}"
+            f"tokenizer.vocab_size = {vocab_size} is too small: 256 bytes, {len(specials)} special tokens and "
+            f"{len(runs)} runs of spaces need at least {smallest}"
         )
+    byte_level: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    if digits == "single":
+        byte_level = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.normalizer = normalizers.NFC()
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    if normalizer == "nfc":
+        inner.normalizer = normalizers.NFC()
+    inner.pre_tokenizer = byte_level
     inner.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(runs),
         initial_alphabet=alphabet,
-        special_tokens=[END_OF_TEXT, PADDING],
+        special_tokens=specials,
         show_progress=False,
     )
     seen = 0
@@ -287,3 +335,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True) -> T
         raise ValueError("no text to train a tokenizer on: every document is empty")
     inner.add_tokens([tokenizers.AddedToken(run, normalized=True, special=False) for run in runs])
     return Tokenizer.from_str(inner.to_str(pretty=True))
+
+
+def _special_tokens(extra: Sequence[str]) -> list[str]:
+    """The two of GPT-NeoX and then `extra`. Raises ValueError on one that is doubled or may be met in ordinary text."""
+    specials = [END_OF_TEXT, PADDING, *extra]
+    for number, token in enumerate(specials):
+        if token in specials[:number]:
+            raise ValueError(f"tokenizer.special_tokens: {token!r} is there already; name each one once")
+        if not SPECIAL.fullmatch(token):
+            raise ValueError(
+                f"tokenizer.special_tokens: {token!r} could be mistaken for text; write it as <|name|>: ASCII without "
+                "spaces, punctuation at both ends, a letter or digit between"
+            )
+    return specials

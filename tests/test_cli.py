@@ -1,5 +1,6 @@
 """The command line: help, targets and options, errors in one line, exit statuses, a fast start."""
 
+import gzip
 import importlib.util
 import subprocess
 import sys
@@ -231,6 +232,26 @@ def test_prepare_trains_a_tokenizer_or_takes_one(neox_, tmp_path):
     sources = [str(tmp_path / "a.txt"), str(tmp_path / "absent.txt")]
     fails(neox_("prepare", *sources, f"out={tmp_path / 'other' / 'c'}"), 1, "absent.txt")
     assert not (tmp_path / "other").exists()
+
+
+def test_prepare_says_what_it_left_out(neox_, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "the lazy dog"}\nno json\n{"text": ""}\n'))
+    (folder / "notes.md").touch()
+    options = (str(folder), f"out={tmp_path / 'out'}", "vocab_size=300")
+    fails(neox_("prepare", *options), 1, "notes.md: unknown kind of file")
+    fails(neox_("prepare", *options, "on_error=maybe"), 1, "data.on_error: must be 'fail' or 'skip'")
+    status, out, _ = neox_("prepare", *options, "on_error=skip")
+    assert status == 0
+    lines = [line.partition(": unknown kind")[0].partition(": not JSON")[0] for line in out.splitlines()[2:]]
+    assert lines == [
+        "left out: 1 empty",
+        "left out: 1 unknown kind",
+        f"  {folder / 'notes.md'}",
+        "left out: 1 not JSON",
+        f"  {folder / 'a.jsonl.gz'}:2",
+    ]
 
 
 # --- public names ----------------------------------------------------------------------------------------------------

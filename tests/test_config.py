@@ -340,7 +340,7 @@ def configs(draw) -> Config:
                 value = st.none() | value
         elif key == "betas":
             value = st.tuples(unit, unit)
-        elif key == "local_layers":
+        elif key in ("local_layers", "weights"):
             continue
         elif choices[-1] is Ellipsis:
             value = st.lists(words, max_size=3)
@@ -352,6 +352,11 @@ def configs(draw) -> Config:
     model |= {"num_attention_heads": heads, "hidden_size": 8 * heads, "rotary_pct": draw(st.sampled_from([0.25, 0.5]))}
     model |= {"num_hidden_layers": layers, "shared_layer_norm": False}
     model["local_layers"] = draw(st.lists(st.integers(0, layers - 1), unique=True))
+    data = sections["data"]
+    entries = len(data["train"])
+    data["weights"] = draw(st.just([]) | st.lists(st.floats(1e-6, 1e6), min_size=entries, max_size=entries))
+    data["split"] = draw(st.sampled_from([None, "995,4,1", "9/1"]))
+    data["valid"] = [] if data["split"] else data["valid"]
     sections["data"]["seq_length"] = min(sections["data"]["seq_length"], model["max_position_embeddings"])
     sections["schedule"]["min_lr"] = sections["optim"]["lr"] * draw(unit)
     sections["optim"]["loss_scale"] = draw(st.floats(1, 2**24))

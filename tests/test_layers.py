@@ -9,10 +9,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "neox"
 # Where a layer is ordered, a later module may import an earlier one of it.
 LAYERS = (
     ("ordered", ["presets", "options", "config", "counts"]),
-    ("ordered", ["files", "runtime", "cache", "model", "kernels", "quantize", "adapters", "tokenizer"]),
+    ("ordered", ["files", "runtime", "machine", "cache", "model", "kernels", "quantize", "adapters", "tokenizer"]),
     ("siblings", ["data", "parallel", "checkpoint"]),
     ("siblings", ["train", "generate"]),
-    ("siblings", ["evaluation", "inspect", "serve", "estimate", "quickstart"]),
+    ("siblings", ["evaluation", "inspect", "serve", "estimate", "quickstart", "doctor"]),
     ("ordered", ["__init__", "cli", "__main__"]),
 )
 LAYER = {module: number for number, (_, modules) in enumerate(LAYERS) for module in modules}

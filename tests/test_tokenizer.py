@@ -136,7 +136,7 @@ def test_long_texts_are_cut_without_a_trace(any_tokenizer: Tokenizer, text: list
 
 def test_a_long_text_is_cut(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
-    pieces = list(trained._pieces("0123456789 ab\ncd\n\nefghijklmnop\n  q\nr" * 2))
+    pieces = list(trained.pieces("0123456789 ab\ncd\n\nefghijklmnop\n  q\nr" * 2))
     assert "".join(pieces) == "0123456789 ab\ncd\n\nefghijklmnop\n  q\nr" * 2
     assert pieces[:2] == ["0123456789 ab\n", "cd\n\nefghijklmnop\n  q\n"]
 

@@ -1,10 +1,11 @@
-"""From text to batches: text -> prepare -> .bin/.idx -> TokenDataset -> Loader -> Batch."""
+"""From text to batches: text -> prepare -> .bin/.idx -> build_datasets -> Loader -> Batch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from neox.data.dataset import TokenDataset
+from neox.data.build import Datasets, build_datasets
+from neox.data.dataset import Dataset, TokenDataset
 from neox.data.mmap import TokenFile, TokenWriter, token_dtype
 from neox.data.order import PermutedOrder, SequentialOrder
 from neox.data.prepare import PrepareReport, prepare
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Dataset",
+    "Datasets",
     "Loader",
     "PermutedOrder",
     "PrepareReport",
@@ -22,6 +25,7 @@ __all__ = [
     "TokenDataset",
     "TokenFile",
     "TokenWriter",
+    "build_datasets",
     "prepare",
     "read_documents",
     "token_dtype",

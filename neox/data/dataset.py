@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from neox.data.mmap import TokenFile
 from neox.data.order import PermutedOrder, SequentialOrder
+from neox.data.split import Documents, whole
 
 ORDERS = ("permuted", "sequential")
 
 
+class Dataset(Protocol):
+    """Samples by number: what a Loader reads from."""
+
+    seq_length: int
+    segments: bool
+    """Whether the documents of a sample must not see each other."""
+
+    def sample(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Tokens [n, seq_length + 1] of n sample numbers."""
+        ...
+
+    def documents(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """For each token of `sample(samples)` the number of its document, counted from 0 in each row."""
+        ...
+
+
 class TokenDataset:
-    """Windows over one or more token files.
+    """Windows over one or more token files, or ranges of their documents.
 
     In each file window w is tokens [w*T, w*T + T] with T = seq_length: T + 1 tokens, sharing one with the next window,
     so that each token is a label once. A file has (tokens - 1) // T windows and no window crosses into another file;
@@ -24,7 +41,14 @@ class TokenDataset:
     Raises ValueError on files that are not whole, an unknown order, and when there is not one window in all.
     """
 
-    def __init__(self, prefixes: Sequence[str | Path], seq_length: int, seed: int, order: str = "permuted") -> None:
+    def __init__(
+        self,
+        prefixes: Sequence[str | Path | Documents],
+        seq_length: int,
+        seed: int,
+        order: str = "permuted",
+        segments: bool = False,
+    ) -> None:
         if isinstance(prefixes, str | Path):
             prefixes = [prefixes]
         if not prefixes:
@@ -33,15 +57,15 @@ class TokenDataset:
             raise ValueError(f"data.seq_length = {seq_length}: must be at least 1")
         if order not in ORDERS:
             raise ValueError(f'data.order = "{order}": must be one of {", ".join(ORDERS)}')
-        self.files = [TokenFile(prefix) for prefix in prefixes]
-        self.seq_length = seq_length
-        windows = [max(0, len(file.tokens) - 1) // seq_length for file in self.files]
+        self.parts = whole(prefixes)
+        self.seq_length, self.segments = seq_length, segments
+        windows = [max(0, len(part.tokens) - 1) // seq_length for part in self.parts]
         self._ends = np.cumsum(windows, dtype=np.int64)
         self.num_windows = int(self._ends[-1])
         if not self.num_windows:
-            longest = max(self.files, key=lambda file: len(file.tokens))
+            longest = max(self.parts, key=lambda part: len(part.tokens))
             raise ValueError(
-                f"{longest.bin} has {len(longest.tokens)} tokens; seq_length {seq_length} needs at least "
+                f"{longest.name} has {len(longest.tokens)} tokens; seq_length {seq_length} needs at least "
                 f"{seq_length + 1}: lower data.seq_length or add text"
             )
         self.order = PermutedOrder(self.num_windows, seed) if order == "permuted" else SequentialOrder(self.num_windows)
@@ -55,15 +79,27 @@ class TokenDataset:
         """Tokens [n, seq_length + 1] of n sample numbers, which count on over epochs without end."""
         return self.sequential(self.order(np.asarray(samples, dtype=np.int64)))
 
+    def documents(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """For each token of `sample(samples)` the number of its document, counted from 0 in each row."""
+        windows = np.atleast_1d(self.order(np.asarray(samples, dtype=np.int64)))
+        out = np.empty((len(windows), self.seq_length + 1), dtype=np.int64)
+        for row, (part, at) in enumerate(self._places(windows)):
+            out[row] = part.numbers(at, at + self.seq_length + 1)
+        return out
+
     def sequential(self, windows: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Tokens [n, seq_length + 1] of n window numbers, each in 0 .. num_windows - 1, whatever the order."""
         numbers = np.atleast_1d(np.asarray(windows, dtype=np.int64))
         if numbers.size and not (numbers.min() >= 0 and numbers.max() < self.num_windows):
             raise IndexError(f"windows are 0 to {self.num_windows - 1}; asked for {numbers.min()} to {numbers.max()}")
-        owners = np.searchsorted(self._ends, numbers, side="right")
-        starts = self._ends - np.diff(self._ends, prepend=0)
         out = np.empty((len(numbers), self.seq_length + 1), dtype=np.int64)
-        for row, (number, owner) in enumerate(zip(numbers.tolist(), owners.tolist(), strict=True)):
-            at = (number - int(starts[owner])) * self.seq_length
-            out[row] = self.files[owner].tokens[at : at + self.seq_length + 1]
+        for row, (part, at) in enumerate(self._places(numbers)):
+            out[row] = part.tokens[at : at + self.seq_length + 1]
         return out
+
+    def _places(self, windows: npt.NDArray[np.int64]) -> Iterator[tuple[Documents, int]]:
+        """The documents that each window lies in, and its first token's place among their tokens."""
+        owners = np.searchsorted(self._ends, windows, side="right")
+        starts = self._ends - np.diff(self._ends, prepend=0)
+        for number, owner in zip(windows.tolist(), owners.tolist(), strict=True):
+            yield self.parts[owner], (number - int(starts[owner])) * self.seq_length

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch.nn import functional as F
 
-from neox.data.dataset import TokenDataset
+from neox.data.dataset import Dataset
 
 IGNORED = -100
 """The label of a position that takes no part in the loss (torch's cross_entropy leaves it out by default)."""
@@ -19,7 +21,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences to learn from; the label of a position is the token that follows it."""
+    """Sequences to learn from; the label of a position is the token that follows it.
+
+    With segments, positions count from 0 in each document (in the row: one that began before it starts at 0 too), and
+    the label of a document's last token is IGNORED. Its end-of-document token is learned like any other.
+    """
 
     tokens: torch.Tensor  # [B, T] int64
     labels: torch.Tensor  # [B, T] int64, IGNORED where masked
@@ -31,7 +37,7 @@ class Batch:
 class Loader:
     """Batches of `global_batch_size` sequences; it holds no state: where a run stands is its step number."""
 
-    def __init__(self, dataset: TokenDataset, global_batch_size: int) -> None:
+    def __init__(self, dataset: Dataset, global_batch_size: int) -> None:
         if global_batch_size < 1:
             raise ValueError(f"train.global_batch_size = {global_batch_size}: must be at least 1")
         self.dataset = dataset
@@ -39,27 +45,54 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """All sequences of step `step`, which counts from 0."""
-        return self._samples(step, 0, self.global_batch_size)
+        return self._rows(self._samples(step))
 
     def microbatches(self, step: int, micro_batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """The sequences of step `step` in order, at most `micro_batch_size` at a time; the last may hold fewer."""
+        """The sequences of step `step` that are this rank's, in order, at most `micro_batch_size` at a time.
+
+        Rank r has the r-th block of ceil(global_batch_size / ranks). All yield as many microbatches, of the same
+        shapes, since their collectives must meet: where the sequences end early, rows are filler, whose labels are all
+        IGNORED.
+        """
         if micro_batch_size < 1:
             raise ValueError(f"train.micro_batch_size = {micro_batch_size}: must be at least 1")
+        assert 0 <= rank < ranks, "ranks count from 0"
         share = -(-self.global_batch_size // ranks)
-        first, last = rank * share, min((rank + 1) * share, self.global_batch_size)
-        for start in range(first, first + share, micro_batch_size):
-            batch = self._samples(
-                step,
-                min(start, self.global_batch_size - 1),
-                max(start + 1, min(start + micro_batch_size, last)) if start < last else self.global_batch_size,
-            )
-            if start >= last:
-                batch.labels.fill_(IGNORED)
-            yield batch
+        own = self._samples(step)[rank * share : (rank + 1) * share]
+        for start in range(0, share, micro_batch_size):
+            part = own[start : start + micro_batch_size]
+            yield self._rows(part, filler=min(micro_batch_size, share - start) - len(part))
 
-    def _samples(self, step: int, start: int, stop: int) -> Batch:
+    def _samples(self, step: int) -> npt.NDArray[np.int64]:
+        """The numbers of the samples of a step: the one place that maps the one to the other."""
         assert step >= 0, "steps count from 0"
-        first, last = step * self.global_batch_size + start, step * self.global_batch_size + stop
-        rows = torch.from_numpy(self.dataset.sample(np.arange(first, last)))
+        return np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+
+    def _rows(self, samples: npt.NDArray[np.int64], filler: int = 0) -> Batch:
+        rows = torch.from_numpy(self.dataset.sample(samples))
+        # A copy even of one row, whose slices are contiguous as they are: writing to labels must not change tokens.
+        tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].clone(memory_format=torch.contiguous_format)
         positions = torch.arange(self.dataset.seq_length).repeat(len(rows), 1)
-        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), positions, first=first)
+        segments = None
+        if self.dataset.segments:
+            documents = torch.from_numpy(self.dataset.documents(samples))
+            segments = documents[:, :-1].contiguous()
+            # What follows a document's last token is another document, of which its segment tells nothing.
+            labels[documents[:, 1:] != segments] = IGNORED
+            begins = F.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
+            positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
+        batch = Batch(tokens, labels, positions, segments, first=int(samples[0]) if len(samples) else 0)
+        return _filled(batch, filler) if filler else batch
+
+
+def _filled(batch: Batch, rows: int) -> Batch:
+    """The batch and that many rows to ignore; they hold one document of token 0."""
+    T = batch.tokens.shape[1]
+    zeros = batch.tokens.new_zeros(rows, T)
+    return Batch(
+        torch.cat((batch.tokens, zeros)),
+        torch.cat((batch.labels, torch.full_like(zeros, IGNORED))),
+        torch.cat((batch.positions, torch.arange(T).repeat(rows, 1))),
+        None if batch.segments is None else torch.cat((batch.segments, zeros)),
+        batch.first,
+    )

@@ -256,6 +256,11 @@ class TokenFile:
         """Documents."""
         return len(self.sizes)
 
+    @property
+    def pointers(self) -> npt.NDArray[np.int64]:
+        """Where each document begins in the `.bin`, in bytes [N]; an empty one where the next begins."""
+        return self._pointers
+
     def document(self, i: int) -> npt.NDArray[Any]:
         """Tokens of document `i`, [sizes[i]], a view. Raises IndexError outside of 0 .. len - 1."""
         if not 0 <= i < len(self):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from neox.data.mmap import TokenWriter, pair, token_dtype
-from neox.data.readers import read_records
+from neox.data.readers import Faults, OnError, Skipped, Source, find_sources
 from neox.files import byte_progress
 from neox.tokenizer import END_OF_TEXT, PIECE_CHARACTERS, Tokenizer
 
@@ -33,80 +34,106 @@ class PrepareReport:
     """Tokens written, end-of-document tokens included."""
     empty: int
     """Documents left out because they hold no text."""
+    skipped: dict[str, Skipped]
+    """What could not be read and was left out, by reason; nothing unless `on_error` is "skip"."""
     seconds: float
+
+    def left_out(self) -> list[str]:
+        """Lines for a user: the documents that were left out, by reason, with the first places; none where none was."""
+        lines = [f"left out: {self.empty:,} empty"] if self.empty else []
+        for reason, skipped in self.skipped.items():
+            lines += [f"left out: {skipped.documents:,} {reason}", *(f"  {place}" for place in skipped.first)]
+        return lines
 
 
 def prepare(
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     out_prefix: str | Path,
     tokenizer: Tokenizer,
     text_key: str = "text",
     append_eod: bool = True,
     progress: bool = True,
+    on_error: OnError = "fail",
+    special_in_text: Literal["token", "text"] = "token",
 ) -> PrepareReport:
     """Encode the documents of `sources`, in order, into `<out_prefix>.bin`/`.idx`, plus `<out_prefix>.json`.
 
-    With `append_eod` each document ends in `<|endoftext|>`. All files appear at once, at the end, or none does; files
-    of an earlier run stay whole until then.
-    Raises FileNotFoundError or ValueError (file, line, what to do) on input that cannot be read and on a corpus
-    without text; OSError naming the file when it cannot be written.
+    A source is a file, a folder, a saved data set or one of the hub: see `find_sources`. What cannot be read raises,
+    or with `on_error="skip"` is left out, counted by reason in the report and the manifest, with the first places.
+
+    With `append_eod` each document ends in `<|endoftext|>`. Where its text spells out a special token, that becomes the
+    token, or with `special_in_text="text"` text like any other. All files appear at once, at the end, or none does;
+    files of an earlier run stay whole until then.
+    Raises FileNotFoundError or ValueError (file, line, what to do) on input that cannot be read, most of it before
+    anything is read, and on a corpus without text; OSError naming the file when it cannot be read or written.
     """
-    paths = [Path(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
-    if not paths:
-        raise ValueError("prepare: no input files given")
     eod = tokenizer.eod_id if append_eod else None
     if append_eod and eod is None:
         raise ValueError(f"the tokenizer has no {END_OF_TEXT} token to end documents with; set data.append_eod=false")
     _check_manifest(pair(out_prefix)[0].with_suffix(".json"))
-    # Read nothing before every source is known to exist: the tenth file's typing error should not cost an hour.
-    streams = [read_records(path, text_key) for path in paths]
-    del streams
+    # All of them before the first is read: the tenth file's typing error should not cost an hour.
+    found, faults = find_sources(sources, text_key, on_error), Faults(on_error)
     started = time.monotonic()
-    file_bytes = {str(path): path.stat().st_size for path in paths}
+    sizes = [source.size for source in found if source.size is not None]
+    total = sum(sizes) if len(sizes) == len(found) else None
     text_bytes = empty = 0
+    specials = special_in_text == "token"
     end = np.array([] if eod is None else [eod], dtype=np.int32)
     with (
         TokenWriter(out_prefix, token_dtype(tokenizer.vocab_size)) as writer,
         byte_progress(progress) as bar,
     ):
-        task = bar.add_task("prepare", total=sum(file_bytes.values()))
-        for batch, count in _batches(paths, text_key):
+        task = bar.add_task("prepare", total=total)
+        for batch, count in _batches(found, text_key, faults):
             texts = [text for text in batch if text]
             text_bytes += sum(len(text.encode("utf-8")) for text in texts)
             empty += len(batch) - len(texts)
-            for ids in _encode(tokenizer, texts, count, lambda done: bar.advance(task, done)):
+            for ids in _encode(tokenizer, texts, specials, count, lambda done: bar.advance(task, done)):
                 writer.add_document(np.concatenate([ids, end]))
-        bar.update(task, completed=sum(file_bytes.values()))
+        if total is not None:
+            bar.update(task, completed=total)
         if not writer.documents:
-            raise ValueError(f"no text in {', '.join(map(str, paths))}: every document is empty")
+            raise ValueError(_no_text(found, faults))
         writer.manifest = {
             "format": 1,
-            "sources": [{"path": path, "bytes": size} for path, size in file_bytes.items()],
+            "sources": [source.noted for source in found],
             "tokenizer_sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
             "text_key": text_key,
             "append_eod": append_eod,
+            "special_in_text": special_in_text,
             "dtype": writer.dtype.name,
             "documents": writer.documents,
             "bytes": text_bytes,
             "tokens": writer.tokens,
+            "empty": empty,
+            "skipped": {reason: asdict(skipped) for reason, skipped in faults.skipped.items()},
         }
     prefix = str(pair(out_prefix)[0].with_suffix(""))
-    return PrepareReport(prefix, writer.documents, text_bytes, writer.tokens, empty, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return PrepareReport(prefix, writer.documents, text_bytes, writer.tokens, empty, faults.skipped, seconds)
 
 
-def _batches(paths: Sequence[Path], text_key: str) -> Iterator[tuple[list[str], int]]:
+def _no_text(sources: Sequence[Source], faults: Faults) -> str:
+    names = ", ".join(source.name for source in sources[:8]) + (", ..." if len(sources) > 8 else "")
+    if not faults.skipped:
+        return f"no text in {names}: every document is empty"
+    reasons = "; ".join(f"{found.documents:,} {why}, first {found.first[0]}" for why, found in faults.skipped.items())
+    return f"no text in {names}: every document is empty or was left out ({reasons})"
+
+
+def _batches(sources: Sequence[Source], text_key: str, faults: Faults) -> Iterator[tuple[list[str], float]]:
     """Documents in groups large enough for all cores and small enough for memory, with the file bytes they took.
 
     A document longer than a group comes alone.
     """
     batch: list[str] = []
-    characters = taken = 0
-    for path in paths:
-        for text, count in read_records(path, text_key):
+    characters, taken = 0, 0.0
+    for source in sources:
+        for text, count in source.records(text_key, faults):
             if batch and (characters + len(text) > BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS):
                 yield batch, taken
-                batch, characters, taken = [], 0, 0
+                batch, characters, taken = [], 0, 0.0
             batch.append(text)
             characters += len(text)
             taken += count
@@ -115,17 +142,17 @@ def _batches(paths: Sequence[Path], text_key: str) -> Iterator[tuple[list[str], 
 
 
 def _encode(
-    tokenizer: Tokenizer, texts: list[str], count: int, advance: Callable[[float], object]
+    tokenizer: Tokenizer, texts: list[str], specials: bool, count: float, advance: Callable[[float], object]
 ) -> Iterator[npt.NDArray[np.int32]]:
     """Ids of each text; `advance` gets `count` in all, in shares as the work is done."""
     if len(texts) != 1:
-        encoded = tokenizer.encode_batch(texts)
+        encoded = tokenizer.encode_batch(texts, specials)
         advance(count)
         for ids in encoded:
             yield _array(ids, tokenizer.vocab_size)
         return
     pieces = []
-    for ids in tokenizer.encode_pieces(texts[0]):
+    for ids in tokenizer.encode_pieces(texts[0], specials):
         pieces.append(_array(ids, tokenizer.vocab_size))
         advance(count * min(1.0, PIECE_CHARACTERS / len(texts[0])))
     yield np.concatenate(pieces)

@@ -13,14 +13,11 @@ weight) tokens/s, 4 bytes in fp32 and 1 in int8. A model fits where its weights 
 """
 
 import math
-import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from neox.config import load_config
 from neox.counts import parameters
+from neox.machine import available_cores, available_ram, read_speed
 from neox.presets import names
 
 _COUNTED = {n: parameters(load_config(n).model).total for n in names() if n.startswith("pythia-") or n == "neox-20b"}
@@ -85,66 +82,15 @@ class Machine:
 
 
 def measure_machine(seconds: float = 3.0) -> Machine:
-    """Measure for about `seconds` (longer only where a few products of size 512 already take longer)."""
+    """Measure for about `seconds`."""
     import torch
 
     from neox.runtime import matmul_flops
 
-    ram = available_ram()
     with torch.inference_mode():
         flops = matmul_flops(torch.device("cpu"), "fp32", seconds / 2)
-        read = _read_bytes(seconds / 2, ram)
-    return Machine(available_cores(), ram, flops, read)
-
-
-def available_cores() -> int:
-    """Cores that this process may use: its affinity, and no more than its control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _first_line("/sys/fs/cgroup/cpu.max").split()
-    if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit() and int(quota[1]) > 0:
-        cores = min(cores, max(1, math.ceil(int(quota[0]) / int(quota[1]))))
-    return cores
-
-
-def available_ram() -> int:
-    """Bytes of memory that this process may use: the machine's, and no more than its control group's limit."""
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        line = _first_line(limit)
-        if line.isdigit():
-            ram = min(ram, int(line))
-    return ram
-
-
-def _read_bytes(seconds: float, ram: int) -> float:
-    """Best bytes/s of a matrix times a vector, which reads weights as writing a token does."""
-    import torch
-
-    # A GiB, because servers have caches of half that; less where memory is short.
-    rows = max(1, min(2**30, ram // 8) // (4096 * 4))
-    deadline = time.perf_counter() + seconds
-    matrix, vector, out = torch.ones(rows, 4096), torch.ones(4096), torch.empty(rows)
-    left = deadline - time.perf_counter()
-    return matrix.numel() * 4 / _best_seconds(lambda: torch.mv(matrix, vector, out=out), left)
-
-
-def _best_seconds(work: Callable[[], object], seconds: float) -> float:
-    """Shortest time of `work` over at least two calls and about `seconds` of them; the first one warms up."""
-    end = time.perf_counter() + seconds
-    best, calls = math.inf, 0
-    while calls < 2 or time.perf_counter() < end:
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-        calls += 1
-    return best
-
-
-def _first_line(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii").split("\n", 1)[0].strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
+        read = read_speed(seconds / 2)
+    return Machine(available_cores(), available_ram(), flops, read)
 
 
 def _count(n: float) -> str:

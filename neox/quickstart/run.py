@@ -95,7 +95,7 @@ def _tokens(config: Config, corpus: Corpus, folder: Path) -> tuple[Config, Token
     if kept.exists():
         tokenizer = Tokenizer.from_file(kept)
     else:
-        tokenizer = train_bpe((text for _, text in corpus.train), config.tokenizer.vocab_size)
+        tokenizer = train_bpe((text for _, text in corpus.train), **config.tokenizer.training)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(kept)
     names = {}

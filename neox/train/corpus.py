@@ -1,15 +1,16 @@
 """From what `data.train` and `data.valid` name to token files: prefixes as they are, text tokenized into the run."""
 
 import json
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from neox.config import Config
 from neox.data import prepare, read_documents
 from neox.data.mmap import pair
+from neox.data.readers import find_sources
 from neox.tokenizer import Tokenizer, train_bpe
 
 
@@ -24,10 +25,14 @@ def _is_prefix(name: str) -> bool:
     return name.endswith((".bin", ".idx")) or Path(f"{name}.idx").exists() or Path(f"{name}.bin").exists()
 
 
+def _whole(prefix: Path) -> bool:
+    return prefix.with_suffix(".idx").exists()
+
+
 def check_named(config: Config) -> None:
     """Raises ValueError where the config names no data for what it asks; looks at no file."""
     if not config.data.train:
-        raise ValueError("data.train is empty: name .bin/.idx prefixes (see `neox prepare`) or text files")
+        raise ValueError("data.train is empty: name .bin/.idx prefixes (see `neox prepare`) or text")
     if config.eval.every and not config.data.valid:
         raise ValueError("data.valid is empty but eval.every is set: name held-out text, or set eval.every=0")
 
@@ -46,8 +51,9 @@ def discard(config: Config, run: Path) -> None:
 def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
     """Prefixes of .bin/.idx pairs for training and held-out text.
 
-    Text files (.txt, .jsonl) are tokenized into RUN/data once, with `tokenizer.path`, or with a tokenizer that is
-    trained on the training text. The tokenizer goes to RUN/tokenizer.json, so that the run is complete in itself.
+    Text (files, folders, data sets: see `find_sources`) is tokenized into RUN/data once, with `tokenizer.path`, or
+    with a tokenizer that is trained on the training text. The tokenizer goes to RUN/tokenizer.json, so that the run is
+    complete in itself. What could not be read and was left out is said on stderr.
     Raises ValueError where the model has fewer vocabulary rows than the tokenizer or the data need, where RUN/data
     was made from other text, and where one tokenizer cannot have made all of the data.
     """
@@ -58,10 +64,11 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
         for kind, names in (("train", data.train), ("valid", data.valid))
         for number, name in enumerate(names)
     ]
-    text = {name: prefix for _, name, prefix in wanted if not _is_prefix(name)}
-    for name, prefix in text.items():
-        if not prefix.with_suffix(".idx").exists():
-            read_documents(name, data.text_key)  # reads nothing yet: a file that is missing is missed at once
+    text = {name for _, name, _ in wanted if not _is_prefix(name)}
+    for kind in ("train", "valid"):
+        absent = [name for k, name, prefix in wanted if (k, name in text) == (kind, True) and not _whole(prefix)]
+        if absent:  # reads no text yet: a file that is missing is missed at once
+            find_sources(absent, data.text_key, data.on_error)
     tokenizer = _tokenizer(config, run, bool(text), quiet)
     if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -70,10 +77,21 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
         )
     found: dict[str, list[Path]] = {"train": [], "valid": []}
     for kind, name, prefix in wanted:
-        if name in text and not prefix.with_suffix(".idx").exists():
+        if name in text and not _whole(prefix):
             assert tokenizer is not None
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            prepare([name], prefix, tokenizer, text_key=data.text_key, append_eod=data.append_eod, progress=not quiet)
+            report = prepare(
+                name,
+                prefix,
+                tokenizer,
+                data.text_key,
+                data.append_eod,
+                not quiet,
+                data.on_error,
+                data.special_in_text,
+            )
+            for line in report.left_out():
+                print(f"{name}: {line}", file=sys.stderr)
         noted = _manifest(prefix)
         sources = [source["path"] for source in noted.get("sources", [])]
         if name in text and sources not in ([], [name]):
@@ -118,8 +136,8 @@ def _tokenizer(config: Config, run: Path, needed: bool, quiet: bool) -> Tokenize
             raise ValueError(
                 f"{made}: is tokens already, and the text beside it needs the same tokenizer: set tokenizer.path"
             )
-        documents = chain.from_iterable(read_documents(name, config.data.text_key) for name in config.data.train)
-        tokenizer = train_bpe(documents, config.tokenizer.vocab_size, progress=not quiet)
+        documents = read_documents(config.data.train, config.data.text_key, config.data.on_error)
+        tokenizer = train_bpe(documents, progress=not quiet, **config.tokenizer.training)
     else:
         return None
     tokenizer.save(kept)

@@ -57,7 +57,7 @@ def clip_gradients(model: GPTNeoX, limit: float, loss_scale: float = 1.0) -> Ten
     if loss_scale != 1.0:
         norm = norm / loss_scale
         if norm.isfinite():
-            factor = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit else torch.ones_like(norm)
+            factor = min(1.0, limit / (norm.item() + 1e-6)) if limit else 1.0
             torch._foreach_mul_(gradients, factor / loss_scale)
     elif limit and (norm.device.type != "cpu" or norm > limit):
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from neox.checkpoint import complete_steps, fill_state, is_due, load_tensors, prune, read_step, save_step
 from neox.config import Config
 from neox.counts import train_flops_per_token
-from neox.data import Batch, Loader, TokenDataset
+from neox.data import Batch, Loader, build_datasets
 from neox.data.loader import IGNORED
 from neox.files import write_atomic
 from neox.model import GPTNeoX
@@ -219,7 +219,7 @@ class Trainer:
             "samples": self.step * self.config.train.global_batch_size,
             "updates": self.updates,
             "loss_scaler": self.scaler.state() if self.scaler else {},
-            "order": "",
+            "order": self.order,
         }
         folder = save_step(self.run, self.model, self.optimizers, self.config, state, self.processes)
         if not self.processes.rank:
@@ -230,7 +230,7 @@ class Trainer:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
         config, processes = self.config, self.processes
         done = complete_steps(self.run) if self.resume else []
-        nothing: dict[str, Any] = {"step": 0, "samples": 0, "updates": 0, "loss_scaler": {}}
+        nothing: dict[str, Any] = {"step": 0, "samples": 0, "updates": 0, "loss_scaler": {}, "order": ""}
         state = read_step(done[-1])[1] if done else nothing
         self.step, self.updates = state["step"], state["updates"]
         try:
@@ -242,6 +242,11 @@ class Trainer:
                 f"{self.run}: took {state['samples'] // self.step} sequences a step: a run keeps its "
                 "train.global_batch_size"
             )
+        samples = config.train.steps * config.train.global_batch_size
+        if config.data.order == "megatron" and not config.data.num_samples:
+            # The order depends on it: a run that is made longer keeps the one it began with.
+            data = config.data.model_copy(update={"num_samples": samples})
+            self.config = config = config.model_copy(update={"data": data})
         with processes.first_alone():
             if not self.resume and not processes.rank:
                 discard(config, self.run)
@@ -249,13 +254,14 @@ class Trainer:
                 self._write_config()
             files = token_files(config, self.run, quiet=self.quiet)
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
-        self.loader = Loader(
-            TokenDataset(files.train, config.data.seq_length, config.train.seed, config.data.order),
-            config.train.global_batch_size,
-        )
-        self.valid = (
-            TokenDataset(files.valid, config.data.seq_length, config.train.seed, "sequential") if files.valid else None
-        )
+        datasets = build_datasets(config.data, files.train, files.valid, config.train.seed, samples, not self.quiet)
+        self.order = datasets.fingerprint
+        if state["order"] not in ("", self.order):
+            raise ValueError(
+                f"{self.run}: its data would be read in another order than before step {self.step}: a run keeps "
+                "train.seed, its text, and data.order, seq_length, weights, split and num_samples"
+            )
+        self.loader, self.valid = Loader(datasets.train, config.train.global_batch_size), datasets.valid
         (self.model,), self.forward_backward = build(config, self.layout, self._loss, head_loss)
         self.optimizers = build_optimizers(self.model, config.optim)
         fill_state(self.optimizers)

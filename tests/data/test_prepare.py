@@ -80,11 +80,16 @@ def test_the_documents_of_the_files_in_order(
         "vocab_size": 290,
         "text_key": "text",
         "append_eod": append_eod,
+        "special_in_text": "token",
         "dtype": "uint16",
         "documents": report.documents,
         "bytes": report.bytes,
         "tokens": report.tokens,
+        "empty": report.empty,
+        "skipped": {},
     }
+    assert report.skipped == {}
+    assert report.left_out() == ([f"left out: {report.empty} empty"] if report.empty else [])
 
 
 def test_twice_gives_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -146,6 +151,55 @@ def test_a_bad_line_late_leaves_the_earlier_output_whole(tmp_path: Path, tokeniz
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p != source} == before
 
 
+BAD = b'{"body": 3}\nhello\n{"text": "the dog"}\n{"text": ""}\n[]\nwell\n' + b"so\n" * 3
+
+
+def test_what_is_skipped_is_in_the_report_and_in_the_manifest(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    good, bad = jsonl(tmp_path / "a.jsonl", ["the cat"]), tmp_path / "b.jsonl"
+    bad.write_bytes(BAD)
+    with pytest.raises(ValueError, match=r"b\.jsonl:1: no key 'text'.*data\.on_error=skip$"):
+        prepare([good, bad], tmp_path / "out", tokenizer, progress=False)
+    report = prepare([good, bad], tmp_path / "out", tokenizer, progress=False, on_error="skip")
+    file = TokenFile(tmp_path / "out")
+    assert [tokenizer.decode(file.document(i).tolist()[:-1]) for i in range(len(file))] == ["the cat", "the dog"]
+    assert {why: (s.documents, len(s.first)) for why, s in report.skipped.items()} == {
+        "no key": (1, 1),
+        "not JSON": (5, 3),
+        "no text": (1, 1),
+    }
+    lines = report.left_out()
+    assert lines[0] == "left out: 1 empty"
+    assert lines[1] == "left out: 1 no key"
+    assert lines[2].startswith(f"  {bad}:1: no key 'text' (keys here: 'body')")
+    assert lines[3] == "left out: 5 not JSON"
+    assert [line.partition(": ")[0] for line in lines[4:7]] == [f"  {bad}:{number}" for number in (2, 6, 7)]
+    manifest = json.loads((tmp_path / "out.json").read_text())
+    assert manifest["skipped"] == {why: vars(skipped) for why, skipped in report.skipped.items()}
+    assert manifest["empty"] == 1
+
+
+def test_nothing_is_left_after_skipping(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    bad = tmp_path / "b.jsonl"
+    bad.write_bytes(b"a\nb\n")
+    words = r"no text in .*b\.jsonl: every document is empty or was left out \(2 not JSON, first .*b\.jsonl:1: not JSON"
+    with pytest.raises(ValueError, match=words):
+        prepare(bad, tmp_path / "out", tokenizer, progress=False, on_error="skip")
+    assert list(tmp_path.iterdir()) == [bad]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(290, "uint16"), (65499, "uint16"), (65500, "int32")])
+def test_two_bytes_a_token_where_they_suffice(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, vocab_size: int, dtype: str
+) -> None:
+    """The bound is gpt-neox's, and the highest id must come back."""
+    monkeypatch.setattr(tokenizer, "vocab_size", vocab_size)
+    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts, specials: [[vocab_size - 1] for _ in texts])
+    prepare(jsonl(tmp_path / "a.jsonl", ["a", "b"]), tmp_path / "out", tokenizer, progress=False)
+    assert TokenFile(tmp_path / "out").tokens.tolist() == [vocab_size - 1, 0] * 2
+    assert (tmp_path / "out.bin").stat().st_size == 4 * (2 if dtype == "uint16" else 4)
+    assert json.loads((tmp_path / "out.json").read_text())["dtype"] == dtype
+
+
 def test_every_source_is_checked_before_the_first_is_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_bytes(b"\xff")
@@ -180,7 +234,7 @@ def test_no_end_of_document_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_ids_outside_of_the_vocabulary(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, documents: int, wrong: int
 ) -> None:
-    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts: [[5, wrong, 6] for _ in texts])
+    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts, specials: [[5, wrong, 6] for _ in texts])
     source = jsonl(tmp_path / "a.jsonl", ["the cat"] * documents)
     with pytest.raises(ValueError, match=rf"token id {wrong} is outside of the tokenizer's vocabulary \(0 to 289\)"):
         prepare([source], tmp_path / "out", tokenizer, progress=False)
@@ -235,3 +289,15 @@ def test_progress_is_shown_in_bytes(tmp_path: Path, tokenizer: Tokenizer, capfd:
     assert out == ""
     assert "prepare" in err
     assert "2.0/2.0 kB" in err  # 100 lines of 20 bytes
+
+
+@pytest.mark.parametrize("how", ["token", "text"])
+def test_a_document_that_spells_out_the_end_of_a_document(tmp_path: Path, tokenizer: Tokenizer, how: str) -> None:
+    """As a token it is the end, id 0; as text no id is that of a special token, and decoding gives the text back."""
+    text = "one<|endoftext|>two"
+    prepare(jsonl(tmp_path / "a.jsonl", [text]), tmp_path / "out", tokenizer, progress=False, special_in_text=how)
+    ids = TokenFile(tmp_path / "out").tokens.tolist()
+    assert ids[-1] == 0
+    assert ids[:-1].count(0) == (how == "token")
+    assert tokenizer.decode(ids[:-1]) == text
+    assert json.loads((tmp_path / "out.json").read_text())["special_in_text"] == how

@@ -1,5 +1,6 @@
 """What cannot be trained on is refused in one line, with exit status 1, and nothing half-written stays."""
 
+import gzip
 import json
 
 import numpy as np
@@ -50,7 +51,9 @@ LINE = b'{"text": "the quick brown fox"}\n'
         ("bad.jsonl", LINE * 4 + b'{"text": "\xff"}\n', (r"bad\.jsonl:5: not UTF-8", "convert")),
         ("cut.jsonl", LINE * 2 + b'{"text": "the\n', (r"cut\.jsonl:3: not JSON",)),
         ("key.jsonl", LINE + b'{"body": "the"}\n', (r"key\.jsonl:2: no key 'text'", "data.text_key")),
-        ("a.parquet", ENOUGH, ("unknown kind of file", r"\.txt, \.jsonl")),
+        ("a.docx", ENOUGH, ("unknown kind of file", r"\.txt, \.jsonl")),
+        ("a.parquet", ENOUGH, (r"a\.parquet: no Parquet file", "data.on_error=skip")),
+        ("cut.jsonl.gz", gzip.compress(LINE * 2)[:-9], (r"cut\.jsonl\.gz:\d: cut short", "fetch it")),
     ],
 )
 def test_text(tmp_path, refuse, name, content, words):

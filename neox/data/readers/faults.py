@@ -1,0 +1,117 @@
+"""What cannot be read: one line that says what and where, raised at once or counted by its reason."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Literal
+
+OnError = Literal["fail", "skip"]
+Reason = Literal["not JSON", "not UTF-8", "no key", "no text", "lone surrogate", "damaged", "unknown kind"]
+SHOWN = 3  # places kept for each reason: enough to look at, few enough for a manifest
+
+
+class Fault(ValueError):
+    """One document, or the rest of one file, that cannot be read. The message is one line with the place in it."""
+
+    def __init__(self, reason: Reason, message: str, documents: int = 1) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.documents = documents
+        """How many documents this costs; 1 where a damaged file does not say."""
+
+
+@dataclass
+class Skipped:
+    """What was left out for one reason."""
+
+    documents: int = 0
+    """How many; the rest of a damaged file counts as one where nothing says how much it held."""
+    first: list[str] = field(default_factory=list)
+    """The first few, each one line with file and line."""
+
+
+class Faults:
+    """Takes each fault: raises it (`fail`), or counts it and goes on (`skip`)."""
+
+    def __init__(self, on_error: OnError) -> None:
+        if on_error not in ("fail", "skip"):
+            raise ValueError(f'data.on_error: must be "fail" or "skip", not {on_error!r}')
+        self._skip = on_error == "skip"
+        self.skipped: dict[str, Skipped] = {}
+        """By reason, in the order in which the reasons were met."""
+
+    def add(self, fault: Fault) -> None:
+        """Raises `fault`, with the way to go on without what it names, unless faults are skipped."""
+        if not self._skip:
+            message = f"{fault}; or leave out what cannot be read: data.on_error=skip"
+            raise Fault(fault.reason, message, fault.documents) from None
+        kept = self.skipped.setdefault(fault.reason, Skipped())
+        kept.documents += fault.documents
+        if len(kept.first) < SHOWN:
+            kept.first.append(str(fault))
+
+
+def text_of(value: object, where: str, text_key: str) -> str:
+    """The text of one document: a string as it is, a list of strings joined by blank lines (as lm_dataformat does).
+
+    Raises Fault on anything else, on bytes that are no UTF-8 (columns hold bytes) and on a lone surrogate.
+    """
+    try:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, bytes):
+            return value.decode("utf-8")
+        if isinstance(value, list) and all(isinstance(part, str | bytes) for part in value):
+            return "\n\n".join(part if isinstance(part, str) else part.decode("utf-8") for part in value)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise Fault(
+            "not UTF-8", f"{where}: {text_key!r} is not UTF-8 at its byte {error.start} (0x{byte:02x})"
+        ) from None
+    raise Fault(
+        "no text", f"{where}: key {text_key!r} holds {kind(value)}, not a string; set data.text_key or mend the data"
+    )
+
+
+def kind(value: object) -> str:
+    """A JSON value's kind, in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, list):
+        odd = next((part for part in value if not isinstance(part, str | bytes)), None)
+        return "a list" if all(isinstance(part, str | bytes) for part in value) else f"a list with {kind(odd)} in it"
+    return "an object"
+
+
+def missing_key(where: str, text_key: str, keys: Sequence[object], documents: int = 1) -> Fault:
+    """The fault of a document, or of a table, that has other keys than the one of the text."""
+    named = ", ".join(repr(key) for key in keys[:8]) or "none"
+    more = ", ..." if len(keys) > 8 else ""
+    return Fault(
+        "no key",
+        f"{where}: no key {text_key!r} (keys here: {named}{more}); set data.text_key to the key of the text",
+        documents,
+    )
+
+
+def optional(module: str, where: str) -> ModuleType:
+    """Import a module of the `data` extra. Raises ValueError that says what needs it and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ValueError(f"{where}: needs the package {package} ({error}): pip install 'neox[data]'") from None
+
+
+def one_line(error: Exception) -> str:
+    """What a library says, on one line that is not too long."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -1,0 +1,1 @@
+"""Looks into what was made: tokenizers, runs, models. One module a topic."""
