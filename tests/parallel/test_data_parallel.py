@@ -81,7 +81,7 @@ def test_many_processes_equal_one(tmp_path, world, options):
 
 
 def test_dropout_is_drawn_by_sample_not_by_process(tmp_path):
-    """Two processes take the two microbatches of the one and drop what it drops; norms by part are those of the whole."""
+    """Two processes take the two microbatches of the one and drop what it drops; norms are those of the whole."""
     compare(tmp_path, 2, "hidden_dropout=0.1", "attention_dropout=0.2", "parallel.zero=3", "log.norms=true")
     for one, many in zip(rows(tmp_path / "alone"), rows(tmp_path / "many"), strict=True):
         keys = [key for key in one if "_norms/" in key]
