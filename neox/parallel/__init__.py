@@ -1,7 +1,7 @@
 """How a model lies on the processes of a run, and how a step runs through it."""
 
 from neox.parallel.blocks import checkpoint_blocks, compile_blocks
-from neox.parallel.build import ForwardBackward, build, reshard
+from neox.parallel.build import ForwardBackward, HeadLoss, build
 from neox.parallel.mesh import Layout, layout
 
-__all__ = ["ForwardBackward", "Layout", "build", "checkpoint_blocks", "compile_blocks", "layout", "reshard"]
+__all__ = ["ForwardBackward", "HeadLoss", "Layout", "build", "checkpoint_blocks", "compile_blocks", "layout"]

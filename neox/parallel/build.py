@@ -1,36 +1,42 @@
 """From a config to a model that lies on its devices, and the callable that runs one step's microbatches through it."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from neox.config import Config
 from neox.model import GPTNeoX, initial_value
 from neox.parallel.blocks import checkpoint_blocks, compile_blocks
 from neox.parallel.mesh import Layout
+from neox.parallel.shard import reshard, shard
 from neox.runtime import resolve_dtype
 
-MicrobatchLoss = Callable[[GPTNeoX, Any], Tensor]
-"""(model, batch) -> the batch's loss, a scalar to be differentiated."""
-ForwardBackward = Callable[[Sequence[Any]], Tensor]
-"""Batches of one step -> the sum of their losses on this process; the gradients are added to the parameters'."""
+HeadLoss = Callable[..., Tensor]
+"""(head, hidden [B, T, C], labels [B, T], scale) -> the sum of the tokens' losses times scale, a scalar."""
 
 
-def build(
-    config: Config, layout: Layout, loss: MicrobatchLoss, head_loss: Callable[..., Tensor]
-) -> tuple[list[GPTNeoX], ForwardBackward]:
+class ForwardBackward(Protocol):
+    def __call__(self, batches: Sequence[Any], scale: float, backward: bool = True) -> Tensor:
+        """The sum of the losses, times `scale`, of the batches of all data-parallel ranks, on every process.
+
+        `batches` are this rank's microbatches: tokens, labels, positions [B, T], segments or None, first. With
+        `backward` their gradients, summed over the ranks likewise, are added to the parameters'.
+        """
+        ...
+
+
+def build(config: Config, layout: Layout, head_loss: HeadLoss) -> tuple[list[GPTNeoX], ForwardBackward]:
     """The parts of the model that this process holds, initialised, and the callable that runs a step through them.
 
-    `head_loss(head, hidden, ...)` becomes a method of the output head, `model.embed_out.loss(hidden, ...)`: what the
-    loss does with the head's weight then counts as its forward pass, for which its shards are gathered.
-
-    Losses are sums: a mean over all tokens is the caller's factor, and gradients are added over processes, not
-    averaged.
+    `head_loss` becomes a method of the output head, `model.embed_out.loss(hidden, labels, scale)`: what the loss does
+    with the head's weight then counts as its forward pass, for which its shards are gathered.
     """
     with torch.device("meta"):
         model = GPTNeoX(config.model)
@@ -38,62 +44,51 @@ def build(
     if config.train.compile:
         compile_blocks(model)
     setattr(model.embed_out, "loss", MethodType(head_loss, model.embed_out))  # noqa: B010 (mypy takes it for a tensor)
-    if layout.mesh is not None:
-        shard(model, config, layout)
+    shard(model, config, layout)
     model.to_empty(device=layout.device)
     model.tie()
     _initialize(model, config.train.seed)
-    last_only = config.parallel.zero == 1
+    return [model], _whole(model, config, layout)
 
-    def forward_backward(batches: Sequence[Any]) -> Tensor:
-        total = torch.zeros((), device=layout.device)
+
+def _whole(model: GPTNeoX, config: Config, layout: Layout) -> ForwardBackward:
+    """Without a pipeline: microbatch after microbatch, forward and backward."""
+    device, dtype = layout.device, config.train.dtype
+    sharded = model if isinstance(model, FSDPModule) else None
+
+    def forward_backward(batches: Sequence[Any], scale: float, backward: bool = True) -> Tensor:
+        total = torch.zeros((), device=device)
         for number, batch in enumerate(batches, start=1):
-            if isinstance(model, FSDPModule) and last_only:
+            if sharded is not None and backward and config.parallel.zero == 1:
                 # One gather and one reduction a step, however many microbatches it takes.
-                model.set_requires_gradient_sync(number == len(batches))
-                model.set_reshard_after_backward(number == len(batches))
-            value = loss(model, batch)
-            value.backward()
-            total += value.detach()
+                sharded.set_requires_gradient_sync(number == len(batches))
+                sharded.set_reshard_after_backward(number == len(batches))
+            if model.training and any(config.model.dropout):
+                seed_dropout(config.train.seed, batch.first)
+            segments = None if batch.segments is None else batch.segments.to(device)
+            with torch.set_grad_enabled(backward):
+                with torch.autocast(device.type, resolve_dtype(dtype), enabled=dtype != "fp32"):
+                    hidden = model(batch.tokens.to(device), batch.positions.to(device), segments=segments, head=False)
+                    loss = model.embed_out.loss(hidden, batch.labels.to(device), scale)  # type: ignore[operator]
+                if backward:
+                    loss.backward()
+            total += loss.detach()
+        if not backward:
+            reshard(model)
+        if layout.dp_size > 1:
+            dist.all_reduce(total)
         return total
 
-    return [model], forward_backward
+    return forward_backward
 
 
-def shard(model: GPTNeoX, config: Config, layout: Layout) -> None:
-    """Split parameters, gradients and optimizer state over the mesh: ZeRO by fully_shard, a group a block.
+def seed_dropout(seed: int, sample: int) -> None:
+    """Set the random state that the microbatch beginning with `sample` drops by.
 
-    The head is a group of its own. A tied head lies in the root group with the embedding, which stays gathered from
-    the model's forward pass to the end of its backward pass.
+    Of the data alone: a resumed run drops what the uninterrupted one did, ranks drop apart from each other.
     """
-    kind = config.train.dtype
-    precision = MixedPrecisionPolicy() if kind == "fp32" else MixedPrecisionPolicy(resolve_dtype(kind), torch.float32)
-    assert layout.mesh is not None
-    options: dict[str, Any] = {
-        # On a mesh of two axes gradients are reduced twice, over shards and over copies.
-        "mesh": layout.mesh if config.parallel.dp_replicate > 1 else layout.mesh["dp_shard"],
-        "mp_policy": precision,
-        "reshard_after_forward": config.parallel.zero == 3,
-    }
-    groups: list[nn.Module] = [*model.layers]
-    if not config.model.tie_word_embeddings:
-        groups.append(model.embed_out)
-    for module in groups:
-        fully_shard(module, **options)
-    fully_shard(model, **options | {"reshard_after_forward": False})
-    register_fsdp_forward_method(model.embed_out, "loss")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # Both only reach the module they are called on. Gloo has no scaled sum: hence a plain one.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-
-
-def reshard(model: GPTNeoX) -> None:
-    """Put the parameters back to shards after a forward pass that no backward pass follows."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    digest = hashlib.sha256(f"{seed}:dropout:{sample}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 @torch.no_grad()

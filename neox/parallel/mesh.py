@@ -1,4 +1,4 @@
-"""The processes of a run as a mesh: its axes, and this process's place on the data axes."""
+"""The processes of a run as a mesh: its axes, and this process's place on each of them."""
 
 from dataclasses import dataclass
 
@@ -8,22 +8,49 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from neox.config import ParallelConfig
 from neox.runtime import Processes
 
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Outermost first, as gpt-neox orders its ranks: what talks most, tensor parallelism, is among neighbours."""
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this process stands. Data parallelism covers both its axes: each rank reads other samples."""
+    """Where this process stands. Data parallelism covers two axes: each of its ranks reads other samples."""
 
     processes: Processes
     device: torch.device
-    mesh: DeviceMesh | None  # axes dp_replicate, dp_shard; None for one process alone
-    dp_rank: int = 0
-    dp_size: int = 1
+    mesh: DeviceMesh | None  # axes AXES; None for one process alone
+
+    def size(self, axis: str) -> int:
+        """Processes along an axis."""
+        return 1 if self.mesh is None else self.mesh.size(AXES.index(axis))
+
+    def rank(self, axis: str) -> int:
+        """This process's place along an axis."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
+
+    def axis(self, name: str) -> DeviceMesh | None:
+        """The mesh of one axis, None where it has one process."""
+        return None if self.mesh is None or self.size(name) == 1 else self.mesh[name]
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks that read different samples."""
+        return self.size("dp_replicate") * self.size("dp_shard")
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of them this one is."""
+        return self.rank("dp_replicate") * self.size("dp_shard") + self.rank("dp_shard")
+
+    def sum_over_data(self, value: int) -> int:
+        """The sum over the ranks that read different samples."""
+        return self.processes.sum(value) // (self.processes.world // self.dp_size)
 
 
 def layout(config: ParallelConfig, processes: Processes, device: torch.device) -> Layout:
     """The mesh of `config` over the processes. Raises ValueError where its axes do not make up their number."""
     world, replicate = processes.world, config.dp_replicate
-    shard = config.dp_shard or world // replicate
+    shard = config.dp_shard or max(1, world // replicate)
     if replicate * shard != world:
         raise ValueError(
             f"parallel.dp_replicate={replicate} x parallel.dp_shard={shard} is {replicate * shard} processes, "
@@ -31,5 +58,4 @@ def layout(config: ParallelConfig, processes: Processes, device: torch.device) -
         )
     if world == 1:
         return Layout(processes, device, None)
-    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-    return Layout(processes, device, mesh, processes.rank, world)
+    return Layout(processes, device, init_device_mesh(device.type, (1, replicate, shard, 1, 1), mesh_dim_names=AXES))

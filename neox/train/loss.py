@@ -99,11 +99,6 @@ def slices(length: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, length, size))
 
 
-def head_loss(head: torch.nn.Linear, hidden: Tensor, labels: Tensor, chunk: int, scale: float) -> Tensor:
-    """`cross_entropy`, in the form of a method of the head."""
-    return cross_entropy(hidden, head, labels, chunk=chunk, scale=scale)
-
-
 def cross_entropy(
     hidden: Tensor, head: torch.nn.Linear, labels: Tensor, *, chunk: int = 512, scale: float = 1.0
 ) -> Tensor:

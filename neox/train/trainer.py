@@ -4,7 +4,6 @@ Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step. Neit
 processes: `neox.parallel.build` gives the parts of it that are here, and the callable that runs a step through them.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from neox.checkpoint import complete_steps, fill_state, is_due, load_tensors, prune, read_step, save_step
 from neox.config import Config
@@ -21,11 +19,10 @@ from neox.counts import train_flops_per_token
 from neox.data import Batch, Loader, build_datasets
 from neox.data.loader import IGNORED
 from neox.files import write_atomic
-from neox.model import GPTNeoX
-from neox.parallel import Layout, build, layout, reshard
-from neox.runtime import Processes, joined_processes, local_device, matmul_flops, peak_memory, resolve_dtype
+from neox.parallel import Layout, build, layout
+from neox.runtime import Processes, joined_processes, local_device, matmul_flops, peak_memory
 from neox.train.corpus import check_named, discard, token_files
-from neox.train.loss import head_loss
+from neox.train.loss import cross_entropy
 from neox.train.metrics import ConsoleSink, JsonlSink
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
 from neox.train.run import StopSignals, only_writer
@@ -137,14 +134,11 @@ class Trainer:
         else the config makes it tell. In fp16 an overflow skips the update and nothing changes but the loss scale.
         """
         config = self.config
-        batches = list(self._microbatches(self.loader, self.step))
+        batches = self._microbatches(self.loader, self.step)
         loss_scale = self.scaler.scale if self.scaler else 1.0
-        self.scale = loss_scale / self.processes.sum(_valid_tokens(batches))
+        tokens = self.layout.sum_over_data(_valid_tokens(batches))
         self.model.train()
-        loss = self.forward_backward(batches)
-        if self.layout.dp_size > 1:
-            dist.all_reduce(loss)
-        loss /= loss_scale
+        loss = self.forward_backward(batches, loss_scale / tokens) / loss_scale
         more: dict[str, Any] = norms(self.model, loss_scale) if config.log.norms and self._logged(self.step + 1) else {}
         norm = clip_gradients(self.model, config.optim.clip, loss_scale)
         overflow = self.scaler is not None and not norm.isfinite()
@@ -166,35 +160,19 @@ class Trainer:
     def _logged(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step in (1, self.config.train.steps)
 
-    def _microbatches(self, loader: Loader, step: int) -> Any:
-        size = self.config.train.micro_batch_size
-        return loader.microbatches(step, size, self.layout.dp_rank, self.layout.dp_size)
+    def _microbatches(self, loader: Loader, step: int) -> list[Batch]:
+        """This rank's microbatches of a step. Raises ValueError where they hold what is no token of the model."""
+        size, vocab = self.config.train.micro_batch_size, self.config.model.vocab_size
+        batches = list(loader.microbatches(step, size, self.layout.dp_rank, self.layout.dp_size))
+        for batch in batches:
+            for token in (int(batch.tokens.max()), int(batch.labels.max()), int(batch.tokens.min())):
+                if not 0 <= token < vocab and token != IGNORED:
+                    raise ValueError(
+                        f"the data holds token {token}, model.vocab_size is {vocab}: raise it, or prepare the data "
+                        "again"
+                    )
+        return batches
 
-    def _loss(self, model: GPTNeoX, batch: Batch) -> torch.Tensor:
-        """Sum of the losses of one microbatch's tokens, times `self.scale`."""
-        vocab = self.config.model.vocab_size
-        for token in (int(batch.tokens.max()), int(batch.labels.max()), int(batch.tokens.min())):
-            if not 0 <= token < vocab and token != IGNORED:
-                raise ValueError(
-                    f"the data holds token {token}, model.vocab_size is {vocab}: raise it, or prepare the data again"
-                )
-        if model.training and any(self.config.model.dropout):
-            # Of the data alone: a resumed run drops what the uninterrupted one did, ranks drop apart from each other.
-            digest = hashlib.sha256(f"{self.config.train.seed}:dropout:{batch.first}".encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:8], "little"))
-        dtype = self.config.train.dtype
-        with torch.autocast(self.device.type, resolve_dtype(dtype), enabled=dtype != "fp32"):
-            hidden = model(
-                batch.tokens.to(self.device),
-                positions=batch.positions.to(self.device),
-                segments=None if batch.segments is None else batch.segments.to(self.device),
-                head=False,
-            )
-            labels = batch.labels.to(self.device)
-            loss: Callable[..., torch.Tensor] = getattr(model.embed_out, "loss")  # noqa: B009 (mypy: a tensor)
-            return loss(hidden, labels, self.config.train.loss_chunk, self.scale)
-
-    @torch.no_grad()
     def validate(self) -> float:
         """Mean loss per token over the first `eval.batches` global batches of the held-out text."""
         if self.valid is None:
@@ -202,15 +180,9 @@ class Trainer:
         self.model.eval()
         wanted = self.config.eval.batches * self.config.train.global_batch_size
         # One batch of as many windows as there are: a short text is not read twice.
-        loader = Loader(self.valid, min(wanted, self.valid.num_windows))
-        total, tokens, self.scale = torch.zeros((), device=self.device), 0, 1.0
-        for batch in self._microbatches(loader, 0):
-            total += self._loss(self.model, batch)
-            tokens += _valid_tokens([batch])
-        reshard(self.model)
-        if self.layout.dp_size > 1:
-            dist.all_reduce(total)
-        return total.item() / self.processes.sum(tokens)
+        batches = self._microbatches(Loader(self.valid, min(wanted, self.valid.num_windows)), 0)
+        total = self.forward_backward(batches, 1.0, backward=False)
+        return total.item() / self.layout.sum_over_data(_valid_tokens(batches))
 
     def save(self) -> Path:
         """Write the checkpoint of the current step, and let expired ones go."""
@@ -266,12 +238,15 @@ class Trainer:
                 "train.seed, its text, and data.order, seq_length, weights, split and num_samples"
             )
         self.loader, self.valid = Loader(datasets.train, config.train.global_batch_size), datasets.valid
-        (self.model,), self.forward_backward = build(config, self.layout, self._loss, head_loss)
+        (self.model,), self.forward_backward = build(config, self.layout, self._head_loss)
         self.optimizers = build_optimizers(self.model, config.optim)
         fill_state(self.optimizers)
         if done:
             load_tensors(done[-1], self.model, self.optimizers, processes)
             self._write_config()  # with what was changed for this call, now that it is known to fit
+
+    def _head_loss(self, head: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, scale: float) -> Any:
+        return cross_entropy(hidden, head, labels, chunk=self.config.train.loss_chunk, scale=scale)
 
     def _write_config(self) -> None:
         if not self.processes.rank:

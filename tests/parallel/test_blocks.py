@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from neox.config import load_config
+from neox.data import Batch
 from neox.parallel import build, layout
 from neox.runtime import Processes
-from neox.train.loss import head_loss
+from neox.train import cross_entropy
 from tests.train.helpers import TINY
 
 CPU = torch.device("cpu")
@@ -19,13 +20,15 @@ def gradients(*options: str, batch: int = 2, length: int = 32) -> tuple[float, d
     settings = load_config(overrides=(*TINY, *options))
     tokens = torch.randint(settings.model.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(3))
 
-    def loss(model, rows):
-        hidden = model(rows[:, :-1], head=False)
-        return model.embed_out.loss(hidden, rows[:, 1:], 48, 1 / rows[:, 1:].numel())
+    def head_loss(head, hidden, labels, scale):
+        return cross_entropy(hidden, head, labels, chunk=48, scale=scale)
 
+    batches = [
+        Batch(rows[:, :-1], rows[:, 1:], torch.arange(length).expand(batch, -1)) for rows in (tokens, tokens.flip(0))
+    ]
     torch.manual_seed(0)  # for dropout
-    (model,), forward_backward = build(settings, layout(settings.parallel, Processes(), CPU), loss, head_loss)
-    value = forward_backward([tokens, tokens.flip(0)])
+    (model,), forward_backward = build(settings, layout(settings.parallel, Processes(), CPU), head_loss)
+    value = forward_backward(batches, 1 / (batch * length))
     return value.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

@@ -33,8 +33,10 @@ def fit(settings: Config, resume: bool = False) -> dict[str, torch.Tensor]:
         if not step:
             plain = trainer.forward_backward
 
-            def noted(batches):
-                loss = plain(batches)
+            def noted(batches, scale, backward=True):
+                loss = plain(batches, scale, backward)
+                if not backward:
+                    return loss
                 for name, parameter in trainer.model.named_parameters():
                     gradient = parameter.grad
                     whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient

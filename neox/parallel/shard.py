@@ -1,0 +1,50 @@
+"""Data parallelism: parameters, gradients and optimizer state split over the ranks that read different samples."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from neox.config import Config
+from neox.model import GPTNeoX
+from neox.parallel.mesh import Layout
+from neox.runtime import resolve_dtype
+
+
+def shard(model: GPTNeoX, config: Config, layout: Layout) -> None:
+    """ZeRO by fully_shard, a group a block; nothing where one rank reads all samples.
+
+    The head is a group of its own. A tied head lies in the root group with the embedding, which stays gathered from
+    the model's forward pass to the end of its backward pass. Gradients are added over ranks, not averaged.
+    """
+    if layout.mesh is None or layout.dp_size == 1:
+        return
+    kind = config.train.dtype
+    precision = MixedPrecisionPolicy() if kind == "fp32" else MixedPrecisionPolicy(resolve_dtype(kind), torch.float32)
+    # On a mesh of two axes gradients are reduced twice, over shards and over copies.
+    axes = ("dp_replicate", "dp_shard") if layout.size("dp_replicate") > 1 else ("dp_shard",)
+    options: dict[str, Any] = {
+        "mesh": layout.mesh[axes],
+        "mp_policy": precision,
+        "reshard_after_forward": config.parallel.zero == 3,
+    }
+    groups: list[nn.Module] = [*model.layers]
+    if not config.model.tie_word_embeddings:
+        groups.append(model.embed_out)
+    for module in groups:
+        fully_shard(module, **options)
+    fully_shard(model, **options | {"reshard_after_forward": False})
+    register_fsdp_forward_method(model.embed_out, "loss")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Both only reach the module they are called on. Gloo has no scaled sum: hence a plain one.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(model: GPTNeoX) -> None:
+    """Put the parameters back to shards after a forward pass that no backward pass follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
