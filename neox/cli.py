@@ -8,7 +8,6 @@ ValueError or OSError with one line for the user.
 from __future__ import annotations
 
 import difflib
-import inspect
 import itertools
 import os
 import re
@@ -16,6 +15,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from inspect import getdoc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Verb = Callable[[list[str], list[str]], int | None]
 VERBS: dict[str, Verb] = {}
+TOPICS: dict[str, Verb] = {}  # of inspect
 
 
 class UsageError(Exception):
@@ -62,49 +63,107 @@ def quickstart(targets: list[str], options: list[str]) -> int:
 
 @verb
 def generate(targets: list[str], options: list[str]) -> None:
-    """Continue a prompt with a model, printing as it is made.
+    """Continue prompts with a model: one as you watch, a file of them, or at a terminal.
 
     neox generate MODEL prompt=TEXT [key=value ...]
+    neox generate MODEL prompts=FILE out=FILE.jsonl [key=value ...]
+    neox generate MODEL                       asks for prompts, on a terminal
 
     MODEL is a Hugging Face folder, a run directory, one of its step folders, or a hub id
     (OWNER/MODEL, OWNER/MODEL@REVISION).
 
     Options:
-      prompt=TEXT       the text to continue; prompt=- reads it from standard input
+      prompt=TEXT       the text to continue; prompt=- reads it from standard input, prompt= (empty)
+                        starts from nothing
+      prompts=FILE      a .txt with one a line, or a .jsonl with key prompt or context
+      out=FILE.jsonl    a line of JSON each; interrupted, the same command continues it
+      n=1               samples of each prompt
       max_tokens=128    new tokens, at most
       temperature=1.0   0 takes the most likely token
       top_k=0           sample from the k most likely tokens; 0: from all
       top_p=1.0         sample from the most likely tokens that hold this probability
-      seed=1234         the same seed gives the same text
+      min_p=0.0         sample from tokens at least this fraction as likely as the most likely one
+      repetition_penalty=1.0   above 1, tokens that the text holds already become less likely
+      stop=TEXT         end before this text; several: stop='["\\n\\n", "Q:"]'
+      logprobs=none     record log-probabilities, and those of so many alternatives; with out=
+      seed=1234         the same seed gives the same text; the next sample draws with the next one
+      slots=8           sequences that run at a time
       device=auto       cpu, cuda or mps
       dtype=fp32        fp32, bf16 or fp16; default: fp32 on a CPU, the stored type elsewhere
 
     Examples:
       neox generate runs/quickstart/hf prompt='def'
       neox generate EleutherAI/pythia-160m prompt='Once upon a time' temperature=0
+      neox generate runs/first prompts=prompts.txt out=answers.jsonl n=4 top_p=0.9
+      neox generate runs/first prompt= n=100 out=samples.jsonl
     """
     from neox.config import load_config
+    from neox.options import parse_override
 
-    plain = dict(option.split("=", 1) for option in options)
-    prompt, device, dtype = plain.pop("prompt", None), plain.pop("device", "auto"), plain.pop("dtype", None)
-    if len(targets) != 1 or prompt is None:
-        raise UsageError("generate needs one MODEL and prompt=TEXT")
-    named = (f"{key if '.' in key else 'generate.' + key}={value}" for key, value in plain.items())
-    config = load_config(overrides=named).generate
-    if prompt == "-":
-        prompt = sys.stdin.read()
+    own: dict[str, str] = {}
+    overrides = []
+    for option in options:
+        key, _, value = option.partition("=")
+        if key in ("prompt", "prompts", "out", "device", "dtype"):
+            own[key] = value
+            continue
+        full = key if "." in key else f"generate.{key}"
+        section, *_ = parse_override(f"{full}={value}")
+        if section != "generate":
+            raise UsageError(f"generate has no option {key}, see `neox generate --help`")
+        overrides.append(f"{full}={value}")
+    if len(targets) != 1:
+        raise UsageError("generate needs one MODEL")
+    if "prompt" in own and "prompts" in own:
+        raise UsageError("give prompt= for one or prompts= for a file of them, not both")
+    out = own.get("out")
+    if "prompts" in own and not out:
+        raise UsageError("prompts= needs out=FILE.jsonl")
+    if out is not None and not out.endswith(".jsonl"):
+        raise UsageError(f"out={out} must end in .jsonl: it gets a line of JSON for each sample")
+    if out and not own.keys() & {"prompt", "prompts"}:
+        raise UsageError("out= needs prompt=TEXT or prompts=FILE")
+    config = load_config(overrides=overrides).generate
+    if config.logprobs is not None and not out:
+        raise UsageError("log-probabilities go to a file: give out=FILE.jsonl")
+    if not own.keys() & {"prompt", "prompts"} and not sys.stdin.isatty():
+        raise UsageError("generate needs prompt=TEXT or prompts=FILE; it asks for prompts on a terminal only")
 
     from neox.checkpoint import load
     from neox.generate import Engine, Sampling
+    from neox.generate.batch import complete, partial_name, refuse_existing, write_completions
+    from neox.generate.interactive import converse
+    from neox.generate.prompts import read_prompts
 
-    model, tokenizer = load(targets[0], device, dtype)
-    sampling = Sampling(config.max_tokens, config.temperature, config.top_k, config.top_p, config.seed)
-    pieces = Engine(model, tokenizer, slots=1).stream(prompt, sampling)
-    first = next(pieces, "")
-    print(prompt, end="")
-    for piece in itertools.chain([first], pieces):
-        print(piece, end="", flush=True)
-    print()
+    # Loading may take minutes: what is wrong with the files is said before.
+    prompt = sys.stdin.read() if own.get("prompt") == "-" else own.get("prompt")
+    prompts = read_prompts(own["prompts"]) if "prompts" in own else [(prompt or "", "")]
+    if out:
+        refuse_existing(out)
+    engine = Engine(*load(targets[0], own.get("device", "auto"), own.get("dtype")), slots=config.slots)
+    sampling = Sampling.of(config)
+    if out:
+        try:
+            count = write_completions(engine, prompts, sampling, out, config.n)
+        except KeyboardInterrupt:
+            if (partial := partial_name(out)).exists():
+                print(f"neox: interrupted; the same command continues {partial}", file=sys.stderr)
+            raise
+        print(f"{out}: {count:,} samples")
+    elif prompt is None:
+        converse(engine, config)
+    elif config.n == 1:
+        pieces = engine.stream(prompt, sampling)
+        first = next(pieces, "")
+        print(prompt, end="")
+        for piece in itertools.chain([first], pieces):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        # All of them first: rich's bar would take what is printed meanwhile to stderr.
+        for record in list(complete(engine, prompts, sampling, config.n)):
+            print(f"== {record['sample'] + 1} of {config.n}, seed {record['seed']}, {record['finish_reason']} ==")
+            print(prompt + record["text"])
 
 
 @verb
@@ -252,6 +311,8 @@ def train(targets: list[str], options: list[str]) -> int:
       steps=1000           optimizer steps
       checkpoint.every=N   steps between checkpoints
       eval.every=N         steps between evaluations on data.valid
+      log.sample_every=N   steps between samples of what the model writes; log.sample_prompt=TEXT
+      log.tensorboard=true write RUN_DIR/tensorboard too; log.wandb=PROJECT reports to W&B
 
     Examples:
       neox train data.train=corpus.txt out=runs/first steps=200
@@ -261,6 +322,7 @@ def train(targets: list[str], options: list[str]) -> int:
       neox train resume=runs/first steps=400
     """
     from neox.checkpoint import complete_steps, read_step
+    from neox.inspect.samples import SampleHook
     from neox.options import parse_override
     from neox.train import Trainer, run_config
 
@@ -279,7 +341,7 @@ def train(targets: list[str], options: list[str]) -> int:
         if done >= steps:
             print(f"{run}: finished at step {done}; train on: {again} steps={2 * done}")
             return 0
-    trainer = Trainer(config, resume=bool(resumed))
+    trainer = Trainer(config, resume=bool(resumed), hooks=(SampleHook(config),))
     try:
         result = trainer.fit()
     except KeyboardInterrupt:
@@ -315,6 +377,77 @@ def doctor(targets: list[str], options: list[str]) -> int:
     if targets or any(not option.startswith("out=") for option in options):
         raise UsageError("doctor takes out=RUN_DIR only")
     return examine(Path(options[-1].partition("=")[2] if options else "runs"))
+
+
+@verb
+def inspect(targets: list[str], options: list[str]) -> int | None:
+    """Look into a run.
+
+    neox inspect TOPIC ... [key=value ...]
+
+    Topics (`neox inspect TOPIC --help` says more):
+      run    curves of one or more runs, and where their options differ, as a page or a picture
+
+    Examples:
+      neox inspect run runs/first
+      neox inspect run runs/a runs/b out=report.png
+    """
+    if not targets or targets[0] not in TOPICS:
+        raise UsageError(f"inspect needs a topic first: {', '.join(TOPICS)}")
+    return TOPICS[targets[0]](targets[1:], options)
+
+
+def inspect_run(targets: list[str], options: list[str]) -> None:
+    """Lay the curves of runs beside each other, while they go on or after.
+
+    neox inspect run RUN_DIR... [out=report.html] [key=value ...]
+
+    Loss (held-out too), gradient norm, learning rate, throughput, and the options in which the
+    runs differ. report.html is one file that needs no network: point at a curve to read it, drag
+    to look closer. A name that ends in .png makes a picture.
+
+    Options:
+      out=report.html   .html or .png
+      x=steps           or tokens, or hours of training
+      y=log             or linear: loss and gradient norm
+      smooth=0.02       share of the x axis that a smoothed point takes in; 0: as logged
+
+    Examples:
+      neox inspect run runs/first
+      neox inspect run runs/a runs/b x=tokens
+      neox inspect run runs/a runs/b out=report.png smooth=0.05
+    """
+    given = dict(option.split("=", 1) for option in options)
+    plain = {"out": "report.html", "x": "steps", "y": "log", "smooth": "0.02"} | given
+    if not targets or len(plain) > 4:
+        raise UsageError("inspect run needs a RUN_DIR; its options are out, x, y, smooth")
+    for key, words in (("x", ("steps", "tokens", "hours")), ("y", ("log", "linear"))):
+        if plain[key] not in words:
+            raise ValueError(f"{key}={plain[key]}: must be {' or '.join(words)}")
+    try:
+        share = float(plain["smooth"])
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 1:
+        raise ValueError(f"smooth={plain['smooth']}: must be a number from 0 to 1")
+    out = Path(plain["out"])
+    if out.suffix not in (".html", ".png"):
+        raise ValueError(f"out={out}: must end in .html (a page) or .png (a picture)")
+
+    from neox.inspect.runs import read_runs, summary
+
+    runs = read_runs(targets)
+    if out.suffix == ".html":
+        from neox.inspect.page import write_page as write
+    else:
+        from neox.inspect.picture import write_picture as write
+    write(out, runs, plain["x"], plain["y"], share)
+    for run in runs:
+        print(f"{run.name}: {summary(run)}")
+    print(f"{out}: {'open it in a browser' if out.suffix == '.html' else 'written'}")
+
+
+TOPICS["run"] = inspect_run
 
 
 def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
@@ -366,7 +499,8 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
         raise UsageError(f"no verb {name!r}; {hint}")
     if "--help" in arguments or "-h" in arguments:
-        print(inspect.getdoc(VERBS[name]))
+        topic = TOPICS.get(arguments[0]) if name == "inspect" else None
+        print(getdoc(topic or VERBS[name]))
         return 0
     targets: list[str] = []
     options: list[str] = []
@@ -386,7 +520,7 @@ def _usage() -> str:
         "Train, run and study GPT-NeoX language models.",
         "",
         "Verbs:",
-        *(f"  {name:<12}{(inspect.getdoc(function) or '').partition(chr(10))[0]}" for name, function in VERBS.items()),
+        *(f"  {name:<12}{(getdoc(function) or '').partition(chr(10))[0]}" for name, function in VERBS.items()),
         "",
         "Examples:",
         "  neox show neox-20b",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from neox import presets
 from neox.options import SECTIONS, ConfigError, Section, did_you_mean, parse_override, read_toml
@@ -344,6 +344,16 @@ class LogConfig(Section):
     """Run directory."""
     norms: bool = False
     """Each line also holds the norms of gradients and parameters: embedding, attention, mlp, norms, head."""
+    tensorboard: bool = False
+    """Write RUN/tensorboard as well."""
+    wandb: OptionalStr = None
+    """Weights & Biases project to report to as well; its own settings say where (WANDB_MODE=offline: to RUN/wandb)."""
+    sample_every: NotNegative = 0
+    """Steps between samples of what the model writes, drawn as generate.* says; 0 = never."""
+    sample_prompt: str = ""
+    """What each sample continues; empty = the start of a document."""
+    sample_tokens: Positive = 64
+    """New tokens per sample, at most."""
 
 
 class EvalConfig(Section):
@@ -356,7 +366,7 @@ class EvalConfig(Section):
 
 
 class GenerateConfig(Section):
-    """Sampling."""
+    """How `neox generate` continues a prompt."""
 
     max_tokens: Positive = 128
     """New tokens per prompt, at most."""
@@ -368,6 +378,25 @@ class GenerateConfig(Section):
     """Sample from the likeliest tokens that hold this probability together."""
     seed: NotNegative = 1234
     """The same seed and prompt give the same text."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Sample from tokens at least this fraction as likely as the likeliest; 0 = from all."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Above 1, tokens of the prompt and of the output so far become less likely; 1 = off."""
+    stop: Strings = ()
+    """End before the first of these texts in the output."""
+    logprobs: OptionalInt = Field(default=None, ge=0)
+    """Record each token's log-probability and those of this many alternatives; none = record nothing."""
+    n: Positive = 1
+    """Samples per prompt; the k-th of all samples draws with seed + k."""
+    slots: Positive = 8
+    """Sequences that run at a time."""
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(stop):
+            raise ValueError("a stop text must not be empty")
+        return stop
 
 
 class Config(Section):

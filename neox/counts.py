@@ -83,14 +83,28 @@ def forward_flops(
     return 2 * blocks * tokens + 2 * head * scored + 4 * model.hidden_size * pairs
 
 
-def train_flops_per_token(model: ModelConfig, seq_length: int, causal: bool = False) -> float:
+def train_flops_per_token(model: ModelConfig, seq_length: int, causal: bool = False, recomputed: float = 0.0) -> float:
     """FLOPs of forward and backward per token: 6 (N + head) + 12 L C T; causal halves the attention term.
 
-    N is the non-embedding count. The backward pass costs twice the forward one; nothing is recomputed. The full
-    convention (causal=False) is that of the PaLM paper and of most published utilisation figures; causal counts the
-    (T + 1) / 2 keys that a token sees on average.
+    N is the non-embedding count; the backward pass costs twice the forward one. The full convention (causal=False) is
+    that of the PaLM paper and of most published utilisation figures; causal counts the (T + 1) / 2 keys that a token
+    sees on average.
+
+    recomputed: the share of the blocks whose forward pass runs a second time in the backward pass (activation
+    checkpointing; the head never does). 0 gives the FLOPs that the model needs (MFU), more those that the hardware
+    executes (HFU): 8 N + 6 head + 16 L C T where every block is (Narayanan et al. 2021, equation 3).
     """
-    return 3 * forward_flops(model, seq_length, causal=causal) / seq_length
+    blocks = forward_flops(model, seq_length, scored=0, causal=causal)
+    return (3 * forward_flops(model, seq_length, causal=causal) + recomputed * blocks) / seq_length
+
+
+def recomputed_share(model: ModelConfig, seq_length: int, checkpointing: str) -> float:
+    """Share of the blocks' forward FLOPs that train.activation_checkpointing runs again: all, or the MLPs' first
+    products (what is kept of a block then ends before their second ones)."""
+    if checkpointing != "selective":
+        return float(checkpointing == "full")
+    first = 2 * model.hidden_size * model.ffn_size * model.num_hidden_layers * seq_length
+    return first / forward_flops(model, seq_length, scored=0)
 
 
 def generate_flops(model: ModelConfig, prompt: int, new: int) -> int:

@@ -1,12 +1,13 @@
-"""Files that are whole or absent, and one progress bar measured in bytes."""
+"""Files that are whole or absent, rows of JSON lines, and one progress bar measured in bytes."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -73,6 +74,19 @@ def write_atomic(path: Path, content: bytes) -> None:
 def write_error(error: OSError, path: Path) -> OSError:
     """The same error, but saying which file could not be written: write() itself reports only the cause."""
     return OSError(error.errno, f"{error.strerror or error}: nothing was kept of it", str(path))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a file of JSON lines; a last line that is being written, or that a crash cut, is left out."""
+    rows = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
 
 
 def byte_progress(show: bool = True) -> Progress:

@@ -30,8 +30,8 @@ class Datasets:
 
 def build_datasets(
     data: DataConfig,
-    train: Sequence[Path],
-    valid: Sequence[Path],
+    train: Sequence[str | Path],
+    valid: Sequence[str | Path],
     seed: int,
     train_samples: int,
     progress: bool = False,

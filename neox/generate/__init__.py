@@ -1,15 +1,19 @@
-"""Generation and scoring: sampling, the naive loop, the cached engine."""
+"""Generation and scoring: sampling, the naive loop, the cached engine, prompts in bulk and at a terminal."""
 
-from neox.generate.engine import Completion, Engine
+from neox.generate.engine import Completion, Engine, Event, TokenLogprob
 from neox.generate.naive import naive_generate
 from neox.generate.sampling import Sampler, Sampling, distribution
 from neox.generate.score import bits_per_byte, token_logprobs
+from neox.generate.text import TextStream
 
 __all__ = [
     "Completion",
     "Engine",
+    "Event",
     "Sampler",
     "Sampling",
+    "TextStream",
+    "TokenLogprob",
     "bits_per_byte",
     "distribution",
     "naive_generate",

@@ -6,38 +6,63 @@ Shapes: R rows in flight, V vocab.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from neox.cache import KVCache
 from neox.generate.sampling import Sampler, Sampling
+from neox.generate.text import TextStream
 from neox.model import GPTNeoX
-from neox.tokenizer import StreamDecoder, Tokenizer
+from neox.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token: natural logarithms over the full vocabulary, padding rows included, before
+    the repetition penalty, the temperature and every filter."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]  # the most likely tokens at this place, most likely first; never a padding row
 
 
 @dataclass(frozen=True)
 class Completion:
     """What followed a prompt."""
 
-    tokens: list[int]
-    text: str  # empty without a tokenizer
-    finish_reason: str  # "stop" at the end-of-document token, "length" at max_tokens or the context's end
+    tokens: list[int]  # all that were drawn, those of a stop string too; not the end-of-document token that ended it
+    text: str  # up to the stop string, if one came; empty without a tokenizer
+    finish_reason: str  # "stop" at a stop string, "eod" at the end-of-document token, "length" at max_tokens or context
+    logprobs: list[TokenLogprob] | None = None  # one for each of `tokens`, where Sampling.logprobs asks for them
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step of one sequence."""
+
+    number: int  # of its prompt, from 0
+    token: int | None  # the token drawn; none when the end-of-document token ended the sequence
+    text: str  # the text that has become certain: whole characters, no part of a stop string
+    done: Completion | None  # on the last event of the sequence
 
 
 @dataclass
 class _Row:
     """One sequence in flight."""
 
+    number: int
     prompt: list[int]
     limit: int  # length at which it ends
     sampler: Sampler
-    number: int
-    stopped: bool = False  # by the end-of-document token
+    text: TextStream | None
+    ended: bool = False
     new: list[int] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -60,30 +85,41 @@ class Engine:
         self.eod = tokenizer.eod_id if tokenizer else None
         self.usable = min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None) -> list[Completion]:
-        """Continue each prompt (text, or token ids). The i-th prompt draws with seed + i.
-
-        Raises ValueError for a prompt that leaves no room in the context.
-        """
-        sampling = sampling or Sampling()
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> list[Completion]:
+        """Continue each prompt (text, or token ids); arguments and errors as in `events`."""
         many: Sequence[Prompt] = [prompts] if _is_one(prompts) else prompts  # type: ignore[assignment,list-item]
-        rows = [self._row(prompt, sampling, i) for i, prompt in enumerate(many)]
-        for _ in self._decode(deque(rows), sampling):
-            pass
-        return [Completion(row.new, self._text(row.new), "stop" if row.stopped else "length") for row in rows]
+        done = {event.number: event.done for event in self.events(many, sampling, stream=False) if event.done}
+        return [done[number] for number in range(len(many))]
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-        """The continuation of one prompt as it is made, in whole characters; needs a tokenizer."""
+        """The text of one completion as it is made, in whole characters; needs a byte-level tokenizer."""
         if self.tokenizer is None:
             raise ValueError("streaming text needs a tokenizer: this model was loaded without one")
-        sampling = sampling or Sampling()
-        decoder = StreamDecoder(self.tokenizer)
-        for _, token in self._decode(deque([self._row(prompt, sampling, 0)]), sampling):
-            text = decoder.finish() if token is None else decoder.push(token)
-            if text:
-                yield text
+        return (event.text for event in self.events([prompt], sampling) if event.text)
 
-    def _row(self, prompt: Prompt, sampling: Sampling, number: int) -> _Row:
+    def events(
+        self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, stream: bool = True
+    ) -> Iterator[Event]:
+        """Every step of every sequence, as it happens.
+
+        One `sampling` is for all prompts, and the i-th draws with seed + i; a list has one for each. Without `stream`
+        the events carry no text (their completions do), which any tokenizer can be decoded with.
+        Raises ValueError, before anything is computed, for a prompt that leaves no room in the context.
+        """
+        if isinstance(sampling, Sampling) or sampling is None:
+            base = sampling or Sampling()
+            sampling = [replace(base, seed=base.seed + number) for number in range(len(prompts))]
+        pairs = zip(prompts, sampling, strict=True)
+        rows = [self._row(number, prompt, own, stream) for number, (prompt, own) in enumerate(pairs)]
+        return self._decode(deque(rows))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The tokens that a prompt begins with: an empty one is the start of a document.
+
+        Raises ValueError for a prompt that leaves no room in the context, and for ids that the model does not have.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("a prompt in text needs a tokenizer: this model was loaded without one")
@@ -91,18 +127,24 @@ class Engine:
         else:
             tokens = [int(token) for token in prompt]
         if not tokens:
-            tokens = [self.eod or 0]  # an empty prompt starts a document
+            tokens = [self.eod or 0]
         context, vocab = self.model.config.max_position_embeddings, self.model.config.vocab_size
         if len(tokens) >= context:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the context {context}: shorten the prompt")
         if wrong := [token for token in tokens if not 0 <= token < vocab]:
             raise ValueError(f"the prompt holds token {wrong[0]}, the model has {vocab} rows: another tokenizer's ids?")
-        own = Sampling(**{**sampling.__dict__, "seed": sampling.seed + number})
-        return _Row(tokens, min(len(tokens) + sampling.max_tokens, context), Sampler(own, self.usable), number)
+        return tokens
+
+    def _row(self, number: int, prompt: Prompt, sampling: Sampling, stream: bool) -> _Row:
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError("a stop string needs a tokenizer: this model was loaded without one")
+        tokens = self.encode(prompt)
+        limit = min(len(tokens) + sampling.max_tokens, self.model.config.max_position_embeddings)
+        text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer and (stream or sampling.stop) else None
+        return _Row(number, tokens, limit, Sampler(sampling, self.usable, tokens), text)
 
     @torch.inference_mode()
-    def _decode(self, waiting: deque[_Row], sampling: Sampling) -> Iterator[tuple[_Row, int | None]]:
-        """Every new token as (row, token), and (row, None) once when a row has ended."""
+    def _decode(self, waiting: deque[_Row]) -> Iterator[Event]:
         slots = min(self.slots, len(waiting))
         length = max((row.limit for row in waiting), default=0)
         cache = KVCache(self.model.config, slots, length, self.weight.device, self.weight.dtype)
@@ -113,9 +155,9 @@ class Engine:
                 view = cache.rows(len(active), len(active) + 1)
                 logits = self._forward(view, [row.prompt], [0])
                 active.append(row)
-                yield from self._accept(row, logits[0], sampling)
+                yield self._accept(row, logits[0])
             for i in reversed(range(len(active))):
-                if active[i].length >= active[i].limit:
+                if active[i].ended:
                     # The last row moves into the gap, so that the rows in use stay contiguous.
                     cache.move(len(active) - 1, i)
                     active[i] = active[-1]
@@ -124,19 +166,41 @@ class Engine:
                 view = cache.rows(0, len(active))
                 logits = self._forward(view, [row.new[-1:] for row in active], [row.length - 1 for row in active])
                 for row, own in zip(list(active), logits, strict=True):
-                    yield from self._accept(row, own, sampling)
+                    yield self._accept(row, own)
 
-    def _accept(self, row: _Row, logits: Tensor, sampling: Sampling) -> Iterator[tuple[_Row, int | None]]:
+    def _accept(self, row: _Row, logits: Tensor) -> Event:
+        """Draw the next token of a row from logits [V]."""
+        sampling = row.sampler.sampling
         token = row.sampler(logits)
         if sampling.stop_at_eod and token == self.eod:
-            row.limit = row.length  # ends here
-            row.stopped = True
-            yield row, None
-            return
+            return self._end(row, "eod", None, "")
         row.new.append(token)
-        yield row, token
-        if row.length >= row.limit:
-            yield row, None
+        if sampling.logprobs is not None:
+            row.logprobs.append(self._logprob(token, logits, sampling.logprobs))
+        text = row.text.push(token) if row.text else ""
+        if (row.text and row.text.stopped) or row.length >= row.limit:
+            return self._end(row, "length", token, text)
+        row.shown.append(text)
+        return Event(row.number, token, text, None)
+
+    def _end(self, row: _Row, reason: str, token: int | None, text: str) -> Event:
+        row.ended = True
+        if row.text:
+            text += row.text.finish()
+            if row.text.stopped:
+                reason = "stop"  # found just now, or in what was held back
+            row.shown.append(text)
+            whole = "".join(row.shown)
+        else:
+            whole = self.tokenizer.decode(row.new) if self.tokenizer else ""
+        logprobs = row.logprobs if row.sampler.sampling.logprobs is not None else None
+        return Event(row.number, token, text, Completion(row.new, whole, reason, logprobs))
+
+    def _logprob(self, token: int, logits: Tensor, alternatives: int) -> TokenLogprob:
+        logprobs = logits.float().log_softmax(dim=-1)
+        top = logprobs[: self.usable].topk(min(alternatives, self.usable))
+        pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        return TokenLogprob(token, logprobs[token].item(), pairs)
 
     def _forward(self, cache: KVCache, tokens: list[list[int]], starts: list[int]) -> Tensor:
         """Logits [R, V] after the last of each row's tokens (equally many per row), which begin at `starts`."""
@@ -147,9 +211,6 @@ class Engine:
         hidden = self.model(batch, positions=positions, cache=cache, head=False)
         logits: Tensor = self.model.embed_out(hidden[:, -1])
         return logits
-
-    def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens) if self.tokenizer else ""
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -13,7 +13,7 @@ def naive_generate(
     model: GPTNeoX, prompt: Sequence[int], sampling: Sampling, usable: int | None = None, eod: int | None = None
 ) -> list[int]:
     """New tokens after `prompt`, up to max_tokens, the context's end or `eod`."""
-    sampler = Sampler(sampling, usable or model.config.vocab_size)
+    sampler = Sampler(sampling, usable or model.config.vocab_size, prompt)
     device = next(model.parameters()).device
     tokens = list(prompt)
     limit = min(len(tokens) + sampling.max_tokens, model.config.max_position_embeddings)

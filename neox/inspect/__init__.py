@@ -1,1 +1,1 @@
-"""Looks into what was made: tokenizers, runs, models. One module a topic."""
+"""Looking into tokenizers, runs and models: one module a topic."""

@@ -3,5 +3,15 @@
 from neox.parallel.blocks import checkpoint_blocks, compile_blocks
 from neox.parallel.build import ForwardBackward, HeadLoss, build
 from neox.parallel.mesh import Layout, layout
+from neox.parallel.shard import whole_model
 
-__all__ = ["ForwardBackward", "HeadLoss", "Layout", "build", "checkpoint_blocks", "compile_blocks", "layout"]
+__all__ = [
+    "ForwardBackward",
+    "HeadLoss",
+    "Layout",
+    "build",
+    "checkpoint_blocks",
+    "compile_blocks",
+    "layout",
+    "whole_model",
+]

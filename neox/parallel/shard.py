@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from neox.config import Config
 from neox.model import GPTNeoX
@@ -48,3 +49,22 @@ def reshard(model: GPTNeoX) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@torch.no_grad()
+def whole_model(model: GPTNeoX, layout: Layout) -> GPTNeoX | None:
+    """The model in one piece on rank 0, None elsewhere; all processes call it together. One alone gets its own back."""
+    if layout.mesh is None:
+        return model
+    reshard(model)
+    weights = {
+        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
+    if layout.processes.rank:
+        return None
+    with torch.device("meta"):
+        whole = GPTNeoX(model.config)
+    whole.load_state_dict(weights, assign=True, strict=not model.config.tie_word_embeddings)
+    whole.tie()
+    return whole

@@ -33,8 +33,10 @@ def check_named(config: Config) -> None:
     """Raises ValueError where the config names no data for what it asks; looks at no file."""
     if not config.data.train:
         raise ValueError("data.train is empty: name .bin/.idx prefixes (see `neox prepare`) or text")
-    if config.eval.every and not config.data.valid:
-        raise ValueError("data.valid is empty but eval.every is set: name held-out text, or set eval.every=0")
+    if config.eval.every and not (config.data.valid or config.data.split):
+        raise ValueError(
+            "data.valid is empty but eval.every is set: name held-out text, set data.split, or eval.every=0"
+        )
 
 
 def discard(config: Config, run: Path) -> None:

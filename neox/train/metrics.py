@@ -1,100 +1,110 @@
-"""What a run tells: one JSON row a logged step in metrics.jsonl, and a live line on the console."""
+"""The rows of a run: what a logged step tells, and the clock that its speed is read from."""
 
-import json
-import math
-import os
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import torch
 
-from neox.files import write_atomic
+from neox.config import Config
+from neox.counts import train_flops_per_token
+from neox.files import read_rows
+
+__all__ = ["Meter", "make_row", "read_rows"]
 
 
-class JsonlSink:
-    """metrics.jsonl: one row a logged step. A resumed run drops the rows after its checkpoint and writes them again."""
+class Meter:
+    """Times the steps of a call of `Trainer.fit`, from when it is made on.
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        """Keep the rows of steps up to `first_step` (a row cut by a crash is dropped) and append from there."""
-        kept = [row for row in read_rows(path) if row.get("step", math.inf) <= first_step] if path.exists() else []
-        write_atomic(path, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
-        self.path = path
-        # Unbuffered: what a full disk refused must not be tried again when the file is closed.
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+    Between two rows it counts training alone: evaluations, checkpoints and hooks run inside `paused`. On an accelerator
+    steps are queued, so `take` is to be called after the loss has been read, and a pause waits for the queue first.
+    """
 
-    def write(self, row: dict[str, Any]) -> None:
-        left = memoryview(json.dumps(row).encode() + b"\n")
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.clock = device, clock
+        self.began = self.since = clock()
+        self.steps = self.steps_since = 0
+        self.away = 0.0  # seconds since the last row that were not training
+
+    def step(self) -> None:
+        """A step is done."""
+        self.steps += 1
+        self.steps_since += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here is not training."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        started = self.clock()
         try:
-            while left:
-                left = left[self.file.write(left) :]
-        except OSError as error:
-            raise self._named(error) from None
+            yield
+        finally:
+            self.away += self.clock() - started
 
-    def sync(self) -> None:
-        """Make the rows so far survive a power cut: called before the checkpoint that covers them."""
-        try:
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise self._named(error) from None
-
-    def close(self) -> None:
-        self.file.close()
-
-    def _named(self, error: OSError) -> OSError:
-        return OSError(error.errno, f"{error.strerror or error}: free space, then resume the run", str(self.path))
+    def take(self) -> tuple[float, float]:
+        """Seconds of training a step since the last call, and seconds a step, pauses and all, since the beginning."""
+        now = self.clock()
+        seconds = (now - self.since - self.away) / max(1, self.steps_since)
+        self.since, self.steps_since, self.away = now, 0, 0.0
+        return seconds, (now - self.began) / max(1, self.steps)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics.jsonl; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+def make_row(
+    config: Config,
+    *,
+    step: int,
+    loss: float,
+    norm: float,
+    lr: float,
+    seconds: float,
+    elapsed: float,
+    samples: int,
+    memory: int,
+    peak_flops: float,
+    now: float,
+    world_size: int = 1,
+    recomputed: float = 0.0,
+) -> dict[str, Any]:
+    """The row of a logged step.
 
+    Args:
+        step: optimizer steps done.
+        loss, norm, lr: of that step: nats per token, global gradient norm before clipping, learning rate.
+        seconds, elapsed: what `Meter.take` gave: a step's training time, and its time with all that lies between.
+        samples: position in the data, in sequences.
+        memory: bytes at the peak, on this rank.
+        peak_flops: FLOP/s that one device can reach; world_size: how many there are.
+        now: seconds since the epoch.
+        recomputed: share of the blocks that activation checkpointing runs twice; above 0 the row has `hfu` too.
 
-class ConsoleSink:
-    """A progress bar with loss, tokens/s, MFU and time left on a terminal; plain lines elsewhere."""
+    `mfu` counts the FLOPs that the model needs, recomputation left out, with every query meeting every key (6N + 12LCT,
+    the convention of most published figures); `mfu_causal` counts half of that attention term, what the mask keeps.
+    `hfu` is `mfu` with recomputation counted. `tokens_per_second` is over all ranks; `eta` is in seconds.
+    """
+    length = config.data.seq_length
+    tokens = config.train.global_batch_size * length
 
-    def __init__(self, first_step: int, steps: int) -> None:
-        self.console = Console(stderr=True)
-        columns = (
-            TextColumn("train"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.steps, self.first_step, self.started = steps, first_step, time.monotonic()
-        self.bar.start()
-        self.task = self.bar.add_task("train", total=steps, completed=first_step, status="")
+    def utilisation(causal: bool = False, recomputed: float = 0.0) -> float:
+        flops = tokens * train_flops_per_token(config.model, length, causal, recomputed)
+        return flops / seconds / (peak_flops * world_size)
 
-    def step(self, step: int) -> None:
-        self.bar.update(self.task, completed=step)
-
-    def write(self, row: dict[str, Any]) -> None:
-        if "valid_loss" in row:
-            self.say(f"step {row['step']}: held-out loss {row['valid_loss']:.4f}")
-            return
-        loss = math.nan if row["loss"] is None else row["loss"]
-        status = f"loss {loss:.4f}  {row['tokens_per_second']:,.0f} tok/s  MFU {row['mfu']:.2f}"
-        self.bar.update(self.task, completed=row["step"], status=status)
-        if not self.console.is_terminal:
-            done = max(1, row["step"] - self.first_step)
-            left = (time.monotonic() - self.started) / done * (self.steps - row["step"])
-            self.say(f"step {row['step']}/{self.steps}  {status}  eta {left:,.0f} s")
-
-    def say(self, line: str) -> None:
-        self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def close(self) -> None:
-        self.bar.stop()
+    row = {
+        "step": step,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": norm,
+        "tokens": step * tokens,
+        "samples": samples,
+        "tokens_per_second": tokens / seconds,
+        "mfu": utilisation(),
+        "mfu_causal": utilisation(causal=True),
+        "memory": memory,
+        "seconds": seconds,
+        "eta": elapsed * (config.train.steps - step),
+        "time": now,
+    }
+    if recomputed:
+        row["hfu"] = utilisation(recomputed=recomputed)
+    return row

@@ -4,7 +4,6 @@ Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step. Neit
 processes: `neox.parallel.build` gives the parts of it that are here, and the callable that runs a step through them.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,20 +14,23 @@ import torch
 
 from neox.checkpoint import complete_steps, fill_state, is_due, load_tensors, prune, read_step, save_step
 from neox.config import Config
-from neox.counts import train_flops_per_token
+from neox.counts import recomputed_share
 from neox.data import Batch, Loader, build_datasets
 from neox.data.loader import IGNORED
 from neox.files import write_atomic
-from neox.parallel import Layout, build, layout
+from neox.model import GPTNeoX
+from neox.parallel import Layout, build, layout, whole_model
 from neox.runtime import Processes, joined_processes, local_device, matmul_flops, peak_memory
 from neox.train.corpus import check_named, discard, token_files
 from neox.train.loss import cross_entropy
-from neox.train.metrics import ConsoleSink, JsonlSink
+from neox.train.metrics import Meter, make_row
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
 from neox.train.run import StopSignals, only_writer
 from neox.train.scaler import build_scaler
 from neox.train.schedule import lr_factor
+from neox.train.sinks import Sink, build_sinks
 from neox.train.statistics import norms
+from neox.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Trainer:
         self.run = Path(config.log.out)
         self.resume = resume
         check_named(config)
+        check_trackers(config)
+        self.sinks: list[Sink] = []  # of the call of `fit` that is under way, on rank 0: a hook may write to them
         self.step = 0
         self.stop_signal = 0
 
@@ -93,39 +97,40 @@ class Trainer:
 
     def _loop(self, signals: StopSignals) -> Result:
         config, steps = self.config, self.config.train.steps
-        console = None if self.quiet else ConsoleSink(self.step, steps)
-        rows = None if self.processes.rank else JsonlSink(self.run / "metrics.jsonl", self.step)
-        sinks: list[JsonlSink | ConsoleSink] = [sink for sink in (rows, console) if sink is not None]
+        if not self.processes.rank:
+            self.sinks = build_sinks(config, self.run, self.step, self.quiet)
         loss = None
         try:
-            if self.step and console:
-                console.say(f"resumed {self.run} at step {self.step} of {steps}")
             self._call_hooks()
             if not self.step and is_due(config.checkpoint, 0):
                 self.save()
+            meter = Meter(self.device)
             while self.step < steps and not self.stop_signal:
-                started = time.perf_counter()
                 loss, norm, lr, more = self.train_step()
                 self.step += 1
+                meter.step()
                 if self._logged(self.step):
-                    row = self._row(loss.item(), norm.item(), lr, time.perf_counter() - started) | more
-                    for sink in sinks:
+                    row = self._row(loss.item(), norm.item(), lr, *meter.take()) | more
+                    for sink in self.sinks:
                         sink.write(row)
-                elif console:
-                    console.step(self.step)
-                if config.eval.every and (self.step % config.eval.every == 0 or self.step == steps):
-                    valid = {"step": self.step, "valid_loss": self.validate()}
-                    for sink in sinks:
-                        sink.write(valid)
-                self._call_hooks()
-                # Asked once a step: a signal that comes after this line ends, and saves, the next step.
-                self.stop_signal = self.processes.largest(signals.number)
-                if self.step == steps or self.stop_signal or is_due(config.checkpoint, self.step):
-                    if rows:
-                        rows.sync()  # a resumed run drops what is beyond its checkpoint, and could not make up for less
-                    self.save()
+                else:
+                    for sink in self.sinks:
+                        sink.step(self.step)
+                with meter.paused():
+                    if config.eval.every and (self.step % config.eval.every == 0 or self.step == steps):
+                        valid = {"step": self.step, "valid_loss": self.validate()}
+                        for sink in self.sinks:
+                            sink.write(valid)
+                    self._call_hooks()
+                    # Asked once a step: a signal that comes after this line ends, and saves, the next step.
+                    self.stop_signal = self.processes.largest(signals.number)
+                    if self.step == steps or self.stop_signal or is_due(config.checkpoint, self.step):
+                        for sink in self.sinks:
+                            # A resumed run drops what is beyond its checkpoint, and could not make up for less.
+                            sink.sync()
+                        self.save()
         finally:
-            for sink in sinks:
+            for sink in self.sinks:
                 sink.close()
         return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else loss.item())
 
@@ -183,6 +188,10 @@ class Trainer:
         batches = self._microbatches(Loader(self.valid, min(wanted, self.valid.num_windows)), 0)
         total = self.forward_backward(batches, 1.0, backward=False)
         return total.item() / self.layout.sum_over_data(_valid_tokens(batches))
+
+    def whole_model(self) -> GPTNeoX | None:
+        """The model in one piece on rank 0, None elsewhere: what a hook may run. All processes call it together."""
+        return whole_model(self.model, self.layout)
 
     def save(self) -> Path:
         """Write the checkpoint of the current step, and let expired ones go."""
@@ -252,21 +261,23 @@ class Trainer:
         if not self.processes.rank:
             write_atomic(self.run / "config.toml", self.config.to_toml().encode())
 
-    def _row(self, loss: float, norm: float, lr: float, seconds: float) -> dict[str, Any]:
-        tokens = self.config.train.global_batch_size * self.config.data.seq_length
-        flops = train_flops_per_token(self.config.model, self.config.data.seq_length) * tokens
-        return {
-            "step": self.step,
-            "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
-            "lr": lr,
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "tokens": self.step * tokens,
-            "tokens_per_second": tokens / seconds,
-            "mfu": flops / seconds / self.peak_flops / self.processes.world,
-            "memory": peak_memory(self.device),
-            "seconds": seconds,
-            "time": time.time(),
-        }
+    def _row(self, loss: float, norm: float, lr: float, seconds: float, elapsed: float) -> dict[str, Any]:
+        model, length = self.config.model, self.config.data.seq_length
+        return make_row(
+            self.config,
+            step=self.step,
+            loss=loss,
+            norm=norm,
+            lr=lr,
+            seconds=seconds,
+            elapsed=elapsed,
+            samples=self.step * self.config.train.global_batch_size,
+            memory=peak_memory(self.device),
+            peak_flops=self.peak_flops,
+            now=time.time(),
+            world_size=self.processes.world,
+            recomputed=recomputed_share(model, length, self.config.train.activation_checkpointing),
+        )
 
     def _call_hooks(self) -> None:
         for hook in self.hooks:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from neox.config import Config, ConfigError, DataConfig, load_config
 from neox.data import Loader, PermutedOrder, TokenDataset, build_datasets
+from neox.data.blend import shares
 from neox.data.megatron import MegatronDataset
 from neox.data.split import Documents, bounds
 from tests.data.corpora import documents, write_pair
@@ -228,3 +229,23 @@ def test_the_fingerprint_is_that_of_the_order(tmp_path: Path) -> None:
     assert fingerprint() != first
     (tmp_path / "f0.json").write_text("no manifest")
     assert fingerprint() == first
+
+
+def test_the_example_of_the_guide_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "data_order.md").read_text(encoding="utf-8")
+    code = guide.partition("```python\n")[2].partition("```")[0]
+    printed = guide.partition("```text\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "data_order.md", "exec"), {})
+    assert capsys.readouterr().out == printed
+    data = DataConfig(train=("letters",), seq_length=4, order="megatron")
+    dataset = build_datasets(data, [Path("letters")], [], seed=2, train_samples=6).train
+    assert (dataset.epochs, len(dataset), "".join(map(chr, dataset.sample(6)[0]))) == (2, 6, "ijklm")
+
+
+def test_the_recipe_of_the_guide_is_pythias(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "data_order.md").read_text(encoding="utf-8")
+    (tmp_path / "run.toml").write_text(guide.partition("```toml\n")[2].partition("```")[0])
+    made = load_config("pythia-160m", [tmp_path / "run.toml"])
+    assert made.data.num_samples == 143000 * made.train.global_batch_size
+    assert shares(made.data.weights, made.data.num_samples) == [147164160]

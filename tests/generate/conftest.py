@@ -1,8 +1,12 @@
+from functools import cache
+
 import pytest
 import torch
 
 from neox.config import ModelConfig
+from neox.generate import Engine
 from neox.model import GPTNeoX
+from neox.tokenizer import Tokenizer, train_bpe
 
 
 def random_model(**options) -> GPTNeoX:
@@ -15,6 +19,27 @@ def random_model(**options) -> GPTNeoX:
     return model.eval().requires_grad_(False)
 
 
+@cache
+def small_tokenizer() -> Tokenizer:
+    return train_bpe(["naïve café 🙂🙃 the quick brown fox 東京\n" * 20], 400, progress=False)
+
+
+def random_engine(slots: int = 3, **options) -> Engine:
+    """A tiny model with a tokenizer, and as many padding rows again as there are tokens."""
+    tokenizer = small_tokenizer()
+    return Engine(random_model(vocab_size=2 * tokenizer.vocab_size, **options), tokenizer, slots=slots)
+
+
 @pytest.fixture(scope="module")
 def model() -> GPTNeoX:
     return random_model()
+
+
+@pytest.fixture(scope="session")
+def trained_tokenizer() -> Tokenizer:
+    return small_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return random_engine()

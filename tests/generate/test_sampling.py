@@ -1,34 +1,77 @@
-"""Sampling against transformers' warpers and against the distribution that it claims to draw from."""
+"""Sampling against transformers' processors and against the distribution that it claims to draw from."""
+
+import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from neox.generate import Sampler, Sampling, distribution
+from tests.tiny import theirs
+
+options = {
+    "temperature": st.floats(0.1, 3),
+    "top_k": st.integers(0, 40),
+    "top_p": st.one_of(st.just(1.0), st.floats(0.05, 1)),
+    "min_p": st.one_of(st.just(0.0), st.floats(0, 1)),
+    "repetition_penalty": st.one_of(st.just(1.0), st.floats(0.2, 3)),
+}
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    temperature=st.floats(0.1, 3),
-    top_k=st.integers(0, 40),
-    top_p=st.floats(0.05, 1),
-)
-def test_distribution_equals_transformers(seed, temperature, top_k, top_p):
+def mask(tokens: list[int], size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.bool).index_fill_(0, torch.tensor(tokens, dtype=torch.long), True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10_000), seen=st.lists(st.integers(0, 39), max_size=50), **options)
+def test_distribution_equals_transformers(seed, seen, temperature, top_k, top_p, min_p, repetition_penalty):
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(seed)) * 3
-    warped = TemperatureLogitsWarper(temperature)(None, logits)
-    if 0 < top_k < 40:
-        warped = TopKLogitsWarper(top_k)(None, warped)
+    before = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(repetition_penalty)])
+    before.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        before.append(TopKLogitsWarper(top_k))
+    warped = before(torch.tensor([seen], dtype=torch.long), logits)
+    # Where a border falls on a token, it is rounding that decides: sums in another order differ by some 1e-7.
+    assume(top_p == 1 or (warped[0].softmax(-1).sort(descending=True).values.cumsum(0) - top_p).abs().min() > 1e-6)
     if top_p < 1:
         warped = TopPLogitsWarper(top_p)(None, warped)
-    expected = warped.softmax(-1)[0]
-    found = distribution(logits[0], Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
-    border = logits[0].div(temperature).softmax(-1).sort(descending=True).values.cumsum(0)
-    if top_p < 1 and not top_k and (border - top_p).abs().min() < 1e-5:
-        return  # the cumulative sums are rounded in different orders there
+    relative = warped[0].softmax(-1) / warped[0].softmax(-1).max()
+    assume((relative[relative < 1] - min_p).abs().min(dim=0).values > 1e-6 if (relative < 1).any() else True)
+    expected = MinPLogitsWarper(min_p)(None, warped).softmax(-1)[0]
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    found = distribution(logits[0], sampling, mask(seen, 40))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.6])
+def test_the_order_is_that_of_transformers_generate(penalty):
+    """Its own scores after all processors, which `generate` puts in order itself, at each of 30 steps."""
+    asked = {"temperature": 1.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": penalty}
+    prompt = [5, 9, 5, 44]
+    torch.manual_seed(1)
+    out = theirs().generate(
+        torch.tensor([prompt]), do_sample=True, max_new_tokens=30, eos_token_id=None, pad_token_id=0,
+        return_dict_in_generate=True, output_scores=True, output_logits=True, **asked
+    )  # fmt: skip
+    tokens = out.sequences[0].tolist()
+    survivors = set()
+    for step, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
+        found = distribution(logits[0], Sampling(**asked), mask(tokens[: len(prompt) + step], 97))
+        torch.testing.assert_close(found, scores[0].softmax(-1), atol=1e-6, rtol=1e-5)
+        survivors.add(int((found > 0).sum()))
+    assert len(survivors) >= 3
+    assert max(survivors) < 20  # the filters after top-k were at work too
 
 
 def test_draws_follow_the_distribution():
@@ -43,12 +86,45 @@ def test_draws_follow_the_distribution():
     assert ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum() < 29.9
 
 
-def test_padding_rows_are_never_drawn():
-    logits = torch.zeros(16)
-    logits[12:] = 50.0
-    assert Sampler(Sampling(temperature=0), usable=12)(logits) < 12
-    sampler = Sampler(Sampling(), usable=12)
-    assert max(sampler(logits) for _ in range(200)) < 12
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    usable=st.integers(1, 16),
+    prompt=st.lists(st.integers(0, 15), max_size=8),
+    greedy=st.booleans(),
+    **options,
+)
+def test_padding_rows_are_never_drawn(seed, usable, prompt, greedy, **asked):
+    """However likely they are, in every mode, and also where a prompt holds one."""
+    logits = torch.randn(16, generator=torch.Generator().manual_seed(seed))
+    logits[usable:] = 50.0
+    if greedy:
+        asked["temperature"] = 0.0
+    sampler = Sampler(Sampling(seed=seed, **asked), usable, prompt)
+    assert max(sampler(logits) for _ in range(10)) < usable
+
+
+def test_a_drawn_token_is_penalized_from_then_on():
+    logits = torch.tensor([1.0, 3.0, 2.9, -1.0])
+    sampler = Sampler(Sampling(temperature=0, repetition_penalty=2.0), usable=4, prompt=[3])
+    assert [sampler(logits) for _ in range(4)] == [1, 2, 1, 1]  # 3.0, then 1.5 against 2.9, then 1.5 against 1.45
+    assert Sampler(Sampling(temperature=0, repetition_penalty=2.0), 2, [1])(torch.tensor([-3.0, -2.0])) == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(temperature=st.floats(0, 1e30, exclude_min=True), scale=st.sampled_from([1e-30, 1.0, 1e30]))
+@example(temperature=5e-324, scale=1e30)
+def test_no_temperature_overflows(temperature, scale):
+    probabilities = distribution(torch.tensor([-1.0, 3.0, 2.0]) * scale, Sampling(temperature=temperature))
+    assert probabilities.sum().item() == pytest.approx(1)
+    assert probabilities[1] == probabilities.max()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(wrong, temperature):
+    with pytest.raises(ValueError, match="logits are not finite: try dtype=fp32"):
+        Sampler(Sampling(temperature=temperature), usable=3)(torch.tensor([1.0, wrong, 2.0]))
 
 
 def test_the_seed_decides():
@@ -62,7 +138,35 @@ def test_the_seed_decides():
     assert draws(1) != draws(2)
 
 
-@pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"top_p": 1.1}, {"temperature": -1.0}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"max_tokens": 0},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.inf},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"stop": ["a", ""]},
+        {"stop": ""},
+        {"logprobs": -1},
+    ],
+)
 def test_senseless_values_are_refused(wrong):
     with pytest.raises(ValueError, match=f"generate.{next(iter(wrong))}"):
         Sampling(**wrong)
+
+
+def test_one_stop_string_is_a_list_of_one():
+    assert Sampling(stop="ab").stop == ("ab",)
+    assert Sampling(stop=["ab", "c"]).stop == ("ab", "c")
+
+
+def test_the_config_has_the_same_options_with_the_same_defaults():
+    from neox.config import GenerateConfig
+
+    assert Sampling.of(GenerateConfig()) == Sampling()
+    assert Sampling.of(GenerateConfig(min_p=0.2, stop=("x",), n=3)) == Sampling(min_p=0.2, stop="x")

@@ -1,0 +1,50 @@
+"""Prompts out of a file: a line of a .txt is one, or a line of JSON."""
+
+import json
+from pathlib import Path
+
+KEYS = ("prompt", "context")
+"""Where the prompt stands in a line of JSON; the second is what gpt-neox writes."""
+
+
+def read_prompts(path: str | Path) -> list[tuple[str, str]]:
+    """(prompt, file:line) of each prompt of a .txt or .jsonl file, in order.
+
+    A prompt is taken as it stands, spaces included; lines of white space are passed over. In a .jsonl it may be empty.
+    Raises FileNotFoundError, and ValueError with file and line for another suffix, bytes that are no UTF-8, a line that
+    is no JSON object with a prompt, and a file without one.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".txt", ".jsonl"):
+        raise ValueError(f"{path}: prompts come from a .txt (one a line) or a .jsonl (key {' or '.join(KEYS)})")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    prompts = []
+    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        where = f"{path}:{number}"
+        try:
+            line = raw.removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file") from None
+        if line.strip():
+            prompts.append((_from_json(line, where) if path.suffix.lower() == ".jsonl" else line, where))
+    if not prompts:
+        raise ValueError(f"{path}: no prompt in it; write one a line, or give prompt='' to start from nothing")
+    return prompts
+
+
+def _from_json(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ValueError(f"{where}: not JSON ({reason}); every line must be one JSON object") from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{where}: not a JSON object such as {{"prompt": "..."}}')
+    key = next((key for key in KEYS if key in value), None)
+    if key is None:
+        raise ValueError(f"{where}: no key {' or '.join(KEYS)} (keys here: {', '.join(list(value)[:8]) or 'none'})")
+    prompt = value[key]
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: key {key} must hold a string")
+    return prompt

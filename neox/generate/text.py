@@ -1,0 +1,44 @@
+"""The text of a sequence while its tokens arrive: whole characters, and nothing that a stop string could take back."""
+
+from collections.abc import Sequence
+
+from neox.tokenizer import StreamDecoder, Tokenizer
+
+
+class TextStream:
+    """What all calls return, joined, is the text of all tokens up to the first stop string, which is left out.
+
+    The end of the text that could still become a stop string is held back. `stopped` says whether one was found: of
+    several found at once, the one that begins first counts. Raises ValueError where the tokenizer is not byte-level.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._decoder = StreamDecoder(tokenizer)
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain now that `token` has come."""
+        return self._release(self._decoder.push(token))
+
+    def finish(self) -> str:
+        """What is held back, when no more tokens come."""
+        text = self._release(self._decoder.finish())
+        text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [start for stop in self._stop if (start := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = next((n for n in range(len(text)) if self._may_begin(text[n:])), len(text))
+        self._held = text[keep:]
+        return text[:keep]
+
+    def _may_begin(self, end: str) -> bool:
+        return any(stop.startswith(end) for stop in self._stop)

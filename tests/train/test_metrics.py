@@ -1,0 +1,140 @@
+"""Rows: FLOPs by closed formulas and by torch's counter, speed and time left by a clock that we turn."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neox import counts
+from neox.config import ModelConfig, load_config
+from neox.train.metrics import Meter, make_row
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def row(config, **changes):
+    given = {"step": 30, "loss": 2.5, "norm": 0.5, "lr": 1e-3, "seconds": 0.5, "elapsed": 0.75, "samples": 480}
+    return make_row(config, **(given | {"memory": 1 << 30, "peak_flops": 1e12, "now": 1.7e9} | changes))
+
+
+def test_a_row_by_hand():
+    config = load_config(overrides=["steps=100", "global_batch_size=16", "seq_length=128", "hidden_size=64"])
+    found = row(config)
+    model = config.model
+    n, c, layers, length = counts.parameters(model).non_embedding, 64, model.num_hidden_layers, 128
+    full = 6 * (n + model.vocab_size * c) + 12 * layers * c * length
+    causal = full - 12 * layers * c * (length - (length + 1) / 2)
+    rate = 16 * 128 / 0.5
+    assert found.pop("mfu") == pytest.approx(rate * full / 1e12, rel=1e-12)
+    assert found.pop("mfu_causal") == pytest.approx(rate * causal / 1e12, rel=1e-12)
+    assert found == {
+        "step": 30,
+        "loss": 2.5,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens": 30 * 16 * 128,
+        "samples": 480,
+        "tokens_per_second": rate,
+        "memory": 1 << 30,
+        "seconds": 0.5,
+        "eta": 70 * 0.75,
+        "time": 1.7e9,
+    }
+
+
+def test_many_ranks_share_the_utilisation_and_not_the_tokens():
+    config = load_config()
+    one, eight = row(config), row(config, world_size=8)
+    assert eight["mfu"] == pytest.approx(one["mfu"] / 8, rel=1e-12)
+    assert eight["tokens_per_second"] == one["tokens_per_second"]
+
+
+def test_recomputation_shows_as_hfu_and_leaves_mfu():
+    config = load_config("pythia-70m")
+    plain, half, full = (row(config, recomputed=share) for share in (0.0, 0.5, 1.0))
+    assert "hfu" not in plain
+    assert plain["mfu"] == half["mfu"] == full["mfu"] < half["hfu"] < full["hfu"]
+    assert full["hfu"] - half["hfu"] == pytest.approx(half["hfu"] - half["mfu"], rel=1e-9)
+
+
+def test_recomputed_flops_are_those_of_the_megatron_paper_and_of_gpt_neox():
+    """Narayanan et al. 2021, equation 3: 96 B s L h^2 (1 + s / 6h + V / 16Lh); 20B: 0.535 EFLOP, 1538 x 2048 a step."""
+    model = load_config("neox-20b").model
+    layers, width, length, vocab = 44, 6144, 2048, 50432
+    megatron = 96 * layers * width**2 * (1 + length / (6 * width) + vocab / (16 * layers * width))
+    vectors = 8 * (13 * layers * width + 2 * width)  # of biases and norms, which the paper leaves out
+    assert counts.train_flops_per_token(model, length, recomputed=1.0) == pytest.approx(megatron + vectors, rel=1e-12)
+    assert megatron * 1538 * 2048 == pytest.approx(0.5353e18, rel=2e-3)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_training_flops_are_those_torch_counts(checkpointed):
+    from torch.utils.checkpoint import set_checkpoint_early_stop
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    model = ModelConfig(vocab_size=96, hidden_size=64, num_hidden_layers=3, intermediate_size=256)
+    theirs = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=96,
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=256,
+            attn_implementation="eager",
+        )
+    ).train()
+    if checkpointed:
+        theirs.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = 24
+    with FlopCounterMode(display=False) as counter, contextlib.ExitStack() as stack:
+        if checkpointed:
+            # Else torch stops the second pass before the last product of each block, which the formula counts.
+            stack.enter_context(set_checkpoint_early_stop(False))
+        theirs(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).logits.sum().backward()
+    # The counter sees matrix products only; the convention charges 2 FLOPs a pass for biases and norms as well.
+    vectors = sum(weight.numel() for weight in theirs.parameters() if weight.ndim == 1)
+    ours = counts.train_flops_per_token(model, tokens, recomputed=float(checkpointed)) * tokens
+    assert ours - 2 * vectors * tokens * (4 if checkpointed else 3) == pytest.approx(
+        counter.get_total_flops(), abs=1e-3
+    )
+
+
+def test_the_meter_averages_between_rows_and_leaves_pauses_out():
+    clock = Clock()
+    meter = Meter(torch.device("cpu"), clock)
+    for seconds in (1.0, 2.0, 6.0):
+        clock.now += seconds
+        meter.step()
+    with meter.paused():
+        clock.now += 50.0
+    assert meter.take() == (3.0, 59.0 / 3)
+    clock.now += 4.0
+    meter.step()
+    assert meter.take() == (4.0, 63.0 / 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.booleans()), min_size=1, max_size=30))
+def test_all_time_is_training_or_pause(spans):
+    clock = Clock()
+    meter = Meter(torch.device("cpu"), clock)
+    training, rows, since = 0.0, 0.0, 0
+    for work, pause, logged in [*spans, (1, 0, True)]:
+        clock.now += work
+        training += work
+        meter.step()
+        since += 1
+        if logged:
+            rows += meter.take()[0] * since
+            since = 0
+        with meter.paused():
+            clock.now += pause
+    assert math.isclose(rows, training)
