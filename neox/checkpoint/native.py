@@ -163,8 +163,6 @@ def read_step(folder: Path) -> tuple[Config, dict[str, Any]]:
         raise CheckpointError(f"{folder / 'state.json'}: step or samples is no number; {DAMAGED}")
     for old in range(version, FORMAT_VERSION):
         state = UPGRADES[old](state)
-    if not isinstance(state.get("updates"), int) or not isinstance(state.get("loss_scaler"), dict):
-        raise CheckpointError(f"{folder / 'state.json'}: updates or loss_scaler is missing; {DAMAGED}")
     return load_config(files=[folder / "config.toml"]), state
 
 

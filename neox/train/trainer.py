@@ -213,11 +213,15 @@ class Trainer:
         done = complete_steps(self.run) if self.resume else []
         nothing: dict[str, Any] = {"step": 0, "samples": 0, "updates": 0, "loss_scaler": {}, "order": ""}
         state = read_step(done[-1])[1] if done else nothing
-        self.step, self.updates = state["step"], state["updates"]
+        self.step = state["step"]
         try:
+            self.updates = int(state["updates"])
             self.scaler = build_scaler(config, state["loss_scaler"])
-        except ValueError as error:
-            raise ValueError(f"{done[-1] / 'state.json'}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{done[-1] / 'state.json'}: its updates or loss_scaler cannot be read ({error}): remove the folder, "
+                "and the run resumes at the step before it"
+            ) from None
         if self.step and state["samples"] != self.step * config.train.global_batch_size:
             raise ValueError(
                 f"{self.run}: took {state['samples'] // self.step} sequences a step: a run keeps its "

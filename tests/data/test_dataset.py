@@ -108,6 +108,8 @@ def test_a_step_is_the_same_however_it_is_cut(
     parts = list(loader.microbatches(step, micro))
     assert [len(part.tokens) for part in parts[:-1]] == [micro] * (len(parts) - 1)
     assert 1 <= len(parts[-1].tokens) <= micro
+    starts = range(step * batch_size, (step + 1) * batch_size, micro)
+    assert (batch.first, [part.first for part in parts]) == (step * batch_size, list(starts))
     for name in ("tokens", "labels", "positions"):
         whole = getattr(batch, name)
         assert whole.dtype == torch.int64

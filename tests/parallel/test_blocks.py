@@ -26,6 +26,7 @@ def gradients(*options: str, batch: int = 2, length: int = 32) -> tuple[float, d
     batches = [
         Batch(rows[:, :-1], rows[:, 1:], torch.arange(length).expand(batch, -1)) for rows in (tokens, tokens.flip(0))
     ]
+    torch.manual_seed(0)  # for dropout
     (model,), forward_backward = build(settings, layout(settings.parallel, Processes(), CPU), head_loss)
     value = forward_backward(batches, 1 / (batch * length))
     return value.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -34,7 +35,13 @@ def gradients(*options: str, batch: int = 2, length: int = 32) -> tuple[float, d
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize(
     "shape",
-    [(), ("use_parallel_residual=false",), ("shared_layer_norm=true",), ("local_layers=[1]", "local_window=8")],
+    [
+        (),
+        ("use_parallel_residual=false",),
+        ("shared_layer_norm=true",),
+        ("local_layers=[1]", "local_window=8"),
+        ("hidden_dropout=0.1", "attention_dropout=0.2"),
+    ],
 )
 def test_checkpointed_gradients_are_the_plain_ones_bit_for_bit(mode, shape):
     plain, expected = gradients(*shape)

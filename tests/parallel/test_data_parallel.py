@@ -82,6 +82,30 @@ def test_many_processes_equal_one(tmp_path, world, options):
     compare(tmp_path, world, *options)
 
 
+def test_dropout_is_drawn_by_sample_not_by_process(tmp_path):
+    """Two processes take the two microbatches of the one and drop what it drops; norms are those of the whole."""
+    compare(tmp_path, 2, "hidden_dropout=0.1", "attention_dropout=0.2", "parallel.zero=3", "log.norms=true")
+    for one, many in zip(rows(tmp_path / "alone"), rows(tmp_path / "many"), strict=True):
+        keys = [key for key in one if "_norms/" in key]
+        assert len(keys) == 10
+        assert [many[key] for key in keys] == pytest.approx([one[key] for key in keys], rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_fp16_overflows_on_all_processes_at_once(tmp_path, zero):
+    """Sharded parameters are gathered in fp16, alone they are cast: both round by up to 2^-11 = 5e-4."""
+    options = ("dtype=fp16", "loss_scale=4e6", "loss_scale_window=2", "steps=6", f"parallel.zero={zero}")
+    fit(config(tmp_path, "alone", *options[:-1]))
+    together(2, tmp_path / "ranks", fit, config(tmp_path, "many", *options))
+    one, many = rows(tmp_path / "alone"), rows(tmp_path / "many")
+    assert [row["skipped"] for row in one] == [row["skipped"] for row in many]
+    assert 0 < one[-1]["skipped"] < 6
+    for a, b in zip(one, many, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-4)
+        assert (a["grad_norm"] or 0) == pytest.approx(b["grad_norm"] or 0, rel=5e-4)
+        assert a["loss_scale"] == b["loss_scale"]
+
+
 @pytest.mark.parametrize(("world", "batch"), [(2, 7), (4, 7)])
 def test_a_batch_that_does_not_split_evenly(tmp_path, world, batch):
     compare(tmp_path, world, f"global_batch_size={batch}", "micro_batch_size=2")

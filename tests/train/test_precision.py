@@ -121,14 +121,12 @@ def test_a_run_that_only_overflows_ends_with_one_line(tmp_path):
     assert rows(tmp_path / "run")[0]["grad_norm"] is None
 
 
-@pytest.mark.parametrize(("key", "value"), [("updates", "3"), ("loss_scaler", None), ("loss_scaler", {"scale": 1.0})])
+@pytest.mark.parametrize(("key", "value"), [("updates", None), ("loss_scaler", 7), ("loss_scaler", {"scale": 1.0})])
 def test_a_checkpoint_whose_counters_are_damaged(tmp_path, key, value):
     fit(tmp_path, "dtype=fp16", steps=1)
     file = complete(tmp_path / "run")[-1] / "state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(
-        ValueError, match=r"step_00000001/state.json: (updates or loss_scaler is missing|not the state)"
-    ):
+    with pytest.raises(ValueError, match=r"step_00000001/state.json: its updates or loss_scaler cannot be read"):
         Trainer(config(tmp_path, "dtype=fp16", steps=2), resume=True, quiet=True).fit()
 
 
