@@ -381,12 +381,13 @@ def doctor(targets: list[str], options: list[str]) -> int:
 
 @verb
 def inspect(targets: list[str], options: list[str]) -> int | None:
-    """Look into a run.
+    """Look into runs and tokenizers.
 
     neox inspect TOPIC ... [key=value ...]
 
     Topics (`neox inspect TOPIC --help` says more):
-      run    curves of one or more runs, and where their options differ, as a page or a picture
+      run         curves of one or more runs, and where their options differ, as a page or a picture
+      tokenizer   what a tokenizer makes of a text, beside others
 
     Examples:
       neox inspect run runs/first
@@ -447,7 +448,30 @@ def inspect_run(targets: list[str], options: list[str]) -> None:
     print(f"{out}: {'open it in a browser' if out.suffix == '.html' else 'written'}")
 
 
-TOPICS["run"] = inspect_run
+def inspect_tokenizer(targets: list[str], options: list[str]) -> None:
+    """What a tokenizer makes of texts, beside other tokenizers.
+
+    neox inspect tokenizer TOKENIZER [OTHER...] text=SOURCE [text=SOURCE...] [text_key=text]
+
+    TOKENIZER is a tokenizer.json or a folder with one; SOURCE whatever `neox prepare` reads.
+    Bytes and characters a token, tokens a word, the share of the vocabulary that was used, whether
+    decoding gives the text back, the longest tokens.
+
+    Examples:
+      neox inspect tokenizer runs/first text=corpus.txt
+      neox inspect tokenizer runs/first other/tokenizer.json text=a.jsonl text=b.txt
+    """
+    texts = [option.partition("=")[2] for option in options if option.startswith("text=")]
+    rest = dict(option.split("=", 1) for option in options if not option.startswith("text="))
+    text_key = rest.pop("text_key", "text")
+    if not targets or not texts or rest:
+        raise UsageError("inspect tokenizer needs a TOKENIZER and text=SOURCE; its only other option is text_key")
+    from neox.inspect.tokenizer import tokenizer_report
+
+    print(tokenizer_report(targets, texts, text_key))
+
+
+TOPICS.update(run=inspect_run, tokenizer=inspect_tokenizer)
 
 
 def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:

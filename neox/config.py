@@ -217,7 +217,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.weights and len(self.weights) != len(self.train):
+        if self.weights and self.train and len(self.weights) != len(self.train):
             raise ValueError(f"weights: {len(self.weights)} for {len(self.train)} entries of data.train; give one each")
         if self.fractions and self.valid:
             raise ValueError("split: holds out a part of data.train; leave out one of data.split and data.valid")
