@@ -104,7 +104,7 @@ def recomputed_share(model: ModelConfig, seq_length: int, checkpointing: str) ->
     if checkpointing != "selective":
         return float(checkpointing == "full")
     first = 2 * model.hidden_size * model.ffn_size * model.num_hidden_layers * seq_length
-    return first / forward_flops(model, seq_length, scored=0)
+    return first / forward_flops(model, seq_length, scored=0, causal=False)  # of `mfu`'s convention, as `hfu` is
 
 
 def generate_flops(model: ModelConfig, prompt: int, new: int) -> int:

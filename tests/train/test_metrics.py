@@ -75,6 +75,32 @@ def test_recomputed_flops_are_those_of_the_megatron_paper_and_of_gpt_neox():
     assert megatron * 1538 * 2048 == pytest.approx(0.5353e18, rel=2e-3)
 
 
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_recomputed_flops_are_those_of_our_own_model(kind):
+    """Counted by torch, which does not see fused attention; full recomputation stops before a block's last product."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from neox.model import GPTNeoX
+    from neox.parallel import checkpoint_blocks
+
+    config = ModelConfig(vocab_size=96, hidden_size=64, num_hidden_layers=3)
+    tokens, found = 24, {}
+    for mode in ("none", kind):
+        model = GPTNeoX(config).initialize(1)
+        checkpoint_blocks(model, mode)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, tokens, dtype=torch.long)).sum().backward()
+        found[mode] = counter.get_total_flops()
+    share = counts.recomputed_share(config, tokens, kind)
+    once, more = (counts.train_flops_per_token(config, tokens, recomputed=s) for s in (0.0, share))
+    unseen = 0.0
+    if kind == "full":
+        vectors = counts.parameters(config).non_embedding - 3 * 12 * 64**2
+        unseen = 2 * vectors + 3 * (2 * 64 * 256 + 4 * 64 * tokens)
+    assert (more - once - unseen) * tokens == pytest.approx(found[kind] - found["none"], abs=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_training_flops_are_those_torch_counts(checkpointed):
     from torch.utils.checkpoint import set_checkpoint_early_stop
