@@ -87,8 +87,8 @@ def _gzip(path: Path, file: IO[bytes]) -> Iterator[bytes]:
         except EOFError:
             raise Damage("cut short: the gzip data end without their end mark") from None
         except (gzip.BadGzipFile, zlib.error) as error:
-            if path.stat().st_size == 1:  # half of the two bytes that a gzip file begins with
-                raise Damage("cut short: one byte is no gzip file") from None
+            if str(error).endswith("(b'\\x1f')"):  # half of the two bytes that a member begins with
+                raise Damage("cut short: the gzip data end in the first bytes of a member") from None
             raise Damage(f"damaged gzip data: {error}") from None
         if not chunk:
             return
