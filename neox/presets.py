@@ -235,5 +235,6 @@ def _row(name: str) -> Row:
     if name not in _BY_NAME:
         near = difflib.get_close_matches(name, _BY_NAME, 1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_BY_NAME)}"
-        raise ValueError(f"no preset {name!r}{hint}")
+        shown = name if len(name) <= 60 else name[:57] + "..."
+        raise ValueError(f"no preset {shown!r}{hint}")
     return _BY_NAME[name]

@@ -123,7 +123,7 @@ class Trainer:
                             sink.write(valid)
                     self._call_hooks()
                     # Asked once a step: a signal that comes after this line ends, and saves, the next step.
-                    self.stop_signal = self.processes.largest(signals.number)
+                    self.stop_signal = self.processes.largest(max(self.stop_signal, signals.number))
                     if self.step == steps or self.stop_signal or is_due(config.checkpoint, self.step):
                         for sink in self.sinks:
                             # A resumed run drops what is beyond its checkpoint, and could not make up for less.

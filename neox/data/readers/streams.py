@@ -87,6 +87,8 @@ def _gzip(path: Path, file: IO[bytes]) -> Iterator[bytes]:
         except EOFError:
             raise Damage("cut short: the gzip data end without their end mark") from None
         except (gzip.BadGzipFile, zlib.error) as error:
+            if str(error).endswith("(b'\\x1f')"):  # half of the two bytes that a member begins with
+                raise Damage("cut short: the gzip data end in the first bytes of a member") from None
             raise Damage(f"damaged gzip data: {error}") from None
         if not chunk:
             return
