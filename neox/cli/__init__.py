@@ -1,0 +1,100 @@
+"""The command line: ``neox VERB [TARGET...] key=value ...``.
+
+A verb is one function of (targets, options) whose docstring is its help; it imports what it needs when it runs, so
+that ``neox --help`` answers at once. It returns nothing (or an exit status), prints results to stdout, and raises
+ValueError or OSError with one line for the user.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from inspect import getdoc
+
+import neox
+from neox.cli.looking import TOPICS, doctor, inspect, show
+from neox.cli.making import prepare, quickstart, train
+from neox.cli.using import convert, generate
+from neox.cli.verb import UsageError, Verb
+
+VERBS: dict[str, Verb] = {
+    function.__name__: function for function in (quickstart, prepare, train, generate, convert, show, inspect, doctor)
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 for an error, 2 for bad usage, 128 + n if signal n stopped it."""
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:
+        # The reader has gone (`neox show | head`). Without this, Python complains when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
+    except ValueError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OtherProcessFailed":  # by name: its module imports torch
+            raise
+        return 1  # that process has said why
+    return status
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(_usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"neox {neox.__version__}")
+        return 0
+    name, arguments = argv[0], argv[1:]
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        raise UsageError(f"no verb {name!r}; {hint}")
+    if "--help" in arguments or "-h" in arguments:
+        topic = TOPICS.get(arguments[0]) if name == "inspect" else None
+        print(getdoc(topic or VERBS[name]))
+        return 0
+    targets: list[str] = []
+    options: list[str] = []
+    for argument in arguments:
+        if argument.startswith("-") and argument != "-":
+            raise UsageError(f"no flag {argument}; options are written key=value, see `neox {name} --help`")
+        # A path may hold an equals sign; a key holds no slash and does not start with a dot.
+        is_option = re.match(r"[A-Za-z_][\w.]*=", argument)
+        (options if is_option else targets).append(argument)
+    return VERBS[name](targets, options) or 0
+
+
+def _usage() -> str:
+    lines = [
+        "neox VERB [TARGET...] key=value ...",
+        "",
+        "Train, run and study GPT-NeoX language models.",
+        "",
+        "Verbs:",
+        *(f"  {name:<12}{(getdoc(function) or '').partition(chr(10))[0]}" for name, function in VERBS.items()),
+        "",
+        "Examples:",
+        "  neox show neox-20b",
+        "  neox prepare corpus.txt out=data/corpus",
+        "  neox train pythia-14m data.train=data/corpus out=runs/first",
+        "",
+        "neox VERB --help says more; neox --version prints the version.",
+    ]
+    return "\n".join(lines)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"neox: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    return status

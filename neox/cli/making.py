@@ -1,0 +1,179 @@
+"""Verbs that make a model: quickstart, prepare, train."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from neox.cli.verb import UsageError, resolve
+
+
+def quickstart(targets: list[str], options: list[str]) -> int:
+    """Train a small GPT-NeoX in minutes, offline: measure, train, score, draw.
+
+    neox quickstart [key=value ...]
+
+    Its text is the source and documentation of packages that the installation brought. Writes
+    runs/quickstart (out= for another folder): the run, hf/ (the model for Hugging Face), loss.png
+    and flipbook.html. Interrupted and called again, it continues where it was.
+
+    Examples:
+      neox quickstart
+      neox quickstart out=runs/tiny train.steps=50
+    """
+    if targets:
+        raise UsageError("quickstart takes key=value options only")
+    from neox.quickstart import quickstart as run
+
+    result = run(["log.out=runs/quickstart", *options])
+    return 128 + result.signal if result.signal else 0
+
+
+def prepare(targets: list[str], options: list[str]) -> None:
+    """Turn text into tokens: SOURCES in, one .bin/.idx pair out.
+
+    neox prepare SOURCE... out=PREFIX [tokenizer=tokenizer.json] [key=value ...]
+
+    SOURCE is a file (.txt, .jsonl, .json with a document a line; each also .gz or .zst; .parquet), a
+    folder of such files, a folder that Hugging Face's save_to_disk wrote, or a data set of the hub,
+    hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]. What was read, and what was left out, is in
+    PREFIX.json.
+
+    Options:
+      out=PREFIX                writes PREFIX.bin and PREFIX.idx
+      tokenizer=tokenizer.json  encode with this tokenizer; without it, one is trained on the sources
+                                and saved as PREFIX-tokenizer.json
+      vocab_size=8192           tokens of the tokenizer that is trained; special_tokens=, space_runs=,
+                                digits= and normalizer= shape it too, see `neox show`
+      text_key=text             key of the text in JSON lines; column in Parquet and data sets
+      special_in_text=token     text: <|endoftext|> spelled out in a document is text, and ends nothing
+      append_eod=true           end each document with the end-of-document token
+      on_error=fail             skip: leave out what cannot be read, and report it
+
+    Examples:
+      neox prepare corpus.txt out=data/corpus
+      neox prepare a.jsonl.zst b.parquet out=data/ab tokenizer=tokenizer.json text_key=content
+      neox prepare crawl/ out=data/crawl on_error=skip
+      neox prepare hf:roneneldan/TinyStories#validation out=data/stories
+    """
+    from neox.config import load_config
+    from neox.options import parse_override
+
+    out, trained, overrides = "", "", []
+    for option in options:
+        key, _, value = option.partition("=")
+        if key == "out":
+            out = value
+            continue
+        full = {"tokenizer": "tokenizer.path", "vocab_size": "tokenizer.vocab_size"}.get(key, key) + "=" + value
+        section, name, _ = parse_override(full)
+        if section != "tokenizer" and name not in ("text_key", "append_eod", "on_error", "special_in_text"):
+            known = "out, tokenizer, vocab_size, text_key, append_eod, on_error, special_in_text"
+            raise UsageError(f"prepare has no option {key}; it has {known}")
+        if section == "tokenizer" and name != "path":
+            trained = key
+        overrides.append(full)
+    if not targets:
+        raise UsageError("prepare needs a SOURCE")
+    if not out:
+        raise UsageError("prepare needs out=PREFIX")
+    config = load_config(overrides=overrides)
+    path, data = config.tokenizer.path, config.data
+    if path and trained:
+        raise UsageError(f"give tokenizer= to use one or {trained}= to train one, not both")
+
+    from neox.data.prepare import prepare as run
+    from neox.data.readers import read_documents
+    from neox.tokenizer import Tokenizer, train_bpe
+
+    if path:
+        tokenizer = Tokenizer.from_file(path)
+    else:
+        texts = read_documents(targets, data.text_key, data.on_error)
+        tokenizer = train_bpe(texts, **config.tokenizer.training)
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(f"{out}-tokenizer.json")
+        print(f"{out}-tokenizer.json: {tokenizer.vocab_size} tokens")
+    report = run(
+        targets,
+        out,
+        tokenizer,
+        data.text_key,
+        data.append_eod,
+        on_error=data.on_error,
+        special_in_text=data.special_in_text,
+    )
+    print(
+        f"{report.prefix}.bin: {report.tokens:,} tokens of {report.documents:,} documents, "
+        f"{report.bytes / max(report.tokens, 1):.2f} bytes a token, {report.seconds:.1f} s"
+    )
+    for line in report.left_out():
+        print(line)
+
+
+def train(targets: list[str], options: list[str]) -> int:
+    """Train a model on text or on prepared tokens; continue a run that was stopped.
+
+    neox train [PRESET] [FILE.toml ...] data.train=SOURCE [out=RUN_DIR] [key=value ...]
+    neox train resume=RUN_DIR [key=value ...]
+
+    SOURCE is a prefix that `neox prepare` wrote, or text, which is tokenized first: all that `neox
+    prepare` reads.
+    Ctrl-C and SIGTERM save after the current step; a run that was killed loses the steps since its
+    last checkpoint. Both are continued by resume=, bit for bit as if nothing had happened.
+    Several processes share the work when torchrun starts them; a run may change their number.
+
+    Options (`neox show` lists them all):
+      data.train=SOURCE    or '["a", "b"]'; data.valid= the same, held out
+      out=RUN_DIR          config.toml, metrics.jsonl and step_NNNNNNNN/ go here
+      steps=1000           optimizer steps
+      checkpoint.every=N   steps between checkpoints
+      eval.every=N         steps between evaluations on data.valid
+      log.sample_every=N   steps between samples of what the model writes; log.sample_prompt=TEXT
+      log.tensorboard=true write RUN_DIR/tensorboard too; log.wandb=PROJECT reports to W&B
+
+    Examples:
+      neox train data.train=corpus.txt out=runs/first steps=200
+      neox train pythia-14m data.train=data/corpus out=runs/14m dtype=bf16
+      torchrun --standalone --nproc-per-node 2 -m neox train recipes/small.toml data.train=data/corpus
+      neox train resume=runs/first
+      neox train resume=runs/first steps=400
+    """
+    from neox.checkpoint import complete_steps, read_step
+    from neox.inspect.samples import SampleHook
+    from neox.options import parse_override
+    from neox.train import Trainer, run_config
+
+    overrides = [option for option in options if not option.startswith("resume=")]
+    resumed = [option.partition("=")[2] for option in options if option not in overrides]
+    if resumed and targets:
+        raise UsageError(f"resume= goes on with the run's own config; {targets[0]} does not belong beside it")
+    if resumed and any(parse_override(override)[:2] == ("log", "out") for override in overrides):
+        raise UsageError("a run is resumed where it is: leave out= away")
+
+    config = run_config(Path(resumed[-1]), overrides) if resumed else resolve(targets, overrides)
+    run, steps = Path(config.log.out), config.train.steps
+    again = f"neox train resume={shlex.quote(str(run))}"
+    if resumed and (kept := complete_steps(run)):
+        done = read_step(kept[-1])[1]["step"]
+        if done >= steps:
+            print(f"{run}: finished at step {done}; train on: {again} steps={2 * done}")
+            return 0
+    trainer = Trainer(config, resume=bool(resumed), hooks=(SampleHook(config),))
+    try:
+        result = trainer.fit()
+    except KeyboardInterrupt:
+        if (run / "config.toml").exists():
+            print(f"neox: interrupted; continue from the last checkpoint: {again}", file=sys.stderr)
+        raise
+    if trainer.processes.rank:  # rank 0 speaks for all
+        return 128 + result.signal if result.signal else 0
+    loss = "" if result.loss is None else f", loss {result.loss:.4f}"
+    if result.finished:
+        print(f"{run}: {result.step} steps done{loss}; next: neox generate {shlex.quote(str(run))} prompt='The'")
+        return 0
+    name = signal.Signals(result.signal).name
+    print(f"{run}: stopped by {name}, saved at step {result.step} of {steps}{loss}; continue: {again}")
+    return 128 + result.signal

@@ -1,0 +1,135 @@
+"""Verbs that use a model: generate, convert."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+from neox.cli.verb import UsageError
+
+
+def generate(targets: list[str], options: list[str]) -> None:
+    """Continue prompts with a model: one as you watch, a file of them, or at a terminal.
+
+    neox generate MODEL prompt=TEXT [key=value ...]
+    neox generate MODEL prompts=FILE out=FILE.jsonl [key=value ...]
+    neox generate MODEL                       asks for prompts, on a terminal
+
+    MODEL is a Hugging Face folder, a run directory, one of its step folders, or a hub id
+    (OWNER/MODEL, OWNER/MODEL@REVISION).
+
+    Options:
+      prompt=TEXT       the text to continue; prompt=- reads it from standard input, prompt= (empty)
+                        starts from nothing
+      prompts=FILE      a .txt with one a line, or a .jsonl with key prompt or context
+      out=FILE.jsonl    a line of JSON each; interrupted, the same command continues it
+      n=1               samples of each prompt
+      max_tokens=128    new tokens, at most
+      temperature=1.0   0 takes the most likely token
+      top_k=0           sample from the k most likely tokens; 0: from all
+      top_p=1.0         sample from the most likely tokens that hold this probability
+      min_p=0.0         sample from tokens at least this fraction as likely as the most likely one
+      repetition_penalty=1.0   above 1, tokens that the text holds already become less likely
+      stop=TEXT         end before this text; several: stop='["\\n\\n", "Q:"]'
+      logprobs=none     record log-probabilities, and those of so many alternatives; with out=
+      seed=1234         the same seed gives the same text; the next sample draws with the next one
+      slots=8           sequences that run at a time
+      device=auto       cpu, cuda or mps
+      dtype=fp32        fp32, bf16 or fp16; default: fp32 on a CPU, the stored type elsewhere
+
+    Examples:
+      neox generate runs/quickstart/hf prompt='def'
+      neox generate EleutherAI/pythia-160m prompt='Once upon a time' temperature=0
+      neox generate runs/first prompts=prompts.txt out=answers.jsonl n=4 top_p=0.9
+      neox generate runs/first prompt= n=100 out=samples.jsonl
+    """
+    from neox.config import load_config
+    from neox.options import parse_override
+
+    own: dict[str, str] = {}
+    overrides = []
+    for option in options:
+        key, _, value = option.partition("=")
+        if key in ("prompt", "prompts", "out", "device", "dtype"):
+            own[key] = value
+            continue
+        full = key if "." in key else f"generate.{key}"
+        section, *_ = parse_override(f"{full}={value}")
+        if section != "generate":
+            raise UsageError(f"generate has no option {key}, see `neox generate --help`")
+        overrides.append(f"{full}={value}")
+    if len(targets) != 1:
+        raise UsageError("generate needs one MODEL")
+    if "prompt" in own and "prompts" in own:
+        raise UsageError("give prompt= for one or prompts= for a file of them, not both")
+    out = own.get("out")
+    if "prompts" in own and not out:
+        raise UsageError("prompts= needs out=FILE.jsonl")
+    if out is not None and not out.endswith(".jsonl"):
+        raise UsageError(f"out={out} must end in .jsonl: it gets a line of JSON for each sample")
+    if out and not own.keys() & {"prompt", "prompts"}:
+        raise UsageError("out= needs prompt=TEXT or prompts=FILE")
+    config = load_config(overrides=overrides).generate
+    if config.logprobs is not None and not out:
+        raise UsageError("log-probabilities go to a file: give out=FILE.jsonl")
+    if not own.keys() & {"prompt", "prompts"} and not sys.stdin.isatty():
+        raise UsageError("generate needs prompt=TEXT or prompts=FILE; it asks for prompts on a terminal only")
+
+    from neox.checkpoint import load
+    from neox.generate import Engine, Sampling
+    from neox.generate.batch import complete, partial_name, refuse_existing, write_completions
+    from neox.generate.interactive import converse
+    from neox.generate.prompts import read_prompts
+
+    # Loading may take minutes: what is wrong with the files is said before.
+    prompt = sys.stdin.read() if own.get("prompt") == "-" else own.get("prompt")
+    prompts = read_prompts(own["prompts"]) if "prompts" in own else [(prompt or "", "")]
+    if out:
+        refuse_existing(out)
+    engine = Engine(*load(targets[0], own.get("device", "auto"), own.get("dtype")), slots=config.slots)
+    sampling = Sampling.of(config)
+    if out:
+        try:
+            count = write_completions(engine, prompts, sampling, out, config.n)
+        except KeyboardInterrupt:
+            if (partial := partial_name(out)).exists():
+                print(f"neox: interrupted; the same command continues {partial}", file=sys.stderr)
+            raise
+        print(f"{out}: {count:,} samples")
+    elif prompt is None:
+        converse(engine, config)
+    elif config.n == 1:
+        pieces = engine.stream(prompt, sampling)
+        first = next(pieces, "")
+        print(prompt, end="")
+        for piece in itertools.chain([first], pieces):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        # All of them first: rich's bar would take what is printed meanwhile to stderr.
+        for record in list(complete(engine, prompts, sampling, config.n)):
+            print(f"== {record['sample'] + 1} of {config.n}, seed {record['seed']}, {record['finish_reason']} ==")
+            print(prompt + record["text"])
+
+
+def convert(targets: list[str], options: list[str]) -> None:
+    """Write a model as a Hugging Face folder: config, safetensors, tokenizer.
+
+    neox convert MODEL out=FOLDER [dtype=fp32]
+
+    MODEL is a run directory (its newest step), one of its step folders, a Hugging Face folder or a
+    hub id.
+
+    Examples:
+      neox convert runs/mine out=exported
+      neox convert runs/mine/step_00001000 out=exported dtype=bf16
+    """
+    plain = dict(option.split("=", 1) for option in options)
+    out, dtype = plain.pop("out", None), plain.pop("dtype", None)
+    if len(targets) != 1 or not out or plain:
+        raise UsageError("convert needs one MODEL and out=FOLDER; its only other option is dtype")
+    from neox.checkpoint import load, save
+
+    model, tokenizer = load(targets[0], "cpu", dtype)
+    save(model, out, tokenizer)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
