@@ -106,6 +106,19 @@ def test_fp16_overflows_on_all_processes_at_once(tmp_path, zero):
         assert a["loss_scale"] == b["loss_scale"]
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_bf16_products_over_fp32_weights(tmp_path, zero):
+    """Gathered in bf16, reduced and kept in fp32: losses follow fp32 to bf16's 8 bits, what is saved has 24."""
+    fit(config(tmp_path, "fp32"))
+    together(2, tmp_path / "ranks", fit, config(tmp_path, "bf16", "dtype=bf16", f"parallel.zero={zero}"))
+    for exact, found in zip(rows(tmp_path / "fp32"), rows(tmp_path / "bf16"), strict=True):
+        assert exact["loss"] != found["loss"]
+        assert exact["loss"] == pytest.approx(found["loss"], rel=2**-8)
+    saved = tensors(complete_steps(tmp_path / "bf16")[-1], tmp_path)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert any((tensor != tensor.bfloat16()).any() for name, tensor in saved.items() if name.startswith("model."))
+
+
 @pytest.mark.parametrize(("world", "batch"), [(2, 7), (4, 7)])
 def test_a_batch_that_does_not_split_evenly(tmp_path, world, batch):
     compare(tmp_path, world, f"global_batch_size={batch}", "micro_batch_size=2")
