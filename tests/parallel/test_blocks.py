@@ -59,14 +59,15 @@ def test_names_stay_as_they_are():
 
 
 PEAK = """
-import sys, resource, torch
+import sys, torch
 torch.set_num_threads(1)
-from tests.parallel.test_blocks import gradients
+from neox.runtime import peak_memory
+from tests.parallel.test_blocks import CPU, gradients
 shape = ["hidden_size=256", "num_hidden_layers=8", "num_attention_heads=4", "model.max_position_embeddings=512"]
 gradients()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory(CPU)
 gradients(*shape, "activation_checkpointing=" + sys.argv[1], batch=8, length=512)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak_memory(CPU) - before)
 """
 
 

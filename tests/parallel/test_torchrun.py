@@ -30,7 +30,8 @@ def options(folder: Path, *more: str) -> tuple[str, ...]:
     prefix = folder / "train"
     if not prefix.with_suffix(".idx").exists():
         token_pair(prefix, 40_000)
-    return (*TINY, f"data.train={prefix}", "checkpoint.every=0", "schedule.min_lr=1e-3", *more)
+    steady = ("optim.eps=1e-3", "schedule.min_lr=1e-3", "schedule.warmup=0")  # a rate that no number of steps changes
+    return (*TINY, *steady, f"data.train={prefix}", "checkpoint.every=0", *more)
 
 
 def test_sigterm_saves_and_another_number_of_processes_goes_on(tmp_path):
@@ -59,9 +60,8 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(tmp_path):
         capture_output=True,
     )
     assert alone.returncode == 0
-    # AdamW at its usual eps amplifies the last bits of sums that are ordered otherwise.
-    for mine, theirs in zip(found, rows(tmp_path / "alone"), strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
+    for mine, theirs in zip(found, rows(tmp_path / "alone"), strict=True):  # hundreds of steps, perhaps
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
 def test_an_error_of_rank_0_is_said_once(tmp_path):
