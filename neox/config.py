@@ -320,6 +320,21 @@ class ParallelConfig(Section):
     """Processes that share one copy; 0 = all that dp_replicate leaves."""
     zero: Literal[1, 2, 3] = 1
     """What they share: 1 the optimizer state; 2 gradients too; 3 parameters too, gathered block by block."""
+    pp: Positive = 1
+    """Pipeline: groups of processes that hold some of the layers each, and pass the hidden states on."""
+    schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
+    """The order in which the pipeline's stages run microbatches forward and backward: see docs/parallel.md."""
+    stages_per_rank: Positive = 2
+    """Stages that each process of an interleaved pipeline holds; 1f1b has 1, zbv and dualpipev have 2."""
+    split: Ints = ()
+    """Layers of each stage, first to last; without it they are balanced by cost, embedding and head counted."""
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline, over all of its processes."""
+        if self.schedule == "1f1b":
+            return self.pp
+        return self.pp * (self.stages_per_rank if self.schedule.startswith("interleaved") else 2)
 
 
 class CheckpointConfig(Section):
@@ -394,6 +409,7 @@ class Config(Section):
             raise ValueError(
                 f"data.seq_length: {self.data.seq_length} is more than model.max_position_embeddings ({longest})"
             )
+        self._pipeline()
         if self.checkpoint.keep_every and not self.checkpoint.keep_last:
             raise ValueError("checkpoint.keep_every: says which older ones stay where checkpoint.keep_last is set")
         if self.schedule.min_lr > self.optim.lr:
@@ -409,6 +425,42 @@ class Config(Section):
         if warmup + decay > horizon:
             raise ValueError(f"schedule.decay: {decay:g} updates after {warmup:g} of warmup are more than {horizon}")
         return self
+
+    def _pipeline(self) -> None:
+        parallel, layers = self.parallel, self.model.num_hidden_layers
+        if parallel.pp == 1:
+            if parallel.split:
+                raise ValueError("parallel.split: says how the stages of parallel.pp share the layers; set parallel.pp")
+            return
+        if parallel.stages > layers:
+            raise ValueError(
+                f"parallel.pp: {parallel.stages} stages of {parallel.schedule} are more than "
+                f"model.num_hidden_layers ({layers})"
+            )
+        if parallel.split and (len(parallel.split), sum(parallel.split), min(parallel.split) > 0) != (
+            parallel.stages,
+            layers,
+            True,
+        ):
+            raise ValueError(
+                f"parallel.split: {list(parallel.split)} must give each of {parallel.stages} stages at least one "
+                f"layer, {layers} together"
+            )
+        if self.model.tie_word_embeddings:
+            raise ValueError(
+                "parallel.pp: the embedding and the head lie on different stages, and model.tie_word_embeddings makes "
+                "them one weight; set one of the two otherwise"
+            )
+        if parallel.zero != 1:
+            raise ValueError(
+                f"parallel.zero: {parallel.zero} would reduce or gather for each microbatch of a pipeline, which keeps "
+                "parameters and gradients whole until the last one; with parallel.pp set it to 1"
+            )
+        if self.train.compile and parallel.schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"):
+            raise ValueError(
+                f"train.compile: {parallel.schedule} splits the backward pass in two, which compiled blocks do not "
+                "allow; set parallel.schedule to 1f1b or interleaved_1f1b"
+            )
 
     def to_toml(self) -> str:
         """Every option with its resolved value, as TOML that `load_config` turns into an equal Config."""

@@ -30,12 +30,13 @@ def shard(model: GPTNeoX, config: Config, layout: Layout) -> None:
         "reshard_after_forward": config.parallel.zero == 3,
     }
     groups: list[nn.Module] = [*model.layers]
-    if not config.model.tie_word_embeddings:
+    if model.embed_out is not None and not config.model.tie_word_embeddings:
         groups.append(model.embed_out)
     for module in groups:
         fully_shard(module, **options)
     fully_shard(model, **options | {"reshard_after_forward": False})
-    register_fsdp_forward_method(model.embed_out, "loss")
+    if model.embed_out is not None:
+        register_fsdp_forward_method(model.embed_out, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Both only reach the module they are called on. Gloo has no scaled sum: hence a plain one.
