@@ -326,7 +326,7 @@ class ParallelConfig(Section):
     """The order in which the pipeline's stages run microbatches forward and backward: see docs/parallel.md."""
     stages_per_rank: Positive = 2
     """Stages that each process of an interleaved pipeline holds; 1f1b has 1, zbv and dualpipev have 2."""
-    split: Ints = ()
+    stage_layers: Ints = ()
     """Layers of each stage, first to last; without it they are balanced by cost, embedding and head counted."""
 
     @property
@@ -429,22 +429,21 @@ class Config(Section):
     def _pipeline(self) -> None:
         parallel, layers = self.parallel, self.model.num_hidden_layers
         if parallel.pp == 1:
-            if parallel.split:
-                raise ValueError("parallel.split: says how the stages of parallel.pp share the layers; set parallel.pp")
+            if parallel.stage_layers:
+                raise ValueError(
+                    "parallel.stage_layers: says how the stages of parallel.pp share the layers; set parallel.pp"
+                )
             return
         if parallel.stages > layers:
             raise ValueError(
                 f"parallel.pp: {parallel.stages} stages of {parallel.schedule} are more than "
                 f"model.num_hidden_layers ({layers})"
             )
-        if parallel.split and (len(parallel.split), sum(parallel.split), min(parallel.split) > 0) != (
-            parallel.stages,
-            layers,
-            True,
-        ):
+        given = parallel.stage_layers
+        if given and not (len(given) == parallel.stages and sum(given) == layers and min(given) > 0):
             raise ValueError(
-                f"parallel.split: {list(parallel.split)} must give each of {parallel.stages} stages at least one "
-                f"layer, {layers} together"
+                f"parallel.stage_layers: {list(given)} must give each of {parallel.stages} stages at least one layer, "
+                f"{layers} together"
             )
         if self.model.tie_word_embeddings:
             raise ValueError(

@@ -340,7 +340,7 @@ def configs(draw) -> Config:
                 value = st.none() | value
         elif key == "betas":
             value = st.tuples(unit, unit)
-        elif key in ("local_layers", "weights"):
+        elif key in ("local_layers", "weights", "stage_layers"):
             continue
         elif choices[-1] is Ellipsis:
             value = st.lists(words, max_size=3)
@@ -352,6 +352,13 @@ def configs(draw) -> Config:
     model |= {"num_attention_heads": heads, "hidden_size": 8 * heads, "rotary_pct": draw(st.sampled_from([0.25, 0.5]))}
     model |= {"num_hidden_layers": layers, "shared_layer_norm": False}
     model["local_layers"] = draw(st.lists(st.integers(0, layers - 1), unique=True))
+    parallel = sections["parallel"]
+    parallel |= {"pp": 1, "schedule": draw(st.sampled_from(["1f1b", "interleaved_1f1b"]))}
+    if draw(st.booleans()) and layers % 2 == 0:
+        stages = 2 if parallel["schedule"] == "1f1b" else layers
+        parallel |= {"pp": 2, "zero": 1, "stages_per_rank": stages // 2}
+        parallel["stage_layers"] = draw(st.sampled_from([[], [layers // stages] * stages]))
+        model["tie_word_embeddings"] = False
     data = sections["data"]
     entries = len(data["train"])
     data["weights"] = draw(st.just([]) | st.lists(st.floats(1e-6, 1e6), min_size=entries, max_size=entries))

@@ -37,14 +37,14 @@ Run = Callable[..., Tensor]
 
 
 def layers_of_stages(config: Config) -> list[range]:
-    """The layers of each stage: those of `parallel.split`, else balanced by cost.
+    """The layers of each stage: those of `parallel.stage_layers`, else balanced by cost.
 
     In units of one block's forward FLOPs the head adds its product. The embedding adds as much as if it were one: what
     a lookup saves in time, its weight, gradient and optimizer state take in memory, on the stage that also keeps the
     most activations. Layer by layer goes to the cheapest stage, on a tie to the later one, which keeps fewer.
     """
     model, stages, T = config.model, config.parallel.stages, config.data.seq_length
-    counts = list(config.parallel.split)
+    counts = list(config.parallel.stage_layers)
     if not counts:
         block = forward_flops(model, T, scored=0) / T / model.num_hidden_layers
         costs = [1.0] * stages

@@ -68,7 +68,7 @@ def test_schedules_on_four(tmp_path, schedule, options):
         (8, ("parallel.pp=2", "parallel.dp_replicate=2", "global_batch_size=8")),
         (2, ("parallel.pp=2", "data.segments=true", "activation_checkpointing=selective")),
         (2, ("parallel.pp=2", "parallel.schedule=interleaved_1f1b", "parallel.stages_per_rank=4", *EIGHT)),
-        (2, ("parallel.pp=2", "parallel.split=[1,3]", "local_layers=[1,3]", "local_window=8", *FOUR)),
+        (2, ("parallel.pp=2", "parallel.stage_layers=[1,3]", "local_layers=[1,3]", "local_window=8", *FOUR)),
         (2, ("parallel.pp=2", "train.compile=true")),
     ],
 )
@@ -209,7 +209,7 @@ def test_the_split_of_20b():
 
 
 def test_a_given_split():
-    found = layers_of_stages(settings_of("parallel.pp=2", "parallel.split=[3,1]"))
+    found = layers_of_stages(settings_of("parallel.pp=2", "parallel.stage_layers=[3,1]"))
     assert found == [range(3), range(3, 4)]
 
 
@@ -236,9 +236,12 @@ def test_the_ignored_label_is_that_of_the_data():
         (("parallel.zero=3",), "parallel.zero: 3 would .* with parallel.pp set it to 1"),
         (("parallel.pp=5",), r"parallel.pp: 5 stages of 1f1b are more than model.num_hidden_layers \(4\)"),
         (("parallel.schedule=interleaved_1f1b", "parallel.stages_per_rank=3"), "parallel.pp: 6 stages of interleaved"),
-        (("parallel.split=[2,1]",), r"parallel.split: \[2, 1\] must give each of 2 stages at least one layer, 4"),
-        (("parallel.split=[4,0]",), r"parallel.split: \[4, 0\]"),
-        (("parallel.pp=1", "parallel.split=[4]"), "parallel.split: says how .* set parallel.pp"),
+        (
+            ("parallel.stage_layers=[2,1]",),
+            r"parallel.stage_layers: \[2, 1\] must give each of 2 stages at least one layer, 4",
+        ),
+        (("parallel.stage_layers=[4,0]",), r"parallel.stage_layers: \[4, 0\]"),
+        (("parallel.pp=1", "parallel.stage_layers=[4]"), "parallel.stage_layers: says how .* set parallel.pp"),
         (("parallel.schedule=zbv", "train.compile=true"), "train.compile: zbv splits .* interleaved_1f1b"),
     ],
 )
@@ -259,7 +262,10 @@ class Mesh(Layout):
     ("options", "message"),
     [
         (("parallel.schedule=zbv", "global_batch_size=16"), "zbv: .* data and tensor parallelism together"),
-        (("global_batch_size=4",), "global_batch_size=4 gives .* 1 microbatches of .*=1f1b with .* at least 2, one a stage"),
+        (
+            ("global_batch_size=4",),
+            "global_batch_size=4 gives .* 1 microbatches of .*=1f1b with .* at least 2, one a stage",
+        ),
         (("parallel.schedule=dualpipev", "global_batch_size=12"), "3 microbatches of .*=dualpipev with .* at least 4"),
         (("parallel.schedule=interleaved_1f1b", "global_batch_size=20"), "5 microbatches .* a multiple of 2"),
     ],
