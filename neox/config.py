@@ -203,7 +203,7 @@ class DataConfig(Section):
         """
         if self.split is None:
             return None
-        wrong = f'split: "{self.split}" must be up to three shares, such as "995,4,1", the first of them above 0'
+        wrong = f'split: "{self.split[:60]}" must be up to three shares, such as "995,4,1", the first of them above 0'
         try:
             shares = [float(share) for share in self.split.split("," if "," in self.split else "/")]
         except ValueError:
@@ -320,6 +320,17 @@ class ParallelConfig(Section):
     """Processes that share one copy; 0 = all that dp_replicate leaves."""
     zero: Literal[1, 2, 3] = 1
     """What they share: 1 the optimizer state; 2 gradients too; 3 parameters too, gathered block by block."""
+    tp: Positive = 1
+    """Processes that share each matrix: heads, the MLP's inner width and the vocabulary are split over them."""
+    cp: Positive = 1
+    """Processes that share each sequence, for long ones; they share optimizer state as dp_shard does."""
+    pp: Positive = 1
+    """Processes that share the blocks, one after the other."""
+    sequence_parallel: bool = False
+    """Between the matrices that tp splits, its processes hold a part of each sequence: less memory, the same sums."""
+    plan: OptionalStr = None
+    """"package:function" that gives another table of how tp lays out each module; none = neox.parallel.plan's. It is
+    code: a run that is resumed wants it on the command line again."""
 
 
 class CheckpointConfig(Section):
@@ -408,7 +419,36 @@ class Config(Section):
         decay = self.schedule.decay_updates(horizon) if self.schedule.name == "wsd" else 0
         if warmup + decay > horizon:
             raise ValueError(f"schedule.decay: {decay:g} updates after {warmup:g} of warmup are more than {horizon}")
+        self._splits()
         return self
+
+    def _splits(self) -> None:
+        """What tensor and context parallelism cut must come out even."""
+        model, tp, cp = self.model, self.parallel.tp, self.parallel.cp
+        for key, size in (
+            ("num_attention_heads", model.num_attention_heads),
+            ("intermediate_size", model.ffn_size),
+            ("vocab_size", model.vocab_size),
+        ):
+            if size % tp:
+                advice = f"raise it to {-(-size // tp) * tp}" if key == "vocab_size" else "choose a tp that divides it"
+                raise ValueError(f"parallel.tp: {tp} does not divide model.{key} ({size}): {advice}")
+        # Each process of cp has a slice from the sequence's first half and one from its second.
+        pieces = 1 if cp == 1 else 2 * cp
+        if self.data.seq_length % pieces:
+            raise ValueError(
+                f"parallel.cp: {cp} cuts a sequence into {pieces} slices, which do not divide data.seq_length "
+                f"({self.data.seq_length})"
+            )
+        if not self.parallel.sequence_parallel:
+            return
+        if tp == 1:
+            raise ValueError("parallel.sequence_parallel: splits sequences over the processes of parallel.tp; set tp")
+        if self.data.seq_length // cp % tp:
+            raise ValueError(
+                f"parallel.sequence_parallel: tp={tp} does not divide the {self.data.seq_length // cp} tokens of "
+                "data.seq_length" + (" that each process of cp has" if cp > 1 else "")
+            )
 
     def to_toml(self) -> str:
         """Every option with its resolved value, as TOML that `load_config` turns into an equal Config."""
