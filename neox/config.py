@@ -203,7 +203,7 @@ class DataConfig(Section):
         """
         if self.split is None:
             return None
-        wrong = f'split: "{self.split}" must be up to three shares, such as "995,4,1", the first of them above 0'
+        wrong = f'split: "{self.split[:60]}" must be up to three shares, such as "995,4,1", the first of them above 0'
         try:
             shares = [float(share) for share in self.split.split("," if "," in self.split else "/")]
         except ValueError:
@@ -320,8 +320,17 @@ class ParallelConfig(Section):
     """Processes that share one copy; 0 = all that dp_replicate leaves."""
     zero: Literal[1, 2, 3] = 1
     """What they share: 1 the optimizer state; 2 gradients too; 3 parameters too, gathered block by block."""
+    tp: Positive = 1
+    """Processes that share each matrix: heads, the MLP's inner width and the vocabulary are split over them."""
+    cp: Positive = 1
+    """Processes that share each sequence, for long ones; they share optimizer state as dp_shard does."""
     pp: Positive = 1
-    """Pipeline: groups of processes that hold some of the layers each, and pass the hidden states on."""
+    """Processes that share the blocks, one after the other."""
+    sequence_parallel: bool = False
+    """Between the matrices that tp splits, its processes hold a part of each sequence: less memory, the same sums."""
+    plan: OptionalStr = None
+    """"package:function" that gives another table of how tp lays out each module; none = neox.parallel.plan's. It is
+    code: a run that is resumed wants it on the command line again."""
     schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
     """The order in which the pipeline's stages run microbatches forward and backward: see docs/parallel.md."""
     stages_per_rank: Positive = 2
@@ -409,7 +418,6 @@ class Config(Section):
             raise ValueError(
                 f"data.seq_length: {self.data.seq_length} is more than model.max_position_embeddings ({longest})"
             )
-        self._pipeline()
         if self.checkpoint.keep_every and not self.checkpoint.keep_last:
             raise ValueError("checkpoint.keep_every: says which older ones stay where checkpoint.keep_last is set")
         if self.schedule.min_lr > self.optim.lr:
@@ -424,6 +432,8 @@ class Config(Section):
         decay = self.schedule.decay_updates(horizon) if self.schedule.name == "wsd" else 0
         if warmup + decay > horizon:
             raise ValueError(f"schedule.decay: {decay:g} updates after {warmup:g} of warmup are more than {horizon}")
+        self._splits()
+        self._pipeline()
         return self
 
     def _pipeline(self) -> None:
@@ -459,6 +469,34 @@ class Config(Section):
             raise ValueError(
                 f"train.compile: {parallel.schedule} splits the backward pass in two, which compiled blocks do not "
                 "allow; set parallel.schedule to 1f1b or interleaved_1f1b"
+            )
+
+    def _splits(self) -> None:
+        """What tensor and context parallelism cut must come out even."""
+        model, tp, cp = self.model, self.parallel.tp, self.parallel.cp
+        for key, size in (
+            ("num_attention_heads", model.num_attention_heads),
+            ("intermediate_size", model.ffn_size),
+            ("vocab_size", model.vocab_size),
+        ):
+            if size % tp:
+                advice = f"raise it to {-(-size // tp) * tp}" if key == "vocab_size" else "choose a tp that divides it"
+                raise ValueError(f"parallel.tp: {tp} does not divide model.{key} ({size}): {advice}")
+        # Each process of cp has a slice from the sequence's first half and one from its second.
+        pieces = 1 if cp == 1 else 2 * cp
+        if self.data.seq_length % pieces:
+            raise ValueError(
+                f"parallel.cp: {cp} cuts a sequence into {pieces} slices, which do not divide data.seq_length "
+                f"({self.data.seq_length})"
+            )
+        if not self.parallel.sequence_parallel:
+            return
+        if tp == 1:
+            raise ValueError("parallel.sequence_parallel: splits sequences over the processes of parallel.tp; set tp")
+        if self.data.seq_length // cp % tp:
+            raise ValueError(
+                f"parallel.sequence_parallel: tp={tp} does not divide the {self.data.seq_length // cp} tokens of "
+                "data.seq_length" + (" that each process of cp has" if cp > 1 else "")
             )
 
     def to_toml(self) -> str:

@@ -57,13 +57,15 @@ class Layout:
 
 def layout(config: ParallelConfig, processes: Processes, device: torch.device) -> Layout:
     """The mesh of `config` over the processes. Raises ValueError where its axes do not make up their number."""
-    world, replicate, pp = processes.world, config.dp_replicate, config.pp
-    shard = config.dp_shard or max(1, world // (replicate * pp))
-    if replicate * shard * pp != world:
+    world, least = processes.world, config.pp * config.dp_replicate * config.cp * config.tp
+    shard = config.dp_shard or max(1, world // least)
+    sizes = (config.pp, config.dp_replicate, shard, config.cp, config.tp)
+    if shard * least != world:
+        factors = " x ".join(f"parallel.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1)
         raise ValueError(
-            f"parallel.dp_replicate={replicate} x parallel.dp_shard={shard} is {replicate * shard} processes, "
-            f"{world} run: start as many with torchrun, or change parallel"
+            f"{factors or 'one process'} is {shard * least} processes, {world} run: start as many with torchrun, "
+            "or change parallel"
         )
     if world == 1:
         return Layout(processes, device, None)
-    return Layout(processes, device, init_device_mesh(device.type, (pp, replicate, shard, 1, 1), mesh_dim_names=AXES))
+    return Layout(processes, device, init_device_mesh(device.type, sizes, mesh_dim_names=AXES))

@@ -116,7 +116,7 @@ def pipelined(
 
     @cache
     def schedule(count: int, rows: int) -> Any:
-        tokens = torch.empty((rows, config.data.seq_length), dtype=torch.int64, device="meta")
+        tokens = torch.empty((rows, config.data.seq_length // parallel.cp), dtype=torch.int64, device="meta")
         hidden = _hidden(parts, config, rows)
         stages = [
             _Stage(
@@ -187,10 +187,13 @@ def _joined(batches: Sequence[Any], device: torch.device) -> tuple[Tensor, Tenso
 
 def _hidden(parts: Mapping[int, GPTNeoX], config: Config, rows: int) -> Tensor:
     """What goes from stage to stage, without data."""
+    parallel = config.parallel
     # fully_shard hands blocks their input in the type of their products; autocast alone leaves the residual stream be.
     sharded = isinstance(next(iter(parts.values())), FSDPModule)
     dtype = resolve_dtype(config.train.dtype) if sharded else torch.float32
-    shape = (rows, config.data.seq_length, config.model.hidden_size)
+    # Between blocks a process holds its part of a sequence that is split.
+    length = config.data.seq_length // parallel.cp // (parallel.tp if parallel.sequence_parallel else 1)
+    shape = (rows, length, config.model.hidden_size)
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
 
