@@ -32,10 +32,10 @@ def build(which):
         base = resident("VmRSS")
         config = ModelConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
         model = GPTNeoX(config).initialize()
-        (optimizer,) = build_optimizers(model, OptimConfig())
+        (optimizer,) = build_optimizers([model], OptimConfig())
 
         def clip():
-            clip_gradients(model, 1.0)
+            clip_gradients([model], 1.0)
 
         def loss(tokens, labels):
             return cross_entropy(

@@ -203,7 +203,7 @@ class DataConfig(Section):
         """
         if self.split is None:
             return None
-        wrong = f'split: "{self.split}" must be up to three shares, such as "995,4,1", the first of them above 0'
+        wrong = f'split: "{self.split[:60]}" must be up to three shares, such as "995,4,1", the first of them above 0'
         try:
             shares = [float(share) for share in self.split.split("," if "," in self.split else "/")]
         except ValueError:
@@ -320,6 +320,30 @@ class ParallelConfig(Section):
     """Processes that share one copy; 0 = all that dp_replicate leaves."""
     zero: Literal[1, 2, 3] = 1
     """What they share: 1 the optimizer state; 2 gradients too; 3 parameters too, gathered block by block."""
+    tp: Positive = 1
+    """Processes that share each matrix: heads, the MLP's inner width and the vocabulary are split over them."""
+    cp: Positive = 1
+    """Processes that share each sequence, for long ones; they share optimizer state as dp_shard does."""
+    pp: Positive = 1
+    """Processes that share the blocks, one after the other."""
+    sequence_parallel: bool = False
+    """Between the matrices that tp splits, its processes hold a part of each sequence: less memory, the same sums."""
+    plan: OptionalStr = None
+    """"package:function" that gives another table of how tp lays out each module; none = neox.parallel.plan's. It is
+    code: a run that is resumed wants it on the command line again."""
+    schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
+    """The order in which the pipeline's stages run microbatches forward and backward: see docs/parallel.md."""
+    stages_per_rank: Positive = 2
+    """Stages that each process of an interleaved pipeline holds; 1f1b has 1, zbv and dualpipev have 2."""
+    stage_layers: Ints = ()
+    """Layers of each stage, first to last; without it they are balanced by cost, embedding and head counted."""
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline, over all of its processes."""
+        if self.schedule == "1f1b":
+            return self.pp
+        return self.pp * (self.stages_per_rank if self.schedule.startswith("interleaved") else 2)
 
 
 class CheckpointConfig(Section):
@@ -437,7 +461,72 @@ class Config(Section):
         decay = self.schedule.decay_updates(horizon) if self.schedule.name == "wsd" else 0
         if warmup + decay > horizon:
             raise ValueError(f"schedule.decay: {decay:g} updates after {warmup:g} of warmup are more than {horizon}")
+        self._splits()
+        self._pipeline()
         return self
+
+    def _pipeline(self) -> None:
+        parallel, layers = self.parallel, self.model.num_hidden_layers
+        if parallel.pp == 1:
+            if parallel.stage_layers:
+                raise ValueError(
+                    "parallel.stage_layers: says how the stages of parallel.pp share the layers; set parallel.pp"
+                )
+            return
+        if parallel.stages > layers:
+            raise ValueError(
+                f"parallel.pp: {parallel.stages} stages of {parallel.schedule} are more than "
+                f"model.num_hidden_layers ({layers})"
+            )
+        given = parallel.stage_layers
+        if given and not (len(given) == parallel.stages and sum(given) == layers and min(given) > 0):
+            raise ValueError(
+                f"parallel.stage_layers: {list(given)} must give each of {parallel.stages} stages at least one layer, "
+                f"{layers} together"
+            )
+        if self.model.tie_word_embeddings:
+            raise ValueError(
+                "parallel.pp: the embedding and the head lie on different stages, and model.tie_word_embeddings makes "
+                "them one weight; set one of the two otherwise"
+            )
+        if parallel.zero != 1:
+            raise ValueError(
+                f"parallel.zero: {parallel.zero} would reduce or gather for each microbatch of a pipeline, which keeps "
+                "parameters and gradients whole until the last one; with parallel.pp set it to 1"
+            )
+        if self.train.compile and parallel.schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"):
+            raise ValueError(
+                f"train.compile: {parallel.schedule} splits the backward pass in two, which compiled blocks do not "
+                "allow; set parallel.schedule to 1f1b or interleaved_1f1b"
+            )
+
+    def _splits(self) -> None:
+        """What tensor and context parallelism cut must come out even."""
+        model, tp, cp = self.model, self.parallel.tp, self.parallel.cp
+        for key, size in (
+            ("num_attention_heads", model.num_attention_heads),
+            ("intermediate_size", model.ffn_size),
+            ("vocab_size", model.vocab_size),
+        ):
+            if size % tp:
+                advice = f"raise it to {-(-size // tp) * tp}" if key == "vocab_size" else "choose a tp that divides it"
+                raise ValueError(f"parallel.tp: {tp} does not divide model.{key} ({size}): {advice}")
+        # Each process of cp has a slice from the sequence's first half and one from its second.
+        pieces = 1 if cp == 1 else 2 * cp
+        if self.data.seq_length % pieces:
+            raise ValueError(
+                f"parallel.cp: {cp} cuts a sequence into {pieces} slices, which do not divide data.seq_length "
+                f"({self.data.seq_length})"
+            )
+        if not self.parallel.sequence_parallel:
+            return
+        if tp == 1:
+            raise ValueError("parallel.sequence_parallel: splits sequences over the processes of parallel.tp; set tp")
+        if self.data.seq_length // cp % tp:
+            raise ValueError(
+                f"parallel.sequence_parallel: tp={tp} does not divide the {self.data.seq_length // cp} tokens of "
+                "data.seq_length" + (" that each process of cp has" if cp > 1 else "")
+            )
 
     def to_toml(self) -> str:
         """Every option with its resolved value, as TOML that `load_config` turns into an equal Config."""

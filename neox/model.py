@@ -187,6 +187,22 @@ class GPTNeoX(nn.Module):
         self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.tie()
 
+    def keep(self, layers: range) -> None:
+        """Drop what is not of the pipeline stage that holds `layers`; what stays keeps its name.
+
+        The embedding is of the first stage, the final norm and the head of the last one. The forward pass then takes
+        the hidden states [B, T, C] of the stage before in place of tokens, and gives its own.
+        """
+        count = self.config.num_hidden_layers
+        for layer in range(count):
+            if layer not in layers:
+                delattr(self.layers, str(layer))  # unlike del layers[i] this renumbers none
+        absent = ["embed_in", "embed_positions"] if layers.start > 0 else []
+        absent += ["final_layer_norm", "embed_out"] if layers.stop < count else []
+        for name in absent:
+            if hasattr(self, name):
+                setattr(self, name, None)
+
     def tie(self) -> None:
         """Make the head share the embedding's weight where the config says so; `to_empty` parts the two."""
         if self.config.tie_word_embeddings and self.embed_out.weight is not self.embed_in.weight:
@@ -218,20 +234,25 @@ class GPTNeoX(nn.Module):
             )
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-        x = self.embed_in(tokens)
+        x = tokens if self.embed_in is None else self.embed(tokens, positions)
         rotation = None
-        if config.position_embedding == "learned":
-            x = x + self.embed_positions(positions)
-        elif config.rotary_dim:
+        if config.rotary_dim:
             cos, sin = rotary_angles(positions, config.rotary_dim, config.rotary_emb_base)
             rotation = cos.to(x.dtype), sin.to(x.dtype)
-        x = dropped(x, config.dropout[0], self.training)
         mask, local_mask = attention_masks(config, positions, cache, segments)
         context = Context(rotation, mask, local_mask, cache, positions)
         for layer in self.layers:
             x = layer(x, context)
-        x = self.final_layer_norm(x)
+        if self.final_layer_norm is not None:
+            x = self.final_layer_norm(x)
         return cast(Tensor, self.embed_out(x)) if head else x
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first layer, [B, T, C]."""
+        x = self.embed_in(tokens)
+        if self.config.position_embedding == "learned":
+            x = x + self.embed_positions(positions)
+        return dropped(x, self.config.dropout[0], self.training)
 
     @torch.no_grad()
     def initialize(self, seed: int = 1234) -> "GPTNeoX":

@@ -340,7 +340,7 @@ def configs(draw) -> Config:
                 value = st.none() | value
         elif key == "betas":
             value = st.tuples(unit, unit)
-        elif key in ("local_layers", "weights"):
+        elif key in ("local_layers", "weights", "stage_layers"):
             continue
         elif choices[-1] is Ellipsis:
             value = st.lists(words, max_size=3)
@@ -352,12 +352,24 @@ def configs(draw) -> Config:
     model |= {"num_attention_heads": heads, "hidden_size": 8 * heads, "rotary_pct": draw(st.sampled_from([0.25, 0.5]))}
     model |= {"num_hidden_layers": layers, "shared_layer_norm": False}
     model["local_layers"] = draw(st.lists(st.integers(0, layers - 1), unique=True))
+    tp, cp = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    model |= {key: tp * draw(st.integers(1, 8)) for key in ("num_attention_heads", "vocab_size", "intermediate_size")}
+    model["hidden_size"] = 8 * model["num_attention_heads"]
+    sections["parallel"] |= {"tp": tp, "cp": cp, "sequence_parallel": tp > 1 and draw(st.booleans())}
+    parallel = sections["parallel"]
+    parallel |= {"pp": 1, "schedule": draw(st.sampled_from(["1f1b", "interleaved_1f1b"]))}
+    if draw(st.booleans()) and layers % 2 == 0:
+        stages = 2 if parallel["schedule"] == "1f1b" else layers
+        parallel |= {"pp": 2, "zero": 1, "stages_per_rank": stages // 2}
+        parallel["stage_layers"] = draw(st.sampled_from([[], [layers // stages] * stages]))
+        model["tie_word_embeddings"] = False
     data = sections["data"]
+    data["seq_length"] = 2 * cp * tp * draw(st.integers(1, 10**7))
     entries = len(data["train"])
     data["weights"] = draw(st.just([]) | st.lists(st.floats(1e-6, 1e6), min_size=entries, max_size=entries))
     data["split"] = draw(st.sampled_from([None, "995,4,1", "9/1"]))
     data["valid"] = [] if data["split"] else data["valid"]
-    sections["data"]["seq_length"] = min(sections["data"]["seq_length"], model["max_position_embeddings"])
+    model["max_position_embeddings"] = max(data["seq_length"], model["max_position_embeddings"])
     sections["schedule"]["min_lr"] = sections["optim"]["lr"] * draw(unit)
     sections["optim"]["loss_scale"] = draw(st.floats(1, 2**24))
     return Config(preset=draw(st.none() | st.sampled_from(["neox-20b", "gpt-neo-125m", "pythia-14m"])), **sections)

@@ -16,7 +16,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -56,9 +56,9 @@ def complete_steps(run: Path) -> list[Path]:
     return sorted(p for p in run.iterdir() if _STEP.match(p.name) and (p / ".metadata").is_file())
 
 
-def _named_state(model: GPTNeoX, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every tensor of a run under its full logical name."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+def _named_state(parts: Iterable[GPTNeoX], optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every tensor of a run that is here, under its full logical name."""
+    names: dict[Tensor, str] = {parameter: name for part in parts for name, parameter in part.named_parameters()}
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
@@ -70,7 +70,7 @@ def _named_state(model: GPTNeoX, optimizers: Iterable[torch.optim.Optimizer]) ->
 
 def save_step(
     run: Path,
-    model: GPTNeoX,
+    parts: Iterable[GPTNeoX],
     optimizers: Iterable[torch.optim.Optimizer],
     config: Config,
     state: dict[str, Any],
@@ -78,8 +78,8 @@ def save_step(
 ) -> Path:
     """Write the checkpoint of `state["step"]` and return its folder; it counts only once it is whole.
 
-    All processes of the run call it together, each writes its own part. Raises OSError (a full disk) with nothing of
-    it left behind.
+    All processes of the run call it together, each with the parts of the model that it holds and writes. Raises OSError
+    (a full disk) with nothing of it left behind.
     """
     folder = step_folder(run, state["step"])
     if (folder / ".metadata").is_file():
@@ -91,7 +91,7 @@ def save_step(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process saves without a process group is intended
             dcp.save(
-                _named_state(model, optimizers),
+                _named_state(parts, optimizers),
                 storage_writer=dcp.FileSystemWriter(folder, sync_files=True, overwrite=True),
                 no_dist=processes.world == 1,
             )
@@ -221,9 +221,12 @@ class _SafeReader(dcp.FileSystemReader):
 
 
 def load_tensors(
-    folder: Path, model: GPTNeoX, optimizers: Iterable[torch.optim.Optimizer] = (), processes: Processes = ALONE
+    folder: Path,
+    parts: Sequence[GPTNeoX],
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    processes: Processes = ALONE,
 ) -> None:
-    """Fill the model, and the state of the optimizers, from a complete checkpoint; all names and shapes must agree.
+    """Fill the parts of a model, and the optimizers' state, from a complete checkpoint; names and shapes must agree.
 
     The layout of the processes that wrote it does not matter; all of those that read it call this together.
 
@@ -233,17 +236,26 @@ def load_tensors(
     fill_state(optimizers)
     reader = _SafeReader(folder)
     stored = reader.entries()
-    wanted = _named_state(model, optimizers)
+    wanted = _named_state(parts, optimizers)
     hint = "the run's own model and optim settings fit it"
-    for key, value in wanted.items():
+    # All of the model, also what other processes hold: what is wrong is then found by all of them alike.
+    with torch.device("meta"):
+        whole = dict(GPTNeoX(parts[0].config).named_parameters())
+    shapes = {f"model.{name}": parameter.shape for name, parameter in whole.items()}
+    for key, shape in (shapes | {key: value.shape for key, value in wanted.items()}).items():
         if key not in stored:
             raise CheckpointError(f"{folder}: tensor {key} is missing; {hint}")
-        if stored[key].size != value.shape:
+        if stored[key].size != shape:
             raise CheckpointError(
-                f"{folder}: tensor {key} has shape {list(stored[key].size)}, this config expects {list(value.shape)}; "
-                f"{hint}"
+                f"{folder}: tensor {key} has shape {list(stored[key].size)}, this config expects {list(shape)}; {hint}"
             )
-    extra = sorted(k for k in stored if k not in wanted and (optimizers or not k.startswith("optim.")))
+    elsewhere = whole.keys() - {key.removeprefix("model.") for key in wanted if key.startswith("model.")}
+    extra = sorted(
+        key
+        for key in stored.keys() - wanted.keys() - shapes.keys()
+        if not key.startswith("optim.")
+        or (optimizers and key.removeprefix("optim.").rpartition(".")[0] not in elsewhere)
+    )
     if extra:
         raise CheckpointError(f"{folder}: tensor {extra[0]} is not part of what this config describes; {hint}")
     try:
@@ -284,5 +296,5 @@ def load_native(folder: Path, device: torch.device, dtype: torch.dtype = torch.f
         model = GPTNeoX(config.model)
     model.to_empty(device=device)
     model.tie()
-    load_tensors(folder, model)
+    load_tensors(folder, [model])
     return model.to(dtype).eval()

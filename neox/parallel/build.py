@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from neox.config import Config
 from neox.model import GPTNeoX, initial_value
 from neox.parallel.blocks import checkpoint_blocks, compile_blocks
 from neox.parallel.mesh import Layout
+from neox.parallel.pipeline import Run, check_pipeline, layers_of_stages, pipelined, stages_of_rank
 from neox.parallel.shard import reshard, shard
 from neox.runtime import resolve_dtype
 
@@ -35,28 +36,70 @@ class ForwardBackward(Protocol):
 def build(config: Config, layout: Layout, head_loss: HeadLoss) -> tuple[list[GPTNeoX], ForwardBackward]:
     """The parts of the model that this process holds, initialised, and the callable that runs a step through them.
 
-    `head_loss` becomes a method of the output head, `model.embed_out.loss(hidden, labels, scale)`: what the loss does
-    with the head's weight then counts as its forward pass, for which its shards are gathered.
+    Without a pipeline the model is in one part. `head_loss` becomes a method of the output head,
+    `part.embed_out.loss(hidden, labels, scale)`: what the loss does with the head's weight then counts as its forward
+    pass, for which its shards are gathered.
     """
+    if layout.size("pp") == 1:
+        part = _part(config, layout, head_loss, range(config.model.num_hidden_layers))
+        return [part], _summed(_whole(part, config, layout), layout)
+    check_pipeline(config, layout)
+    layers = layers_of_stages(config)
+    stages = stages_of_rank(config.parallel, layout.rank("pp"))
+    parts = {stage: _part(config, layout, head_loss, layers[stage]) for stage in stages}
+    return list(parts.values()), _summed(pipelined(parts, config, layout, _runner(config, layout)), layout)
+
+
+def _part(config: Config, layout: Layout, head_loss: HeadLoss, layers: range) -> GPTNeoX:
+    """The part of the model that holds `layers`, laid out and initialised."""
     with torch.device("meta"):
         model = GPTNeoX(config.model)
+    model.keep(layers)
     checkpoint_blocks(model, config.train.activation_checkpointing)
     if config.train.compile:
         compile_blocks(model)
-    setattr(model.embed_out, "loss", MethodType(head_loss, model.embed_out))  # noqa: B010 (mypy takes it for a tensor)
+    if model.embed_out is not None:
+        setattr(model.embed_out, "loss", MethodType(head_loss, model.embed_out))  # noqa: B010 (mypy takes it for a tensor)
     shard(model, config, layout)
     model.to_empty(device=layout.device)
     model.tie()
     _initialize(model, config.train.seed)
-    return [model], _whole(model, config, layout)
+    return model
 
 
-def _whole(model: GPTNeoX, config: Config, layout: Layout) -> ForwardBackward:
+def _summed(run_here: Callable[[Sequence[Any], float, bool], Tensor], layout: Layout) -> ForwardBackward:
+    """The sum over all processes of the losses that `run_here` gives on each."""
+
+    def forward_backward(batches: Sequence[Any], scale: float, backward: bool = True) -> Tensor:
+        total = run_here(batches, scale, backward)
+        if layout.processes.world > 1:
+            dist.all_reduce(total)
+        return total
+
+    return forward_backward
+
+
+def _runner(config: Config, layout: Layout) -> Run:
+    """The forward pass of a part, without the head: in the run's precision, with the dropout of the microbatch."""
+    dtype = resolve_dtype(config.train.dtype)
+
+    def run(
+        stage: int, part: GPTNeoX, x: Tensor, positions: Tensor, sample: Tensor, segments: Tensor | None = None
+    ) -> Tensor:
+        if part.training and any(config.model.dropout):
+            seed_dropout(config.train.seed, int(sample), stage)
+        with torch.autocast(layout.device.type, dtype, enabled=dtype != torch.float32):
+            return cast(Tensor, part(x, positions, segments=segments, head=False))
+
+    return run
+
+
+def _whole(model: GPTNeoX, config: Config, layout: Layout) -> Callable[[Sequence[Any], float, bool], Tensor]:
     """Without a pipeline: microbatch after microbatch, forward and backward."""
     device, dtype = layout.device, config.train.dtype
     sharded = model if isinstance(model, FSDPModule) else None
 
-    def forward_backward(batches: Sequence[Any], scale: float, backward: bool = True) -> Tensor:
+    def forward_backward(batches: Sequence[Any], scale: float, backward: bool) -> Tensor:
         total = torch.zeros((), device=device)
         for number, batch in enumerate(batches, start=1):
             if sharded is not None and backward and config.parallel.zero == 1:
@@ -75,19 +118,17 @@ def _whole(model: GPTNeoX, config: Config, layout: Layout) -> ForwardBackward:
             total += loss.detach()
         if not backward:
             reshard(model)
-        if layout.dp_size > 1:
-            dist.all_reduce(total)
         return total
 
     return forward_backward
 
 
-def seed_dropout(seed: int, sample: int) -> None:
-    """Set the random state that the microbatch beginning with `sample` drops by.
+def seed_dropout(seed: int, sample: int, stage: int = 0) -> None:
+    """Set the random state that the microbatch beginning with `sample` drops by in a stage of the pipeline.
 
     Of the data alone: a resumed run drops what the uninterrupted one did, ranks drop apart from each other.
     """
-    digest = hashlib.sha256(f"{seed}:dropout:{sample}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:dropout:{sample}:{stage}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
 

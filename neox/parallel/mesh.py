@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from neox.config import ParallelConfig
@@ -42,6 +43,13 @@ class Layout:
         """Which of them this one is."""
         return self.rank("dp_replicate") * self.size("dp_shard") + self.rank("dp_shard")
 
+    def sum_over_stages(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over the stages of the pipeline, on each of them; `value` is overwritten."""
+        stages = self.axis("pp")
+        if stages is not None:
+            dist.all_reduce(value, group=stages.get_group())
+        return value
+
     def sum_over_data(self, value: int) -> int:
         """The sum over the ranks that read different samples."""
         return self.processes.sum(value) // (self.processes.world // self.dp_size)
@@ -49,13 +57,15 @@ class Layout:
 
 def layout(config: ParallelConfig, processes: Processes, device: torch.device) -> Layout:
     """The mesh of `config` over the processes. Raises ValueError where its axes do not make up their number."""
-    world, replicate = processes.world, config.dp_replicate
-    shard = config.dp_shard or max(1, world // replicate)
-    if replicate * shard != world:
+    world, least = processes.world, config.pp * config.dp_replicate * config.cp * config.tp
+    shard = config.dp_shard or max(1, world // least)
+    sizes = (config.pp, config.dp_replicate, shard, config.cp, config.tp)
+    if shard * least != world:
+        factors = " x ".join(f"parallel.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1)
         raise ValueError(
-            f"parallel.dp_replicate={replicate} x parallel.dp_shard={shard} is {replicate * shard} processes, "
-            f"{world} run: start as many with torchrun, or change parallel"
+            f"{factors or 'one process'} is {shard * least} processes, {world} run: start as many with torchrun, "
+            "or change parallel"
         )
     if world == 1:
         return Layout(processes, device, None)
-    return Layout(processes, device, init_device_mesh(device.type, (1, replicate, shard, 1, 1), mesh_dim_names=AXES))
+    return Layout(processes, device, init_device_mesh(device.type, sizes, mesh_dim_names=AXES))

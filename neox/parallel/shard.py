@@ -1,8 +1,10 @@
 """Data parallelism: parameters, gradients and optimizer state split over the ranks that read different samples."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -31,12 +33,13 @@ def shard(model: GPTNeoX, config: Config, layout: Layout) -> None:
         "reshard_after_forward": config.parallel.zero == 3,
     }
     groups: list[nn.Module] = [*model.layers]
-    if not config.model.tie_word_embeddings:
+    if model.embed_out is not None and not config.model.tie_word_embeddings:
         groups.append(model.embed_out)
     for module in groups:
         fully_shard(module, **options)
     fully_shard(model, **options | {"reshard_after_forward": False})
-    register_fsdp_forward_method(model.embed_out, "loss")
+    if model.embed_out is not None:
+        register_fsdp_forward_method(model.embed_out, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Both only reach the module they are called on. Gloo has no scaled sum: hence a plain one.
@@ -52,19 +55,35 @@ def reshard(model: GPTNeoX) -> None:
 
 
 @torch.no_grad()
-def whole_model(model: GPTNeoX, layout: Layout) -> GPTNeoX | None:
+def whole_model(parts: Sequence[GPTNeoX], layout: Layout) -> GPTNeoX | None:
     """The model in one piece on rank 0, None elsewhere; all processes call it together. One alone gets its own back."""
     if layout.mesh is None:
-        return model
-    reshard(model)
-    weights = {
-        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-        for name, parameter in model.named_parameters()
-    }
+        return parts[0]
+    for part in parts:
+        reshard(part)
+    own = {name: parameter for part in parts for name, parameter in part.named_parameters()}
+    with torch.device("meta"):
+        whole = GPTNeoX(parts[0].config)
+    stages = layout.axis("pp")
+    owners: list[Any] = [list(own)]
+    if stages is not None:
+        owners = [None] * layout.size("pp")
+        dist.all_gather_object(owners, list(own), group=stages.get_group())
+    weights = {}
+    for name, blank in whole.named_parameters():
+        if name in own:
+            value = own[name].detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+        else:
+            value = torch.empty(blank.shape, device=layout.device)
+        if stages is not None:
+            owner = next(rank for rank, names in enumerate(owners) if name in names)
+            value = value.contiguous()
+            dist.broadcast(value, group=stages.get_group(), group_src=owner)
+        if not layout.processes.rank:
+            weights[name] = value
     if layout.processes.rank:
         return None
-    with torch.device("meta"):
-        whole = GPTNeoX(model.config)
-    whole.load_state_dict(weights, assign=True, strict=not model.config.tie_word_embeddings)
+    whole.load_state_dict(weights, assign=True, strict=not whole.config.tie_word_embeddings)
     whole.tie()
     return whole

@@ -83,9 +83,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients = ctx.gradients
         if gradients is None:
             raise RuntimeError("the loss was differentiated before: its gradients are given away once")
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            # Pipelines that split the backward pass come back for the weight's gradient.
+            return (*(None if g is None else g * grads[0] for g in gradients), *(None,) * 5)
+        ctx.gradients = None
         if grads[0].is_cuda or grads[0] != 1:
             for gradient in gradients:
                 if gradient is not None:

@@ -2,18 +2,19 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from neox.config import OptimConfig
-from neox.model import GPTNeoX
+from neox.parallel import Layout
 
 
-def build_optimizers(model: GPTNeoX, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or Muon over the blocks' matrices and AdamW over the rest.
+def build_optimizers(parts: Iterable[nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon over the blocks' matrices and AdamW over the rest, of a model's parts.
 
     Weight decay is decoupled and spares layer norms and biases, as in gpt-neox; embeddings and the head do decay.
     Every group carries `peak_lr`, which `set_lr` scales.
@@ -21,7 +22,7 @@ def build_optimizers(model: GPTNeoX, config: OptimConfig) -> list[torch.optim.Op
     muon: list[Tensor] = []
     decayed: list[Tensor] = []
     spared: list[Tensor] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in (named for part in parts for named in part.named_parameters()):
         if name.endswith("bias") or "norm" in name:
             spared.append(parameter)
         elif config.name == "muon" and name.startswith("layers."):
@@ -41,19 +42,25 @@ def build_optimizers(model: GPTNeoX, config: OptimConfig) -> list[torch.optim.Op
     return built
 
 
-def clip_gradients(model: GPTNeoX, limit: float, loss_scale: float = 1.0) -> Tensor:
+def clip_gradients(
+    parts: Iterable[nn.Module], limit: float, loss_scale: float = 1.0, layout: Layout | None = None
+) -> Tensor:
     """Divide all gradients by `loss_scale`, and scale them so that their global L2 norm is at most `limit` (0: none).
+
+    `parts` are those of the model that are here; the norm is that of the whole model, over all stages of `layout`.
 
     Returns the norm of the divided gradients before the limit. Where it is not finite, on an overflow, they are left
     as they are. Both factors are one multiplication, min(1, limit / (norm + 1e-6)) / loss_scale, as in gpt-neox; with
     `loss_scale` 1 this is torch's clip_grad_norm_. On a CPU, where looking at the norm costs nothing, gradients within
     the limit are left alone instead of being multiplied by one.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    parameters = [p for part in parts for p in part.parameters() if p.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    if layout is not None and layout.size("pp") > 1:
+        norm = layout.sum_over_stages(norm.double() ** 2).sqrt().float()
     if loss_scale != 1.0:
         norm = norm / loss_scale
         if norm.isfinite():

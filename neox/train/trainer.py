@@ -47,8 +47,10 @@ class Trainer:
     """Trains the model that a config describes, in a run directory that holds all that a resumed run needs.
 
     `hooks` are called as hook(trainer, step) once before the first step and after each one: samples, evaluations,
-    pictures come in that way. `trainer.model` is the live model. Both the constructor and `fit` raise ValueError for a
-    config, data or run directory that cannot be used, `fit` also OSError where the disk is full.
+    pictures come in that way. `trainer.model` is the live model, `trainer.parts` those parts of it that this process
+    holds: in a pipeline there is no other, and a hook that communicates must do so on all processes alike. Both the
+    constructor and `fit` raise ValueError for a config, data or run directory that cannot be used, `fit` also OSError
+    where the disk is full.
 
     Started by torchrun, all processes of the run make the same calls; rank 0 writes what is written once.
     """
@@ -90,6 +92,16 @@ class Trainer:
                 # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
                 with StopSignals(self.quiet) as signals:
                     return self._loop(signals)
+
+    @property
+    def model(self) -> GPTNeoX:
+        """The whole model. Raises ValueError in a pipeline, where no process holds it."""
+        if self.layout.size("pp") > 1:
+            raise ValueError(
+                f"parallel.pp={self.config.parallel.pp}: no process holds the whole model; use trainer.parts, or a "
+                "saved step"
+            )
+        return self.parts[0]
 
     @property
     def processes(self) -> Processes:
@@ -142,10 +154,13 @@ class Trainer:
         batches = self._microbatches(self.loader, self.step)
         loss_scale = self.scaler.scale if self.scaler else 1.0
         tokens = self.layout.sum_over_data(_valid_tokens(batches))
-        self.model.train()
+        for part in self.parts:
+            part.train()
         loss = self.forward_backward(batches, loss_scale / tokens) / loss_scale
-        more: dict[str, Any] = norms(self.model, loss_scale) if config.log.norms and self._logged(self.step + 1) else {}
-        norm = clip_gradients(self.model, config.optim.clip, loss_scale)
+        more: dict[str, Any] = {}
+        if config.log.norms and self._logged(self.step + 1):
+            more |= norms(self.parts, loss_scale, self.layout)
+        norm = clip_gradients(self.parts, config.optim.clip, loss_scale, self.layout)
         overflow = self.scaler is not None and not norm.isfinite()
         if self.scaler:
             more |= {"loss_scale": loss_scale, "skipped": self.step + overflow - self.updates}
@@ -182,7 +197,8 @@ class Trainer:
         """Mean loss per token over the first `eval.batches` global batches of the held-out text."""
         if self.valid is None:
             raise ValueError("data.valid is empty: name held-out text")
-        self.model.eval()
+        for part in self.parts:
+            part.eval()
         wanted = self.config.eval.batches * self.config.train.global_batch_size
         # One batch of as many windows as there are: a short text is not read twice.
         batches = self._microbatches(Loader(self.valid, min(wanted, self.valid.num_windows)), 0)
@@ -191,7 +207,7 @@ class Trainer:
 
     def whole_model(self) -> GPTNeoX | None:
         """The model in one piece on rank 0, None elsewhere: what a hook may run. All processes call it together."""
-        return whole_model(self.model, self.layout)
+        return whole_model(self.parts, self.layout)
 
     def save(self) -> Path:
         """Write the checkpoint of the current step, and let expired ones go."""
@@ -202,7 +218,7 @@ class Trainer:
             "loss_scaler": self.scaler.state() if self.scaler else {},
             "order": self.order,
         }
-        folder = save_step(self.run, self.model, self.optimizers, self.config, state, self.processes)
+        folder = save_step(self.run, self.parts, self.optimizers, self.config, state, self.processes)
         if not self.processes.rank:
             prune(self.run, self.config.checkpoint)
         return folder
@@ -247,11 +263,11 @@ class Trainer:
                 "train.seed, its text, and data.order, seq_length, weights, split and num_samples"
             )
         self.loader, self.valid = Loader(datasets.train, config.train.global_batch_size), datasets.valid
-        (self.model,), self.forward_backward = build(config, self.layout, self._head_loss)
-        self.optimizers = build_optimizers(self.model, config.optim)
+        self.parts, self.forward_backward = build(config, self.layout, self._head_loss)
+        self.optimizers = build_optimizers(self.parts, config.optim)
         fill_state(self.optimizers)
         if done:
-            load_tensors(done[-1], self.model, self.optimizers, processes)
+            load_tensors(done[-1], self.parts, self.optimizers, processes)
             self._write_config()  # with what was changed for this call, now that it is known to fit
 
     def _head_loss(self, head: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, scale: float) -> Any:

@@ -94,9 +94,20 @@ def test_a_label_that_is_no_token_fails(label):
 def test_a_second_backward_says_why_it_fails():
     hidden, head, labels = case(10, 4, 20, False, 0, 0)
     loss = cross_entropy(hidden, head, labels)
-    loss.backward(retain_graph=True)
+    loss.backward()
     with pytest.raises(RuntimeError, match="differentiated before"):
         loss.backward()
+
+
+def test_a_graph_that_is_kept_is_differentiated_again():
+    """As pipelines do that take the gradients of the hidden states first, and of the weight later."""
+    hidden, head, labels = case(10, 4, 20, True, 0, 0)
+    (2 * cross_entropy(hidden, head, labels)).backward()
+    expected = [tensor.grad for tensor in (hidden, head.weight, head.bias)]
+    loss = 2 * cross_entropy(hidden, head, labels)
+    found = torch.autograd.grad(loss, hidden, retain_graph=True) + torch.autograd.grad(loss, [head.weight, head.bias])
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])

@@ -18,7 +18,7 @@ def groups_by_name(model, config):
     """{parameter name: (optimizer's class, group)}; each parameter is in exactly one group."""
     names = {p: name for name, p in model.named_parameters()}
     found = {}
-    for optimizer in build_optimizers(model, config):
+    for optimizer in build_optimizers([model], config):
         for group in optimizer.param_groups:
             for p in group["params"]:
                 assert names[p] not in found
@@ -55,7 +55,7 @@ def test_muon_takes_the_matrices_of_the_blocks_only():
 
 
 def test_set_lr_scales_every_group_from_its_own_peak():
-    optimizers = build_optimizers(ours(), OptimConfig(name="muon", muon_lr=0.04, lr=1e-3))
+    optimizers = build_optimizers([ours()], OptimConfig(name="muon", muon_lr=0.04, lr=1e-3))
     for factor in (0.5, 0.25):
         set_lr(optimizers, factor)
         assert {group["lr"] for o in optimizers for group in o.param_groups} == {0.04 * factor, 1e-3 * factor}
@@ -70,7 +70,7 @@ def test_gradients_are_divided_by_the_loss_scale_and_clipped_as_torch_does(limit
         q.grad = torch.randn(p.shape, generator=generator)
         p.grad = q.grad * loss_scale
     expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit or float("inf"))
-    norm = clip_gradients(mine, limit, loss_scale)
+    norm = clip_gradients([mine], limit, loss_scale)
     assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
     for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)  # a rounding more or less in float32
@@ -82,7 +82,7 @@ def test_gradients_that_overflowed_are_told_by_their_norm_and_left_alone(value):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     model.embed_in.weight.grad[3, 5] = value
-    assert not clip_gradients(model, 1.0, 4096.0).isfinite()
+    assert not clip_gradients([model], 1.0, 4096.0).isfinite()
     assert (model.embed_out.weight.grad == 1).all()
 
 

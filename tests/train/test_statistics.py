@@ -29,7 +29,7 @@ def test_norms_of_a_step(flags, loss_scale):
     """1e-6: float32 against float64."""
     model, ids = ours(**flags), tokens()
     cross_entropy(model(ids, head=False), model.embed_out, ids.roll(-1, 1), scale=loss_scale / ids.numel()).backward()
-    found = norms(model, loss_scale)
+    found = norms([model], loss_scale)
     for part in PARTS:
         members = [p for name, p in model.named_parameters() if part_of(name) == part]
         for key, tensors in (
@@ -41,14 +41,14 @@ def test_norms_of_a_step(flags, loss_scale):
                 expected = math.hypot(*(tensor.double().norm().item() for tensor in tensors))
                 assert found[key] == pytest.approx(expected, rel=1e-6)
     together = math.hypot(*(value for key, value in found.items() if key.startswith("gradient_norms/")))
-    assert together == pytest.approx(clip_gradients(model, 1.0, loss_scale).item(), rel=1e-6)
+    assert together == pytest.approx(clip_gradients([model], 1.0, loss_scale).item(), rel=1e-6)
 
 
 def test_a_part_without_gradients_is_left_out():
     model = ours()
     model.embed_out.weight.grad = torch.full_like(model.embed_out.weight, 2.0)
     model.final_layer_norm.bias.grad = torch.full_like(model.final_layer_norm.bias, math.nan)
-    found = norms(model)
+    found = norms([model])
     assert found["gradient_norms/head"] == pytest.approx(2 * math.sqrt(model.embed_out.weight.numel()))
     assert math.isnan(found["gradient_norms/norms"])
     assert {key for key in found if key.startswith("gradient")} == {"gradient_norms/head", "gradient_norms/norms"}

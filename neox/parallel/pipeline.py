@@ -1,0 +1,253 @@
+"""Pipeline parallelism: the layers in stages, microbatches passed from stage to stage by torch's schedules.
+
+Shapes: M microbatches, B sequences a microbatch, T tokens a sequence, C hidden.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import pipelining
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+
+from neox.config import Config, ParallelConfig
+from neox.counts import forward_flops, parameters
+from neox.model import GPTNeoX
+from neox.parallel.mesh import Layout
+from neox.parallel.shard import reshard
+from neox.runtime import resolve_dtype
+
+IGNORED = -100
+"""The label of a position without loss, as in `neox.data` and torch's cross_entropy."""
+SCHEDULES: dict[str, Any] = {
+    "1f1b": pipelining.Schedule1F1B,
+    "interleaved_1f1b": pipelining.ScheduleInterleaved1F1B,
+    "interleaved_zero_bubble": pipelining.ScheduleInterleavedZeroBubble,
+    "zbv": pipelining.ScheduleZBVZeroBubble,
+    "dualpipev": pipelining.ScheduleDualPipeV,
+}
+V_SHAPED = ("zbv", "dualpipev")
+
+Run = Callable[..., Tensor]
+"""(stage number, part, tokens [B, T] or hidden [B, T, C], positions, sample, segments) -> hidden [B, T, C]."""
+
+
+def layers_of_stages(config: Config) -> list[range]:
+    """The layers of each stage: those of `parallel.stage_layers`, else balanced by cost.
+
+    In units of one block's forward FLOPs the head adds its product. The embedding adds as much as if it were one: what
+    a lookup saves in time, its weight, gradient and optimizer state take in memory, on the stage that also keeps the
+    most activations. Layer by layer goes to the cheapest stage, on a tie to the later one, which keeps fewer.
+    """
+    model, stages, T = config.model, config.parallel.stages, config.data.seq_length
+    counts = list(config.parallel.stage_layers)
+    if not counts:
+        block = forward_flops(model, T, scored=0) / T / model.num_hidden_layers
+        costs = [1.0] * stages
+        costs[0] += 2 * parameters(model).embedding / block
+        costs[-1] += 2 * model.vocab_size * model.hidden_size / block
+        counts = [1] * stages
+        for _ in range(model.num_hidden_layers - stages):
+            cheapest = min(reversed(range(stages)), key=costs.__getitem__)
+            counts[cheapest] += 1
+            costs[cheapest] += 1
+    starts = [sum(counts[:stage]) for stage in range(stages)]
+    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+
+
+def rank_of_stage(config: ParallelConfig, stage: int) -> int:
+    """Where a stage lies along the axis pp: round and round, or there and back."""
+    leg, place = divmod(stage, config.pp)
+    return config.pp - 1 - place if config.schedule in V_SHAPED and leg % 2 else place
+
+
+def stages_of_rank(config: ParallelConfig, rank: int) -> list[int]:
+    """The stages that lie at `rank` of the axis pp."""
+    return [stage for stage in range(config.stages) if rank_of_stage(config, stage) == rank]
+
+
+def check_pipeline(config: Config, layout: Layout) -> None:
+    """Raises ValueError for a schedule that cannot run these microbatches, or not on this mesh."""
+    parallel, train = config.parallel, config.train
+    schedule, pp = parallel.schedule, parallel.pp
+    if schedule == "zbv" and layout.dp_size > 1 and layout.size("tp") > 1:
+        raise ValueError(
+            "parallel.schedule=zbv: is not shown to be right with data and tensor parallelism together; "
+            "set it to interleaved_1f1b, or one of the two to 1"
+        )
+    share = -(-train.global_batch_size // layout.dp_size)
+    count = -(-share // train.micro_batch_size)
+    rounds = max(1, count // pp)
+    if schedule in ("1f1b", "dualpipev") and count < parallel.stages:
+        need = f"at least {parallel.stages}, one a stage"
+    elif schedule.startswith("interleaved") and count % rounds:
+        need = f"a multiple of {rounds}, its rounds of {pp} or more"
+    else:
+        return
+    raise ValueError(
+        f"train.global_batch_size={train.global_batch_size} gives each data-parallel rank {count} microbatches of "
+        f"train.micro_batch_size={train.micro_batch_size}; parallel.schedule={schedule} with parallel.pp={pp} needs "
+        f"{need}: change one of these"
+    )
+
+
+def pipelined(
+    parts: Mapping[int, GPTNeoX], config: Config, layout: Layout, run: Run
+) -> Callable[[Sequence[Any], float, bool], Tensor]:
+    """The callable that runs a step's microbatches through the stages, of which `parts` are here.
+
+    It gives the sum of the losses of this process, which is 0 but where the last stage lies.
+    """
+    parallel, device, last = config.parallel, layout.device, config.parallel.stages - 1
+    axis = layout.axis("pp")
+    assert axis is not None
+    group = axis.get_group()
+    # A group's first operation must be one of all its members.
+    layout.sum_over_stages(torch.zeros(1, device=device))
+    scale_now = 1.0
+
+    def loss_of(hidden: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(device.type, resolve_dtype(config.train.dtype), enabled=config.train.dtype != "fp32"):
+            return parts[last].embed_out.loss(hidden, labels, scale_now)  # type: ignore[operator]
+
+    @cache
+    def schedule(count: int, rows: int) -> Any:
+        tokens = torch.empty((rows, config.data.seq_length // parallel.cp), dtype=torch.int64, device="meta")
+        hidden = _hidden(parts, config, rows)
+        stages = [
+            _Stage(
+                part,
+                number,
+                last + 1,
+                device,
+                # With both known torch need not run a microbatch, and its backward pass, to find out.
+                input_args=hidden if number else tokens,
+                output_args=hidden,
+                group=group,
+                run=run,
+            )
+            for number, part in parts.items()
+        ]
+        here = stages[0] if parallel.schedule == "1f1b" else stages
+        return SCHEDULES[parallel.schedule](here, count, loss_of, scale_grads=False)
+
+    def forward_backward(batches: Sequence[Any], scale: float, backward: bool) -> Tensor:
+        nonlocal scale_now
+        scale_now = scale
+        tokens, labels, inputs = _joined(batches, device)
+        if not backward:
+            shape = _hidden(parts, config, len(tokens) // len(batches))
+            return _forward_only(parts, parallel, group, run, loss_of, shape, len(batches), tokens, labels, inputs)
+        losses: list[Tensor] | None = [] if last in parts else None
+        schedule(len(batches), len(tokens) // len(batches)).step(
+            *([tokens] if 0 in parts else []),
+            target=labels if last in parts else None,
+            losses=losses,
+            return_outputs=False,
+            **inputs,
+        )
+        return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=device)
+
+    return forward_backward
+
+
+class _Stage(pipelining.PipelineStage):
+    """A stage whose forward pass `run` makes, in the run's precision and with its dropout."""
+
+    def __init__(self, *args: Any, run: Run, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run = run
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.run(self.stage_index, self.submod, *args, **kwargs)
+
+
+def _joined(batches: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Tokens and labels [M B, T] of all microbatches, and what else each stage takes of them, ready to be split by M.
+
+    All stages exchange tensors of one shape: the last microbatch is filled up with rows that are ignored.
+    """
+    rows = [len(batch.tokens) for batch in batches]
+    assert all(count == rows[0] for count in rows[:-1]), "only the last microbatch may be smaller"
+    filler = rows[0] - rows[-1]
+
+    def join(field: str, value: int = 0) -> Tensor:
+        joined = torch.cat([getattr(batch, field) for batch in batches])
+        return F.pad(joined, (0, 0, 0, filler), value=value).to(device)
+
+    inputs = {"positions": join("positions"), "sample": torch.tensor([batch.first for batch in batches])}
+    if batches[0].segments is not None:
+        inputs["segments"] = join("segments")
+    return join("tokens"), join("labels", IGNORED), inputs
+
+
+def _hidden(parts: Mapping[int, GPTNeoX], config: Config, rows: int) -> Tensor:
+    """What goes from stage to stage, without data."""
+    parallel = config.parallel
+    # fully_shard hands blocks their input in the type of their products; autocast alone leaves the residual stream be.
+    sharded = isinstance(next(iter(parts.values())), FSDPModule)
+    dtype = resolve_dtype(config.train.dtype) if sharded else torch.float32
+    # Between blocks a process holds its part of a sequence that is split.
+    length = config.data.seq_length // parallel.cp // (parallel.tp if parallel.sequence_parallel else 1)
+    shape = (rows, length, config.model.hidden_size)
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+@torch.no_grad()
+def _forward_only(
+    parts: Mapping[int, GPTNeoX],
+    parallel: ParallelConfig,
+    group: dist.ProcessGroup,
+    run: Run,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    count: int,
+    tokens: Tensor,
+    labels: Tensor,
+    inputs: Mapping[str, Tensor],
+) -> Tensor:
+    """The sum of the losses, without a backward pass. All ranks keep time, so that any number of microbatches runs.
+
+    At each tick a rank takes one microbatch through one of its stages, and all pass on what they have. A microbatch
+    enters the second stages of the ranks when the last one has left the first ones. (The schedules' own evaluation
+    does not take V-shaped ones.)
+    """
+    total = torch.zeros((), device=tokens.device)
+    waiting = {(0, micro): chunk for micro, chunk in enumerate(tokens.chunk(count))}
+    targets = labels.chunk(count)
+    split = {name: value.chunk(count) for name, value in inputs.items()}
+    lap = parallel.pp + count - 1
+    for tick in range(lap * (parallel.stages // parallel.pp)):
+        operations = []
+        for stage in range(parallel.stages):
+            micro = tick - stage // parallel.pp * lap - stage % parallel.pp
+            if not 0 <= micro < count:
+                continue
+            following = stage + 1, micro
+            if stage in parts:
+                out = run(
+                    stage,
+                    parts[stage],
+                    waiting.pop((stage, micro)),
+                    **{name: chunks[micro] for name, chunks in split.items()},
+                )
+                if stage + 1 == parallel.stages:
+                    total += loss_of(out, targets[micro])
+                elif stage + 1 in parts:
+                    waiting[following] = out
+                else:
+                    peer = rank_of_stage(parallel, stage + 1)
+                    operations.append(dist.P2POp(dist.isend, out.contiguous(), group=group, group_peer=peer))
+            elif stage + 1 in parts:
+                waiting[following] = torch.empty_like(hidden, device=tokens.device, requires_grad=False)
+                peer = rank_of_stage(parallel, stage)
+                operations.append(dist.P2POp(dist.irecv, waiting[following], group=group, group_peer=peer))
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+    for part in parts.values():
+        reshard(part)
+    return total
