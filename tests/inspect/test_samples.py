@@ -73,11 +73,14 @@ def many(options, out):
     Trainer(config, hooks=(SampleHook(config),), quiet=True).fit()
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_several_processes_write_what_one_does_and_train_on(tmp_path, options, zero):
+@pytest.mark.parametrize(
+    "parallel", [pytest.param("parallel.zero=1", marks=pytest.mark.slow), "parallel.zero=3", "parallel.pp=2"]
+)
+def test_several_processes_write_what_one_does_and_train_on(tmp_path, options, parallel):
     """Also before the first step, when a sharded parameter is gathered for the first time."""
-    options = (*options, "steps=4", "optim.eps=1e-3", f"parallel.zero={zero}")
+    options = (*options, "steps=4", "optim.eps=1e-3")
     alone = fit(tmp_path, "alone", *options, *SAMPLED)
+    options = (*options, parallel)
     together(2, tmp_path / "ranks", many, (*options, *SAMPLED), tmp_path / "two")
     together(2, tmp_path / "ranks", many, options, tmp_path / "plain")
     assert read_rows(tmp_path / "two" / "samples.jsonl") == read_rows(alone / "samples.jsonl")
