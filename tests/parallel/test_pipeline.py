@@ -65,7 +65,7 @@ def test_schedules_on_four(tmp_path, schedule, options):
 @pytest.mark.parametrize(
     ("world", "options"),
     [
-        (8, ("parallel.pp=2", "parallel.dp_replicate=2", "global_batch_size=8")),
+        (8, ("parallel.pp=2", "parallel.dp_replicate=2", "global_batch_size=8", "micro_batch_size=1")),
         (2, ("parallel.pp=2", "data.segments=true", "activation_checkpointing=selective")),
         (2, ("parallel.pp=2", "parallel.schedule=interleaved_1f1b", "parallel.stages_per_rank=4", *EIGHT)),
         (2, ("parallel.pp=2", "parallel.stage_layers=[1,3]", "local_layers=[1,3]", "local_window=8", *FOUR)),
