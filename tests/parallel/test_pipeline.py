@@ -19,6 +19,7 @@ from tests.train.helpers import TINY, rows, tensors, token_pair
 
 FOUR = ("num_hidden_layers=4", "hidden_size=16", "micro_batch_size=1")
 EIGHT = ("num_hidden_layers=8", *FOUR[1:])
+PIPELINE = ("parallel.pp=2",)
 SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
 
 
@@ -62,6 +63,13 @@ def test_schedules_on_four(tmp_path, schedule, options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("schedule", ["interleaved_1f1b", "interleaved_zero_bubble", "zbv"])
+def test_fewer_microbatches_than_stages(tmp_path, schedule, batch):
+    compare(tmp_path, 2, *PIPELINE, f"parallel.schedule={schedule}", f"global_batch_size={batch}", *FOUR)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "options"),
     [
@@ -97,8 +105,6 @@ def test_16_bits(tmp_path, world, dtype, options):
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
-
-PIPELINE = ("parallel.pp=2",)
 
 
 @pytest.mark.parametrize(
