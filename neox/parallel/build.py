@@ -1,9 +1,8 @@
 """From a config to a model that lies on its devices, and the callable that runs one step's microbatches through it."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,10 +13,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from neox.config import Config
 from neox.model import GPTNeoX, initial_value
 from neox.parallel.blocks import checkpoint_blocks, compile_blocks
+from neox.parallel.forward import Forward
 from neox.parallel.mesh import Layout
-from neox.parallel.pipeline import Run, check_pipeline, layers_of_stages, pipelined, stages_of_rank
+from neox.parallel.pipeline import check_pipeline, layers_of_stages, pipelined, stages_of_rank
 from neox.parallel.shard import reshard, shard
-from neox.runtime import resolve_dtype
 
 HeadLoss = Callable[..., Tensor]
 """(head, hidden [B, T, C], labels [B, T], scale) -> the sum of the tokens' losses times scale, a scalar."""
@@ -40,14 +39,15 @@ def build(config: Config, layout: Layout, head_loss: HeadLoss) -> tuple[list[GPT
     `part.embed_out.loss(hidden, labels, scale)`: what the loss does with the head's weight then counts as its forward
     pass, for which its shards are gathered.
     """
+    forward = Forward(config, layout.device)
     if layout.size("pp") == 1:
         part = _part(config, layout, head_loss, range(config.model.num_hidden_layers))
-        return [part], _summed(_whole(part, config, layout), layout)
+        return [part], _summed(_whole(part, config, forward), layout)
     check_pipeline(config, layout)
     layers = layers_of_stages(config)
     stages = stages_of_rank(config.parallel, layout.rank("pp"))
     parts = {stage: _part(config, layout, head_loss, layers[stage]) for stage in stages}
-    return list(parts.values()), _summed(pipelined(parts, config, layout, _runner(config, layout)), layout)
+    return list(parts.values()), _summed(pipelined(parts, config, layout, forward), layout)
 
 
 def _part(config: Config, layout: Layout, head_loss: HeadLoss, layers: range) -> GPTNeoX:
@@ -79,24 +79,9 @@ def _summed(run_here: Callable[[Sequence[Any], float, bool], Tensor], layout: La
     return forward_backward
 
 
-def _runner(config: Config, layout: Layout) -> Run:
-    """The forward pass of a part, without the head: in the run's precision, with the dropout of the microbatch."""
-    dtype = resolve_dtype(config.train.dtype)
-
-    def run(
-        stage: int, part: GPTNeoX, x: Tensor, positions: Tensor, sample: Tensor, segments: Tensor | None = None
-    ) -> Tensor:
-        if part.training and any(config.model.dropout):
-            seed_dropout(config.train.seed, int(sample), stage)
-        with torch.autocast(layout.device.type, dtype, enabled=dtype != torch.float32):
-            return cast(Tensor, part(x, positions, segments=segments, head=False))
-
-    return run
-
-
-def _whole(model: GPTNeoX, config: Config, layout: Layout) -> Callable[[Sequence[Any], float, bool], Tensor]:
+def _whole(model: GPTNeoX, config: Config, forward: Forward) -> Callable[[Sequence[Any], float, bool], Tensor]:
     """Without a pipeline: microbatch after microbatch, forward and backward."""
-    device, dtype = layout.device, config.train.dtype
+    device = forward.device
     sharded = model if isinstance(model, FSDPModule) else None
 
     def forward_backward(batches: Sequence[Any], scale: float, backward: bool) -> Tensor:
@@ -106,13 +91,10 @@ def _whole(model: GPTNeoX, config: Config, layout: Layout) -> Callable[[Sequence
                 # One gather and one reduction a step, however many microbatches it takes.
                 sharded.set_requires_gradient_sync(number == len(batches))
                 sharded.set_reshard_after_backward(number == len(batches))
-            if model.training and any(config.model.dropout):
-                seed_dropout(config.train.seed, batch.first)
             segments = None if batch.segments is None else batch.segments.to(device)
             with torch.set_grad_enabled(backward):
-                with torch.autocast(device.type, resolve_dtype(dtype), enabled=dtype != "fp32"):
-                    hidden = model(batch.tokens.to(device), batch.positions.to(device), segments=segments, head=False)
-                    loss = model.embed_out.loss(hidden, batch.labels.to(device), scale)  # type: ignore[operator]
+                hidden = forward(model, batch.tokens.to(device), batch.positions.to(device), batch.first, segments)
+                loss = forward.loss(model, hidden, batch.labels.to(device), scale)
                 if backward:
                     loss.backward()
             total += loss.detach()
@@ -121,15 +103,6 @@ def _whole(model: GPTNeoX, config: Config, layout: Layout) -> Callable[[Sequence
         return total
 
     return forward_backward
-
-
-def seed_dropout(seed: int, sample: int, stage: int = 0) -> None:
-    """Set the random state that the microbatch beginning with `sample` drops by in a stage of the pipeline.
-
-    Of the data alone: a resumed run drops what the uninterrupted one did, ranks drop apart from each other.
-    """
-    digest = hashlib.sha256(f"{seed}:dropout:{sample}:{stage}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ Shapes: M microbatches, B sequences a microbatch, T tokens a sequence, C hidden.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from neox.config import Config, ParallelConfig
 from neox.counts import forward_flops, parameters
 from neox.model import GPTNeoX
+from neox.parallel.forward import Forward
 from neox.parallel.mesh import Layout
 from neox.parallel.shard import reshard
 from neox.runtime import resolve_dtype
@@ -31,9 +32,6 @@ SCHEDULES: dict[str, Any] = {
     "dualpipev": pipelining.ScheduleDualPipeV,
 }
 V_SHAPED = ("zbv", "dualpipev")
-
-Run = Callable[..., Tensor]
-"""(stage number, part, tokens [B, T] or hidden [B, T, C], positions, sample, segments) -> hidden [B, T, C]."""
 
 
 def layers_of_stages(config: Config) -> list[range]:
@@ -96,7 +94,7 @@ def check_pipeline(config: Config, layout: Layout) -> None:
 
 
 def pipelined(
-    parts: Mapping[int, GPTNeoX], config: Config, layout: Layout, run: Run
+    parts: Mapping[int, GPTNeoX], config: Config, layout: Layout, forward: Forward
 ) -> Callable[[Sequence[Any], float, bool], Tensor]:
     """The callable that runs a step's microbatches through the stages, of which `parts` are here.
 
@@ -111,8 +109,7 @@ def pipelined(
     scale_now = 1.0
 
     def loss_of(hidden: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(device.type, resolve_dtype(config.train.dtype), enabled=config.train.dtype != "fp32"):
-            return parts[last].embed_out.loss(hidden, labels, scale_now)  # type: ignore[operator]
+        return forward.loss(parts[last], hidden, labels, scale_now)
 
     @cache
     def schedule(count: int, rows: int) -> Any:
@@ -128,7 +125,7 @@ def pipelined(
                 input_args=hidden if number else tokens,
                 output_args=hidden,
                 group=group,
-                run=run,
+                forward=forward,
             )
             for number, part in parts.items()
         ]
@@ -141,7 +138,7 @@ def pipelined(
         tokens, labels, inputs = _joined(batches, device)
         if not backward:
             shape = _hidden(parts, config, len(tokens) // len(batches))
-            return _forward_only(parts, parallel, group, run, loss_of, shape, len(batches), tokens, labels, inputs)
+            return _forward_only(parts, parallel, group, forward, loss_of, shape, len(batches), tokens, labels, inputs)
         losses: list[Tensor] | None = [] if last in parts else None
         schedule(len(batches), len(tokens) // len(batches)).step(
             *([tokens] if 0 in parts else []),
@@ -156,14 +153,15 @@ def pipelined(
 
 
 class _Stage(pipelining.PipelineStage):
-    """A stage whose forward pass `run` makes, in the run's precision and with its dropout."""
+    """A stage that runs as `forward` says."""
 
-    def __init__(self, *args: Any, run: Run, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, forward: Forward, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.run = run
+        self.forward = forward
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.run(self.stage_index, self.submod, *args, **kwargs)
+        (x,) = args
+        return self.forward(cast(GPTNeoX, self.submod), x, stage=self.stage_index, **kwargs)
 
 
 def _joined(batches: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -202,7 +200,7 @@ def _forward_only(
     parts: Mapping[int, GPTNeoX],
     parallel: ParallelConfig,
     group: dist.ProcessGroup,
-    run: Run,
+    forward: Forward,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     hidden: Tensor,
     count: int,
@@ -229,12 +227,8 @@ def _forward_only(
                 continue
             following = stage + 1, micro
             if stage in parts:
-                out = run(
-                    stage,
-                    parts[stage],
-                    waiting.pop((stage, micro)),
-                    **{name: chunks[micro] for name, chunks in split.items()},
-                )
+                mine = {name: chunks[micro] for name, chunks in split.items()}
+                out = forward(parts[stage], waiting.pop((stage, micro)), stage=stage, **mine)
                 if stage + 1 == parallel.stages:
                     total += loss_of(out, targets[micro])
                 elif stage + 1 in parts:

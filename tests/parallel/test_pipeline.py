@@ -19,6 +19,7 @@ from tests.train.helpers import TINY, rows, tensors, token_pair
 
 FOUR = ("num_hidden_layers=4", "hidden_size=16", "micro_batch_size=1")
 EIGHT = ("num_hidden_layers=8", *FOUR[1:])
+PIPELINE = ("parallel.pp=2",)
 SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
 
 
@@ -62,10 +63,17 @@ def test_schedules_on_four(tmp_path, schedule, options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("schedule", ["interleaved_1f1b", "interleaved_zero_bubble", "zbv"])
+def test_fewer_microbatches_than_stages(tmp_path, schedule, batch):
+    compare(tmp_path, 2, *PIPELINE, f"parallel.schedule={schedule}", f"global_batch_size={batch}", *FOUR)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "options"),
     [
-        (8, ("parallel.pp=2", "parallel.dp_replicate=2", "global_batch_size=8")),
+        (8, ("parallel.pp=2", "parallel.dp_replicate=2", "global_batch_size=8", "micro_batch_size=1")),
         (2, ("parallel.pp=2", "data.segments=true", "activation_checkpointing=selective")),
         (2, ("parallel.pp=2", "parallel.schedule=interleaved_1f1b", "parallel.stages_per_rank=4", *EIGHT)),
         (2, ("parallel.pp=2", "parallel.stage_layers=[1,3]", "local_layers=[1,3]", "local_window=8", *FOUR)),
@@ -97,8 +105,6 @@ def test_16_bits(tmp_path, world, dtype, options):
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
-
-PIPELINE = ("parallel.pp=2",)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ def build_and_run(rank: int) -> None:
             out = part(tokens if stage == 0 else hidden, positions, head=False)
             assert (out.shape, out.dtype) == (hidden.shape, hidden.dtype)
             loss = part.embed_out.loss(out, tokens, 1.0) if stage == PP - 1 else out
-        loss.backward(torch.ones_like(loss))
+        # A loss whose graph goes looks at a number on a CPU, of which there is none here.
+        loss.backward(torch.ones_like(loss), retain_graph=True)
     if stage:
         assert hidden.grad.shape == hidden.shape
     for name, parameter in named.items():
