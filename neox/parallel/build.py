@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from neox.config import Config
 from neox.model import GPTNeoX, initial_value
 from neox.parallel.blocks import checkpoint_blocks, compile_blocks
+from neox.parallel.context import split_batch, split_sequences
 from neox.parallel.mesh import Layout
+from neox.parallel.plan import apply_plan
 from neox.parallel.shard import reshard, shard
 from neox.runtime import resolve_dtype
 
@@ -44,6 +46,7 @@ def build(config: Config, layout: Layout, head_loss: HeadLoss) -> tuple[list[GPT
     if config.train.compile:
         compile_blocks(model)
     setattr(model.embed_out, "loss", MethodType(head_loss, model.embed_out))  # noqa: B010 (mypy takes it for a tensor)
+    split(model, config, layout)
     shard(model, config, layout)
     model.to_empty(device=layout.device)
     model.tie()
@@ -65,6 +68,8 @@ def _whole(model: GPTNeoX, config: Config, layout: Layout) -> ForwardBackward:
                 sharded.set_reshard_after_backward(number == len(batches))
             if model.training and any(config.model.dropout):
                 seed_dropout(config.train.seed, batch.first)
+            if layout.size("cp") > 1:
+                batch = split_batch(batch, layout.rank("cp"), layout.size("cp"))
             segments = None if batch.segments is None else batch.segments.to(device)
             with torch.set_grad_enabled(backward):
                 with torch.autocast(device.type, resolve_dtype(dtype), enabled=dtype != "fp32"):
@@ -75,11 +80,29 @@ def _whole(model: GPTNeoX, config: Config, layout: Layout) -> ForwardBackward:
             total += loss.detach()
         if not backward:
             reshard(model)
-        if layout.dp_size > 1:
+        if layout.mesh is not None:
+            # Processes of tensor parallelism have the same loss each: it counts once.
+            total *= layout.rank("tp") == 0
             dist.all_reduce(total)
         return total
 
     return forward_backward
+
+
+def split(model: GPTNeoX, config: Config, layout: Layout) -> None:
+    """Tensor and context parallelism; before `shard`. ValueError where they could not do what one process does."""
+    tensor, context = layout.axis("tp"), layout.axis("cp")
+    if tensor is None and context is None:
+        return
+    key = "parallel.tp" if tensor is not None else "parallel.cp"
+    if any(config.model.dropout):
+        raise ValueError(f"{key}: processes would drop other values than one does: set model's dropouts to 0")
+    if config.train.compile:
+        raise ValueError(f"{key}: cannot be compiled yet: set train.compile=false")
+    if tensor is not None:
+        apply_plan(model, config, tensor)
+    if context is not None:
+        split_sequences(model, context.get_group())
 
 
 def seed_dropout(seed: int, sample: int) -> None:

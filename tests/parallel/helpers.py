@@ -8,8 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from neox.checkpoint import complete_steps
+from neox.config import Config, load_config
+from neox.train import Trainer
+from tests.train.helpers import TINY, rows, tensors, token_pair
 
 LIMIT = 180  # seconds: only to end a test that would never end
 
@@ -56,3 +63,57 @@ def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], arg
     except BaseException:
         (folder / f"{rank}.error").write_text(traceback.format_exc())
         os._exit(1)
+
+
+# AdamW divides by the root of a moment that may be next to nothing: at its usual eps rounding alone moves weights.
+STEADY = ("optim.eps=1e-3", "steps=3", "checkpoint.every=0", "checkpoint.early=1", "clip=0.3", "schedule.warmup=0")
+
+
+def config(folder: Path, out: str, *options: str) -> Config:
+    prefix = folder / "train"
+    if not prefix.with_suffix(".idx").exists():
+        token_pair(prefix)
+    return load_config(overrides=(*TINY, *STEADY, f"data.train={prefix}", f"out={folder / out}", *options))
+
+
+def fit(settings: Config, resume: bool = False) -> dict[str, torch.Tensor]:
+    """Train, and return the gradients of the last step, whole."""
+    found = {}
+
+    def note(trainer: Trainer, step: int) -> None:
+        if not step:
+            plain = trainer.forward_backward
+
+            def noted(batches, scale, backward=True):
+                loss = plain(batches, scale, backward)
+                if not backward:
+                    return loss
+                for name, parameter in trainer.model.named_parameters():
+                    gradient = parameter.grad
+                    whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+                    found[name] = whole.clone()
+                return loss
+
+            trainer.forward_backward = noted
+
+    assert Trainer(settings, resume=resume, hooks=(note,), quiet=True).fit().finished
+    return found
+
+
+def compare(folder: Path, world: int, *options: str, tolerance: float = 1e-6) -> None:
+    """One process and `world` of them: rows, gradients of the last step, weights and optimizer state after it."""
+    alone = fit(config(folder, "alone", *(o for o in options if not o.startswith("parallel."))))
+    found = together(world, folder / "ranks", fit, config(folder, "many", *options))
+    for gradients in found:
+        assert gradients.keys() == alone.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, alone[name], rtol=0, atol=tolerance, msg=name)
+    one, many = rows(folder / "alone"), rows(folder / "many")
+    assert len(one) == len(many) == 3
+    for a, b in zip(one, many, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=tolerance)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=4 * tolerance)
+    first, second = (tensors(complete_steps(folder / run)[-1], folder) for run in ("alone", "many"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=tolerance, msg=name)
