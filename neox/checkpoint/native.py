@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from neox.checkpoint.huggingface import CheckpointError, read_json
-from neox.config import Config, load_config
+from neox.config import Config, load_config, without_code
 from neox.files import sync_folder, write_synced
 from neox.model import GPTNeoX
 from neox.runtime import Processes
@@ -163,7 +163,7 @@ def read_step(folder: Path) -> tuple[Config, dict[str, Any]]:
         raise CheckpointError(f"{folder / 'state.json'}: step or samples is no number; {DAMAGED}")
     for old in range(version, FORMAT_VERSION):
         state = UPGRADES[old](state)
-    return load_config(files=[folder / "config.toml"]), state
+    return without_code(load_config(files=[folder / "config.toml"])), state
 
 
 class _TensorsOnly(pickle.Unpickler):
