@@ -95,14 +95,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the loss was differentiated before: its gradients are given away once")
         if torch._C._autograd._get_current_graph_task_keep_graph():
             # Pipelines that split the backward pass come back for the weight's gradient.
-            return (*(None if g is None else g * grads[0] for g in gradients), *(None,) * 5)
+            return (*(None if g is None else g * grads[0] for g in gradients), *(None,) * 6)
         ctx.gradients = None
         if grads[0].is_cuda or grads[0] != 1:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grads[0])
             gradient = None
-        return (gradients.pop(0), gradients.pop(0), gradients.pop(0), None, None, None, None, None, None)
+        return (gradients.pop(0), gradients.pop(0), gradients.pop(0), *(None,) * 6)
 
 
 def _split_error(logits: Tensor, index: Tensor, group: ProcessGroup) -> Tensor:
