@@ -510,6 +510,11 @@ class Config(Section):
         return tomli_w.dumps({"preset": plain(self.preset), **tables})
 
 
+def without_code(config: Config) -> Config:
+    """A config from beside weights: an import string in it is not believed (design D14)."""
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"plan": None})})
+
+
 SECTIONS.update(
     (name, field.annotation)
     for name, field in Config.model_fields.items()

@@ -88,12 +88,15 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(0)  # each [B, H, T, D]
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v, context.positions)  # [B, H, S, D]
-        mask = context.local_mask if self.local else context.mask
+        out = self.attend(q, k, v, context.local_mask if self.local else context.mask)
+        return cast(Tensor, self.dense(out.transpose(1, 2).reshape(B, T, -1)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention's result [B, H, T, D]; context parallelism puts another in its place, which gathers keys first."""
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, dropout_p=dropout
         )
-        return cast(Tensor, self.dense(out.transpose(1, 2).reshape(B, T, -1)))
 
 
 def dropped(x: Tensor, fraction: float, training: bool) -> Tensor:
@@ -154,12 +157,14 @@ class Block(nn.Module):
         )
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
-        # The seam where a tensor-parallel plan reduces both branches at once (design D4).
-        self.branches = nn.Identity()
+        # The seams where a tensor-parallel plan reduces for both branches at once (design D4): the gradient of what
+        # they read, and the sum of what they give.
+        self.fork, self.branches = nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        normed = self.input_layernorm(x)
-        with recomputed(normed, self.input_layernorm, x, self.recompute):
+        read = self.fork(x)
+        normed = self.input_layernorm(read)
+        with recomputed(normed, self.input_layernorm, read, self.recompute):
             attended = dropped(self.attention(normed, context), self.dropout, self.training)
             if self.parallel and self.post_attention_layernorm is None:
                 fed = dropped(self.mlp(normed), self.dropout, self.training)
@@ -167,8 +172,9 @@ class Block(nn.Module):
         assert self.post_attention_layernorm is not None
         if not self.parallel:
             x = x + attended
-        normed = self.post_attention_layernorm(x)
-        with recomputed(normed, self.post_attention_layernorm, x, self.recompute):
+            read = self.fork(x)
+        normed = self.post_attention_layernorm(read)
+        with recomputed(normed, self.post_attention_layernorm, read, self.recompute):
             fed = dropped(self.mlp(normed), self.dropout, self.training)
         return x + (cast(Tensor, self.branches(fed + attended)) if self.parallel else fed)
 
@@ -185,6 +191,7 @@ class GPTNeoX(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.masks = attention_masks  # a seam: a process of context parallelism has a part of the row
         self.tie()
 
     def keep(self, layers: range) -> None:
@@ -239,7 +246,7 @@ class GPTNeoX(nn.Module):
         if config.rotary_dim:
             cos, sin = rotary_angles(positions, config.rotary_dim, config.rotary_emb_base)
             rotation = cos.to(x.dtype), sin.to(x.dtype)
-        mask, local_mask = attention_masks(config, positions, cache, segments)
+        mask, local_mask = self.masks(config, positions, cache, segments)
         context = Context(rotation, mask, local_mask, cache, positions)
         for layer in self.layers:
             x = layer(x, context)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from neox.checkpoint.huggingface import CheckpointError, read_json
-from neox.config import Config, load_config
+from neox.config import Config, load_config, without_code
 from neox.files import sync_folder, write_synced
 from neox.model import GPTNeoX
 from neox.runtime import Processes
@@ -165,7 +165,7 @@ def read_step(folder: Path) -> tuple[Config, dict[str, Any]]:
         state = UPGRADES[old](state)
     if not isinstance(state.get("updates"), int) or not isinstance(state.get("loss_scaler"), dict):
         raise CheckpointError(f"{folder / 'state.json'}: updates or loss_scaler is missing; {DAMAGED}")
-    return load_config(files=[folder / "config.toml"]), state
+    return without_code(load_config(files=[folder / "config.toml"])), state
 
 
 class _TensorsOnly(pickle.Unpickler):

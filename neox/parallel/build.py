@@ -13,9 +13,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from neox.config import Config
 from neox.model import GPTNeoX, initial_value
 from neox.parallel.blocks import checkpoint_blocks, compile_blocks
+from neox.parallel.context import split_batch, split_sequences
 from neox.parallel.forward import Forward
 from neox.parallel.mesh import Layout
 from neox.parallel.pipeline import check_pipeline, layers_of_stages, pipelined, stages_of_rank
+from neox.parallel.plan import apply_plan
 from neox.parallel.shard import reshard, shard
 
 HeadLoss = Callable[..., Tensor]
@@ -60,6 +62,7 @@ def _part(config: Config, layout: Layout, head_loss: HeadLoss, layers: range) ->
         compile_blocks(model)
     if model.embed_out is not None:
         setattr(model.embed_out, "loss", MethodType(head_loss, model.embed_out))  # noqa: B010 (mypy takes it for a tensor)
+    split(model, config, layout)
     shard(model, config, layout)
     model.to_empty(device=layout.device)
     model.tie()
@@ -68,15 +71,36 @@ def _part(config: Config, layout: Layout, head_loss: HeadLoss, layers: range) ->
 
 
 def _summed(run_here: Callable[[Sequence[Any], float, bool], Tensor], layout: Layout) -> ForwardBackward:
-    """The sum over all processes of the losses that `run_here` gives on each."""
+    """The sum over all processes of the losses that `run_here` gives on each, of its part of the sequences."""
 
     def forward_backward(batches: Sequence[Any], scale: float, backward: bool = True) -> Tensor:
+        if layout.size("cp") > 1:
+            batches = [split_batch(batch, layout.rank("cp"), layout.size("cp")) for batch in batches]
         total = run_here(batches, scale, backward)
-        if layout.processes.world > 1:
+        if layout.rank("tp"):
+            # Processes of tensor parallelism have the same loss each: it counts once.
+            total = torch.zeros_like(total)
+        if layout.mesh is not None:
             dist.all_reduce(total)
         return total
 
     return forward_backward
+
+
+def split(model: GPTNeoX, config: Config, layout: Layout) -> None:
+    """Tensor and context parallelism; before `shard`. ValueError where they could not do what one process does."""
+    tensor, context = layout.axis("tp"), layout.axis("cp")
+    if tensor is None and context is None:
+        return
+    key = "parallel.tp" if tensor is not None else "parallel.cp"
+    if any(config.model.dropout):
+        raise ValueError(f"{key}: processes would drop other values than one does: set model's dropouts to 0")
+    if config.train.compile:
+        raise ValueError(f"{key}: cannot be compiled yet: set train.compile=false")
+    if tensor is not None:
+        apply_plan(model, config, tensor)
+    if context is not None:
+        split_sequences(model, context.get_group())
 
 
 def _whole(model: GPTNeoX, config: Config, forward: Forward) -> Callable[[Sequence[Any], float, bool], Tensor]:

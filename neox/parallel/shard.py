@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from neox.config import Config
@@ -15,17 +16,24 @@ from neox.runtime import resolve_dtype
 def shard(model: GPTNeoX, config: Config, layout: Layout) -> None:
     """ZeRO by fully_shard, a group a block; nothing where one rank reads all samples.
 
+    Processes that share sequences hold gradients of their own parts, as those that read other samples do: both axes
+    count as one here.
+
     The head is a group of its own. A tied head lies in the root group with the embedding, which stays gathered from
     the model's forward pass to the end of its backward pass. Gradients are added over ranks, not averaged.
     """
-    if layout.mesh is None or layout.dp_size == 1:
+    if layout.mesh is None or layout.dp_size * layout.size("cp") == 1:
         return
     kind = config.train.dtype
     precision = MixedPrecisionPolicy() if kind == "fp32" else MixedPrecisionPolicy(resolve_dtype(kind), torch.float32)
-    # On a mesh of two axes gradients are reduced twice, over shards and over copies.
-    axes = ("dp_replicate", "dp_shard") if layout.size("dp_replicate") > 1 else ("dp_shard",)
+    mesh = layout.mesh["dp_shard"]
+    if layout.size("cp") > 1:
+        mesh = layout.mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    if layout.size("dp_replicate") > 1:
+        # On a mesh of two axes gradients are reduced twice, over shards and over copies.
+        mesh = DeviceMesh._concatenate([layout.mesh["dp_replicate"], mesh])
     options: dict[str, Any] = {
-        "mesh": layout.mesh[axes],
+        "mesh": mesh,
         "mp_policy": precision,
         "reshard_after_forward": config.parallel.zero == 3,
     }

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from neox.data.loader import IGNORED
+from neox.parallel.collectives import gather
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -32,6 +35,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
         learning: bool,
+        group: ProcessGroup | None,
     ) -> Tensor:
         # needs_input_grad says what requires a gradient, also where none is being recorded.
         need_hidden, need_weight, need_bias = (learning and need for need in ctx.needs_input_grad[:3])
@@ -56,11 +60,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             learn = need_hidden or need_weight or need_bias
-            for block in slices(len(h), rows_at_once):
-                log_p, at = torch.log_softmax(logits[block], dim=-1, out=logits[block]), index[block]
-                total -= (log_p.gather(1, at) * factor[block]).sum()
-                if learn:
-                    log_p.exp_().scatter_add_(1, at, torch.full_like(at, -1.0, dtype=log_p.dtype))
+            if group is not None:
+                total -= (_split_error(logits, index, group) * factor[:, 0]).sum()
+            else:
+                for block in slices(len(h), rows_at_once):
+                    log_p, at = torch.log_softmax(logits[block], dim=-1, out=logits[block]), index[block]
+                    total -= (log_p.gather(1, at) * factor[block]).sum()
+                    if learn:
+                        log_p.exp_().scatter_add_(1, at, torch.full_like(at, -1.0, dtype=log_p.dtype))
             if not learn:
                 continue
             error = logits  # p - onehot(label), by now
@@ -88,14 +95,38 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the loss was differentiated before: its gradients are given away once")
         if torch._C._autograd._get_current_graph_task_keep_graph():
             # Pipelines that split the backward pass come back for the weight's gradient.
-            return (*(None if g is None else g * grads[0] for g in gradients), *(None,) * 5)
+            return (*(None if g is None else g * grads[0] for g in gradients), *(None,) * 6)
         ctx.gradients = None
         if grads[0].is_cuda or grads[0] != 1:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grads[0])
             gradient = None
-        return (gradients.pop(0), gradients.pop(0), gradients.pop(0), None, None, None, None, None)
+        return (gradients.pop(0), gradients.pop(0), gradients.pop(0), None, None, None, None, None, None)
+
+
+def _split_error(logits: Tensor, index: Tensor, group: ProcessGroup) -> Tensor:
+    """log p(label) [N] over all columns, where `logits` [N, V / n] are this process's; they become p - onehot(label).
+
+    Three numbers a token go to all processes, in one message: the largest logit here, the sum of exp(logit - largest)
+    and the label's logit, zero where it is another's.
+    """
+    columns = logits.shape[1]
+    last = columns * group.size() - 1
+    torch._assert_async(((index >= 0) & (index <= last)).all(), "a label is no token")
+    at = index - group.rank() * columns
+    mine = (at >= 0) & (at < columns)
+    at = torch.where(mine, at, 0)
+    label = logits.gather(1, at) * mine
+    largest = logits.amax(dim=1, keepdim=True)
+    logits.sub_(largest).exp_()
+    own = torch.cat((largest, logits.sum(dim=1, keepdim=True), label), dim=1)
+    found = gather(own, 0, group).unflatten(0, (group.size(), -1))
+    largest_of_all = found[:, :, 0].amax(dim=0)
+    total = (found[:, :, 1] * (found[:, :, 0] - largest_of_all).exp()).sum(dim=0)
+    logits.mul_(((largest[:, 0] - largest_of_all).exp() / total)[:, None])
+    logits.scatter_add_(1, at, -mine.to(logits.dtype))
+    return found[:, :, 2].sum(dim=0) - largest_of_all - total.log()
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
@@ -111,17 +142,27 @@ def cross_entropy(
     hidden [..., C] are the model's final states (`head=False`), labels [...] are token ids, -100 where no loss is
     taken. `scale` is applied before the gradients are formed, so a mean costs no extra pass: pass 1 / valid tokens.
     Under autocast the products run in its type; statistics, loss and the accumulated gradients stay float32.
+
+    Where a head's weight is a distributed tensor its rows, the vocabulary, are split over processes that call this
+    together with the same states. All get the whole sum; the gradient for `hidden` is a part of a sum over them.
     """
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    group = None
+    if isinstance(weight, DTensor):
+        group = weight.device_mesh.get_group()
+        weight, bias = weight.to_local(), bias.to_local() if isinstance(bias, DTensor) else None
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
         return _ChunkedCrossEntropy.apply(
             hidden.reshape(-1, hidden.shape[-1]),
-            head.weight,
-            head.bias,
+            weight,
+            bias,
             labels.reshape(-1),
             chunk,
             scale,
             dtype,
             torch.is_grad_enabled(),
+            group,
         )

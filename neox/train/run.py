@@ -10,6 +10,7 @@ from typing import Any
 
 from neox.checkpoint import complete_steps
 from neox.config import Config, load_config
+from neox.options import parse_override
 from neox.runtime import Processes
 
 
@@ -17,12 +18,20 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
     """The config that a resumed run goes on with: its own, overrides on top.
 
     RUN/config.toml holds what the run was last started or resumed with; a copy without it has its newest checkpoint's.
-    Raises ValueError where the directory holds neither.
+    Raises ValueError where the directory holds neither, and where it names a `parallel.plan` that `overrides` do not:
+    what a directory holds is never imported on its own word.
     """
     files = [run / "config.toml", *(step / "config.toml" for step in reversed(complete_steps(run)))]
     kept = next((file for file in files if file.is_file()), None)
     if kept is None:
         raise ValueError(f"{run}: holds no run (no config.toml): start one with `neox train ... out={run}`")
+    overrides = list(overrides)
+    named = load_config(files=[kept]).parallel.plan
+    if named and not any(parse_override(text)[:2] == ("parallel", "plan") for text in overrides):
+        raise ValueError(
+            f"{kept}: parallel.plan is {named!r}, which is code: name it again to use it, parallel.plan={named}, "
+            "or go without it, parallel.plan=none"
+        )
     config = load_config(files=[kept], overrides=overrides)
     # The run may have been moved: it is where it was found.
     return config.model_copy(update={"log": config.log.model_copy(update={"out": str(run)})})

@@ -1,0 +1,140 @@
+"""Collective operations that a gradient passes through: each one's backward pass is its conjugate.
+
+    forward              backward             where
+    copy: nothing        all-reduce           a whole tensor enters work that is split
+    reduce: all-reduce   nothing              the results' parts become a whole tensor
+    gather               reduce-scatter       a tensor split along a dim becomes whole for work that is split
+    scatter_sum          gather               parts are summed, each process keeps a slice
+    join: gather         own slice            split results become a tensor that all go on with alike
+    whole: nothing       all-reduce           parameters that all hold, used for work that is split
+
+The first four are f, g and their sequence-parallel forms in Megatron-LM (arXiv 1909.08053, 2205.05198). Plain
+collectives on plain tensors, because torch's differentiable ones are wrong on gloo or not public.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def copy(x: Tensor, group: ProcessGroup) -> Tensor:
+    """x itself; its gradient is the sum of the processes'."""
+    return cast(Tensor, _Copy.apply(x, group))
+
+
+def reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of x over the processes, written over x."""
+    return cast(Tensor, _Reduce.apply(x, group))
+
+
+def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """The processes' x one after the other along `dim`; the gradients are summed, and each takes its slice of them."""
+    return cast(Tensor, _Gather.apply(x, dim, group))
+
+
+def scatter_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """This process's slice along `dim` of the sum of x over the processes."""
+    return cast(Tensor, _ScatterSum.apply(x, dim, group))
+
+
+def join(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """The processes' x one after the other along `dim`, for what all of them then do alike."""
+    return cast(Tensor, _Join.apply(x, dim, group))
+
+
+def whole(parameters: list[Tensor], group: ProcessGroup) -> tuple[Tensor, ...]:
+    """The parameters; their gradients are summed over the processes, all in one message."""
+    return cast(tuple[Tensor, ...], _Whole.apply(group, *parameters))
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        summed = grads[0].clone(memory_format=torch.contiguous_format)  # others may hold the same gradient
+        dist.all_reduce(summed, group=ctx.group)
+        return summed, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(grads[0], ctx.dim, ctx.group), None, None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _all_gather(grads[0], ctx.dim, ctx.group), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()], None, None
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        message = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(message, group=ctx.group)
+        parts = message.split([grad.numel() for grad in grads])
+        return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
+
+
+# torch 2.11 knows only the names that 2.13 calls deprecated.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    parts = x.new_empty(group.size(), *x.shape)
+    _all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group)
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
+    mine = torch.empty_like(parts[0])
+    _reduce_scatter_single(mine, parts.flatten(0, 1), group=group)
+    return mine

@@ -1,0 +1,87 @@
+"""Context parallelism: each process holds a part of every sequence and attends over all of it.
+
+Shapes: B batch, H heads, T time, D head_dim, n processes, c = T / 2n.
+
+A sequence is cut into 2n slices of c tokens. Process r has slices r and 2n-1-r: its queries see r+1 and 2n-r slices
+of keys, 2n+1 in all, as many as any other's. Keys and values are gathered; their gradients, summed, go back to where
+they belong (all-gather, reduce-scatter), which is exact and needs no kernel but the usual ones.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from neox.cache import KVCache
+from neox.config import ModelConfig
+from neox.model import Attention, GPTNeoX, attention_masks
+from neox.parallel import collectives
+
+
+def own_slices(x: Tensor, rank: int, size: int, dim: int = 1) -> Tensor:
+    """The two slices along `dim` that process `rank` of `size` has."""
+    slices = x.chunk(2 * size, dim)
+    return torch.cat((slices[rank], slices[2 * size - 1 - rank]), dim)
+
+
+def ordered(x: Tensor, size: int, dim: int) -> Tensor:
+    """A sequence in its order, from the parts of all processes one after the other."""
+    slices = x.chunk(2 * size, dim)
+    return torch.cat(slices[::2] + slices[1::2][::-1], dim)
+
+
+def split_batch(batch: Any, rank: int, size: int) -> Any:
+    """The batch with the tokens, labels, positions and segments that are this process's."""
+    return replace(
+        batch,
+        tokens=own_slices(batch.tokens, rank, size),
+        labels=own_slices(batch.labels, rank, size),
+        positions=own_slices(batch.positions, rank, size),
+        segments=None if batch.segments is None else own_slices(batch.segments, rank, size),
+    )
+
+
+def split_sequences(model: GPTNeoX, group: ProcessGroup) -> None:
+    """Make the model, or a part of it, take such batches."""
+    model.masks = partial(_masks, group=group)
+    for block in model.layers:
+        attention = block.attention
+        assert isinstance(attention, Attention)
+        # Of the instance: the method stands for one process.
+        attention.__dict__["attend"] = partial(_attend, scale=attention.scale, group=group)
+
+
+def _masks(
+    config: ModelConfig, positions: Tensor, cache: KVCache | None, segments: Tensor | None, group: ProcessGroup
+) -> tuple[Tensor | None, Tensor | None]:
+    """`attention_masks`' rows for own queries, [B, 1, T / n, T]; keys stand in the sequence's order."""
+    assert cache is None, "training alone splits sequences"
+    rank, size = group.rank(), group.size()
+    order = torch.arange(positions.shape[1] * size, device=positions.device)[None]
+    if segments is not None:
+        segments = ordered(collectives.gather(segments, 1, group), size, 1)
+    masks = attention_masks(config, order, None, segments)
+    global_mask, local_mask = (None if mask is None else own_slices(mask, rank, size, dim=2) for mask in masks)
+    return global_mask, local_mask
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None, group: ProcessGroup
+) -> Tensor:
+    """Attention of own queries over all keys and values; each [B, H, T / n, D]."""
+    rank, size = group.rank(), group.size()
+    k, v = ordered(collectives.gather(torch.stack((k, v)), 3, group), size, 3)
+    c = q.shape[2] // 2
+    outputs = []
+    for own, place in ((slice(0, c), rank), (slice(c, 2 * c), 2 * size - 1 - rank)):
+        seen = (place + 1) * c  # none of the keys after it
+        bias = causal_lower_right(c, seen) if mask is None else mask[:, :, own, :seen]
+        outputs.append(
+            F.scaled_dot_product_attention(q[:, :, own], k[:, :, :seen], v[:, :, :seen], attn_mask=bias, scale=scale)
+        )
+    return torch.cat(outputs, dim=2)
