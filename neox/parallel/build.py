@@ -71,14 +71,16 @@ def _part(config: Config, layout: Layout, head_loss: HeadLoss, layers: range) ->
 
 
 def _summed(run_here: Callable[[Sequence[Any], float, bool], Tensor], layout: Layout) -> ForwardBackward:
-    """The sum over all processes of the losses that `run_here` gives on each."""
+    """The sum over all processes of the losses that `run_here` gives on each, of its part of the sequences."""
 
     def forward_backward(batches: Sequence[Any], scale: float, backward: bool = True) -> Tensor:
         if layout.size("cp") > 1:
             batches = [split_batch(batch, layout.rank("cp"), layout.size("cp")) for batch in batches]
         total = run_here(batches, scale, backward)
+        if layout.rank("tp"):
+            # Processes of tensor parallelism have the same loss each: it counts once.
+            total = torch.zeros_like(total)
         if layout.processes.world > 1:
-            total *= layout.rank("tp") == 0  # processes of tensor parallelism have the same loss each: it counts once
             dist.all_reduce(total)
         return total
 

@@ -62,6 +62,29 @@ def test_schedules_on_four(tmp_path, schedule, options):
     compare(tmp_path, 4, f"parallel.schedule={schedule}", *options, *held_out(tmp_path))
 
 
+TP = ("parallel.pp=2", "parallel.tp=2", "model.vocab_size=64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", *SCHEDULES])
+def test_stages_of_split_matrices(tmp_path, schedule):
+    compare(tmp_path, 4, *TP, f"parallel.schedule={schedule}", *FOUR, "log.norms=true", *held_out(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (4, (*TP, "parallel.sequence_parallel=true", *FOUR)),
+        (4, ("parallel.pp=2", "parallel.cp=2", *FOUR)),
+        (8, (*TP, "global_batch_size=7", *FOUR)),
+        (8, (*TP, "global_batch_size=8", "parallel.schedule=interleaved_zero_bubble", *FOUR)),
+    ],
+)
+def test_stages_on_meshes_of_more_axes(tmp_path, world, options):
+    compare(tmp_path, world, *options, *held_out(tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("schedule", ["interleaved_1f1b", "interleaved_zero_bubble", "zbv"])
