@@ -117,3 +117,8 @@ def compare(folder: Path, world: int, *options: str, tolerance: float = 1e-6) ->
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=tolerance, msg=name)
+
+
+def cut(settings: Config, stop: int) -> Config:
+    """The same run, ended early."""
+    return settings.model_copy(update={"train": settings.train.model_copy(update={"steps": stop})})

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from neox.checkpoint import complete_steps
-from neox.config import Config
 from neox.parallel import layout
 from neox.runtime import Processes
-from tests.parallel.helpers import compare, config, fit, together
+from tests.parallel.helpers import compare, config, cut, fit, together
 from tests.train.helpers import rows, token_pair
 
 
@@ -41,11 +40,6 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     together(2, tmp_path / "ranks", fit, settings, True)
     for a, b in zip(rows(tmp_path / "alone"), rows(tmp_path / "moved"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-6), a["step"]
-
-
-def cut(settings: Config, stop: int) -> Config:
-    """The same run, ended early."""
-    return settings.model_copy(update={"train": settings.train.model_copy(update={"steps": stop})})
 
 
 def test_validation_is_that_of_one_process(tmp_path):
