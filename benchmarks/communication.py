@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def data_parallel(config: Config, axis: str = "dp_shard", n: int = 2) -> Traffic
 
 
 def context_parallel(config: Config) -> Traffic:
-    """Keys and values of each block, and their gradients; the rest is data parallelism over the same processes."""
+    """Keys and values of each block, and their gradients. Where dp_shard is 1 ZeRO is over the same processes."""
     n = config.parallel.cp
     moved = int((n - 1) / n * MICROBATCHES * L * 2 * 4 * B * T * C)
     return Counter({("cp", "all-gather"): moved, ("cp", "reduce-scatter"): moved})
@@ -158,7 +159,7 @@ MESHES: list[tuple[str, int, tuple[str, ...], list[Formula]]] = [
     ("FSDP2, zero=1", 2, ("parallel.zero=1",), [data_parallel]),
     ("FSDP2, zero=2", 2, ("parallel.zero=2",), [data_parallel]),
     ("FSDP2, zero=3", 2, ("parallel.zero=3",), [data_parallel]),
-    ("CP2, zero=1", 2, ("parallel.cp=2",), [context_parallel, lambda c: data_parallel(c, "dp_shard x cp")]),
+    ("CP2, zero=1", 2, ("parallel.cp=2",), [context_parallel, partial(data_parallel, axis="cp")]),
 ]
 """Name, processes, options, and what its traffic is the sum of."""
 
