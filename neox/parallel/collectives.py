@@ -26,7 +26,7 @@ def copy(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of x over the processes, written over x."""
+    """The sum of x over the processes."""
     return cast(Tensor, _Reduce.apply(x, group))
 
 
@@ -66,9 +66,9 @@ class _Copy(torch.autograd.Function):
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.mark_dirty(x)
-        dist.all_reduce(x, group=group)
-        return x
+        summed = x.clone(memory_format=torch.contiguous_format)  # where a hook looks on, x may not be written to
+        dist.all_reduce(summed, group=group)
+        return summed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from neox.cache import KVCache
 from neox.config import ModelConfig
@@ -67,6 +66,10 @@ def _masks(
         segments = ordered(collectives.gather(segments, 1, group), size, 1)
     masks = attention_masks(config, order, None, segments)
     global_mask, local_mask = (None if mask is None else own_slices(mask, rank, size, dim=2) for mask in masks)
+    if global_mask is None:
+        # A causal kernel wants queries that begin where keys do. Ours sits at the end of the keys that it sees.
+        own = own_slices(order, rank, size)
+        global_mask = (own[:, :, None] >= order[:, None, :])[:, None]
     return global_mask, local_mask
 
 
@@ -74,14 +77,13 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None, group: ProcessGroup
 ) -> Tensor:
     """Attention of own queries over all keys and values; each [B, H, T / n, D]."""
+    assert mask is not None, "made by _masks"
     rank, size = group.rank(), group.size()
     k, v = ordered(collectives.gather(torch.stack((k, v)), 3, group), size, 3)
     c = q.shape[2] // 2
     outputs = []
     for own, place in ((slice(0, c), rank), (slice(c, 2 * c), 2 * size - 1 - rank)):
         seen = (place + 1) * c  # none of the keys after it
-        bias = causal_lower_right(c, seen) if mask is None else mask[:, :, own, :seen]
-        outputs.append(
-            F.scaled_dot_product_attention(q[:, :, own], k[:, :, :seen], v[:, :, :seen], attn_mask=bias, scale=scale)
-        )
+        keys, values, seen_by = k[:, :, :seen], v[:, :, :seen], mask[:, :, own, :seen]
+        outputs.append(F.scaled_dot_product_attention(q[:, :, own], keys, values, attn_mask=seen_by, scale=scale))
     return torch.cat(outputs, dim=2)

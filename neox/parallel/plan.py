@@ -36,14 +36,15 @@ def plan(config: Config) -> Plan:
     """
     split = config.parallel.sequence_parallel
     seam = config.model.use_parallel_residual
+    learned: Plan = {"embed_positions": CopiedEmbedding(split)} if config.model.position_embedding == "learned" else {}
+    norms = ["input_layernorm"] if config.model.shared_layer_norm else ["input_layernorm", "post_attention_layernorm"]
     return {
         "embed_in": VocabularyEmbedding(split),
-        "embed_positions": CopiedEmbedding(split),
+        **learned,
         "layers.*": ParallelBranches(split),
-        "layers.*.input_layernorm": Norm(split),
+        **{f"layers.*.{norm}": Norm(split) for norm in norms},
         "layers.*.attention.query_key_value": ColumnParallel(),  # rows [head, q|k|v, head_dim]: whole heads each
         "layers.*.attention.dense": RowParallel(split, seam),
-        "layers.*.post_attention_layernorm": Norm(split),
         "layers.*.mlp.dense_h_to_4h": ColumnParallel(),
         "layers.*.mlp.dense_4h_to_h": RowParallel(split, seam),
         "final_layer_norm": Norm(split, copy=True),

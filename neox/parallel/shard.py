@@ -1,5 +1,6 @@
 """Data parallelism: parameters, gradients and optimizer state split over the ranks that read different samples."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ def shard(model: GPTNeoX, config: Config, layout: Layout) -> None:
     """
     if layout.mesh is None or layout.dp_size * layout.size("cp") == 1:
         return
+    # That a norm over two axes takes two messages, torch would say on every process of every run.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     kind = config.train.dtype
     precision = MixedPrecisionPolicy() if kind == "fp32" else MixedPrecisionPolicy(resolve_dtype(kind), torch.float32)
     mesh = layout.mesh["dp_shard"]

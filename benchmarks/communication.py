@@ -1,0 +1,206 @@
+"""Bytes that a process sends in a step, by mesh axis and collective: counted on real gloo runs, beside the formula.
+
+    python benchmarks/communication.py
+
+Nothing is timed. A message of S bytes over n processes counts as a ring sends it: (n-1)/n S for a gather or a
+reduce-scatter (S: the whole), twice that for an all-reduce. Counted is one step of forward and backward passes of
+MICROBATCHES microbatches; sums for log lines and clipping, a few bytes, come on top.
+
+B sequences a microbatch, T tokens, C hidden, L blocks, V vocabulary, P parameters, m microbatches; bytes of fp32.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neox.config import Config, load_config
+from neox.data import Batch
+from neox.model import GPTNeoX
+from neox.parallel import Layout, build, layout
+from neox.parallel.mesh import AXES
+from neox.runtime import Processes
+from neox.train import cross_entropy
+
+B, T, C, L, V, MICROBATCHES = 2, 64, 64, 4, 256, 3
+SHAPE = (
+    f"model.vocab_size={V}",
+    f"hidden_size={C}",
+    f"num_hidden_layers={L}",
+    "num_attention_heads=4",
+    f"seq_length={T}",
+    f"micro_batch_size={B}",
+    "loss_chunk=32",
+    "device=cpu",
+)
+KINDS = {
+    "allreduce": "all-reduce",
+    "allgather": "all-gather",
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+}
+Traffic = Counter[tuple[str, str]]
+"""(axis, collective) -> bytes sent."""
+
+
+class Recorder(TorchDispatchMode):
+    """Notes each collective inside: axis, kind, and the bytes of the largest tensor that it reads or writes."""
+
+    def __init__(self, place: Layout) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, str, int]] = []
+        self.axes = {"": ("world", dist.get_world_size())}
+        for axis in AXES:
+            if mesh := place.axis(axis):
+                self.axes[mesh.get_group().group_name] = axis, mesh.size()
+        if place.mesh is not None and place.size("cp") > 1:
+            flat = place.mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+            self.axes.setdefault(flat.get_group().group_name, ("dp_shard x cp", flat.size()))
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        kind = next((KINDS[word] for word in KINDS if word in name), None)
+        if name.startswith(("c10d::", "_c10d_functional::")) and kind:
+            tensors, group = [], ""
+            for value in (*args, *(kwargs or {}).values(), result):
+                for item in value if isinstance(value, list | tuple) else [value]:
+                    tensors += item if isinstance(item, list) else [item] if isinstance(item, torch.Tensor) else []
+                if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
+                    group = dist.ProcessGroup.unbox(value).group_name
+                elif isinstance(value, str) and value in self.axes:
+                    group = value
+            axis, size = self.axes.get(group, self.axes[""])
+            largest = max(tensor.numel() * tensor.element_size() for tensor in tensors)
+            share = largest * (size - 1) // size
+            self.calls.append((axis, kind, 2 * share if kind == "all-reduce" else share))
+        return result
+
+    def traffic(self, least: int = 0) -> Traffic:
+        """Bytes by axis and kind, of messages above `least` bytes."""
+        found: Traffic = Counter()
+        for axis, kind, size in self.calls:
+            if size > least:
+                found[axis, kind] += size
+        return found
+
+
+def run(options: tuple[str, ...]) -> Traffic:
+    """One step on this rank."""
+    config = load_config(overrides=(*SHAPE, *options))
+    place = layout(config.parallel, Processes(dist.get_rank(), dist.get_world_size()), torch.device("cpu"))
+
+    def loss(head: Any, hidden: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+        return cross_entropy(hidden, head, labels, chunk=config.train.loss_chunk, scale=scale)
+
+    _, forward_backward = build(config, place, loss)
+    tokens = torch.arange(B * T).view(B, T) % V
+    batches = [Batch(tokens, tokens, torch.arange(T).expand(B, -1))] * MICROBATCHES
+    with Recorder(place) as recorder:
+        forward_backward(batches, 1.0)
+    return recorder.traffic(least=16)
+
+
+def tensor_parallel(config: Config) -> Traffic:
+    """Embedding, blocks, final norm; three numbers a token for the loss; the norms' gradients."""
+    n, m, x = config.parallel.tp, MICROBATCHES, 4 * B * T * C
+    share = (n - 1) / n
+    norms = m * (2 * L + 1) * 2 * C * 4
+    loss = m * 3 * B * T * 4 * n
+    if not config.parallel.sequence_parallel:
+        wide = m * ((L + 1) + (L + 1)) * x  # forward; backward
+        return Counter({("tp", "all-reduce"): int(2 * share * (wide + norms)), ("tp", "all-gather"): int(share * loss)})
+    gathers = m * (2 * L + 1 + (L + 1) + 2 * L) * x  # forward; backward; norms made again
+    sums = m * ((L + 1) + (2 * L + 1)) * x
+    biases = m * L * 2 * C * 4
+    return Counter(
+        {
+            ("tp", "all-gather"): int(share * (gathers + loss)),
+            ("tp", "reduce-scatter"): int(share * sums),
+            ("tp", "all-reduce"): int(2 * share * (norms + biases)),
+        }
+    )
+
+
+def data_parallel(config: Config, axis: str = "dp_shard", n: int = 2) -> Traffic:
+    """Parameters gathered, gradients reduced: once a step, with ZeRO-2 and 3 once a microbatch."""
+    with torch.device("meta"):
+        model = GPTNeoX(config.model)
+    size = {name: 4 * sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    whole = sum(size.values())
+    zero, m = config.parallel.zero, MICROBATCHES
+    # ZeRO-3 gathers a block and the head once more for the backward pass: the last block of it stays.
+    gathered = {1: whole, 2: m * whole, 3: m * (whole + size["layers"] + size["embed_out"])}[zero]
+    reduced = whole if zero == 1 else m * whole
+    share = (n - 1) / n
+    return Counter({(axis, "all-gather"): int(share * gathered), (axis, "reduce-scatter"): int(share * reduced)})
+
+
+def context_parallel(config: Config) -> Traffic:
+    """Keys and values of each block, and their gradients. Where dp_shard is 1 ZeRO is over the same processes."""
+    n = config.parallel.cp
+    moved = int((n - 1) / n * MICROBATCHES * L * 2 * 4 * B * T * C)
+    return Counter({("cp", "all-gather"): moved, ("cp", "reduce-scatter"): moved})
+
+
+Formula = Callable[[Config], Traffic]
+MESHES: list[tuple[str, int, tuple[str, ...], list[Formula]]] = [
+    ("TP2", 2, ("parallel.tp=2",), [tensor_parallel]),
+    ("TP2 + SP", 2, ("parallel.tp=2", "parallel.sequence_parallel=true"), [tensor_parallel]),
+    ("FSDP2, zero=1", 2, ("parallel.zero=1",), [data_parallel]),
+    ("FSDP2, zero=2", 2, ("parallel.zero=2",), [data_parallel]),
+    ("FSDP2, zero=3", 2, ("parallel.zero=3",), [data_parallel]),
+    ("CP2, zero=1", 2, ("parallel.cp=2",), [context_parallel, partial(data_parallel, axis="cp")]),
+]
+"""Name, processes, options, and what its traffic is the sum of."""
+
+
+def expected(options: tuple[str, ...], formulas: list[Formula]) -> Traffic:
+    config = load_config(overrides=(*SHAPE, *options))
+    return sum((formula(config) for formula in formulas), Counter())
+
+
+def _rank(rank: int, world: int, store: str, options: tuple[str, ...], found: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    traffic = run(options)
+    if not rank:
+        found.put(traffic)
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    forks = multiprocessing.get_context("fork")
+    wrong = 0
+    print(f"{'mesh':<16}{'axis':<16}{'collective':<16}{'counted':>12}{'formula':>12}")
+    for name, world, options, formulas in MESHES:
+        with tempfile.TemporaryDirectory() as folder:
+            queue = forks.Queue()
+            ranks = [
+                forks.Process(target=_rank, args=(rank, world, str(Path(folder) / "store"), options, queue))
+                for rank in range(world)
+            ]
+            for process in ranks:
+                process.start()
+            counted = queue.get(timeout=120)
+            for process in ranks:
+                process.join()
+        formula = expected(options, formulas)
+        for axis, kind in sorted(counted | formula):
+            wrong += counted[axis, kind] != formula[axis, kind]
+            print(f"{name:<16}{axis:<16}{kind:<16}{counted[axis, kind]:>12,}{formula[axis, kind]:>12,}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""Tensor and sequence parallelism, the loss over a split vocabulary: what one process computes, with few messages."""
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn import functional as F
+
+import neox
+from benchmarks.communication import Recorder
+from neox.checkpoint import read_step
+from neox.config import ConfigError, load_config
+from neox.parallel import build, layout
+from neox.parallel.plan import plan
+from neox.runtime import Processes
+from neox.train import cross_entropy
+from neox.train.run import run_config
+from tests.parallel.helpers import compare, config, cut, fit, together
+from tests.train.helpers import ROOT, TINY, complete, rows, tensors
+
+TP2 = "parallel.tp=2"
+SP = (TP2, "parallel.sequence_parallel=true")
+SERIAL = "use_parallel_residual=false"
+TIED = "tie_word_embeddings=true"
+GPTJ = ("shared_layer_norm=true", "qkv_bias=false", "dense_bias=false", "head_bias=true")
+GPTNEO = (SERIAL, TIED, "position_embedding=learned", "local_layers=[1]", "local_window=8", "qkv_bias=false")
+
+
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (2, (TP2, TIED)),
+        (2, (*SP, "activation_checkpointing=selective")),
+        (2, (*SP, *GPTNEO)),
+        (4, (TP2, "parallel.zero=3", *GPTJ, "log.norms=true")),
+        pytest.param(2, (TP2,), marks=pytest.mark.slow),
+        pytest.param(2, (TP2, SERIAL, "mlp_bias=false"), marks=pytest.mark.slow),
+        pytest.param(2, (TP2, *GPTJ, "optim.name=muon"), marks=pytest.mark.slow),
+        pytest.param(2, (*SP, *GPTJ, "activation_checkpointing=full"), marks=pytest.mark.slow),
+        pytest.param(2, (*SP, SERIAL, "activation_checkpointing=full", "data.segments=true"), marks=pytest.mark.slow),
+        pytest.param(4, ("num_attention_heads=4", "parallel.tp=4"), marks=pytest.mark.slow),
+        pytest.param(4, (*SP, "parallel.zero=1", "micro_batch_size=1", "optim.name=muon"), marks=pytest.mark.slow),
+        pytest.param(4, (TP2, "parallel.dp_replicate=2", "global_batch_size=7"), marks=pytest.mark.slow),
+    ],
+)
+def test_many_processes_equal_one(tmp_path, world, options):
+    compare(tmp_path, world, *options)
+
+
+# --- how many messages -----------------------------------------------------------------------------------------------
+
+
+def messages(*options: str) -> dict[str, int]:
+    """Collectives of the model's forward pass, of the loss's, and of the backward pass of both, on four layers."""
+    settings = load_config(overrides=(*TINY, "num_hidden_layers=4", *options))
+    processes = Processes(dist.get_rank(), dist.get_world_size())
+    place = layout(settings.parallel, processes, torch.device("cpu"))
+
+    def loss(head, hidden, labels, scale):
+        return cross_entropy(hidden, head, labels, chunk=64, scale=scale)
+
+    (model,), _ = build(settings, place, loss)
+    tokens = torch.arange(64).view(2, 32)
+    found: dict[str, int] = {}
+
+    def counted(name, call):
+        with Recorder(place) as recorder:
+            result = call()
+        for _, kind, _ in recorder.calls:
+            key = f"{name} {kind}"
+            found[key] = found.get(key, 0) + 1
+        return result
+
+    hidden = counted("model", lambda: model(tokens, head=False))
+    value = counted("loss", lambda: model.embed_out.loss(hidden, tokens, 1.0))
+    counted("backward", value.backward)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Forward: the embedding, one a block. Backward: one a block, the final norm, and as many vectors as norms.
+        ((), {"model all-reduce": 5, "loss all-gather": 1, "backward all-reduce": 4 + 1 + 9}),
+        ((SERIAL,), {"model all-reduce": 9, "loss all-gather": 1, "backward all-reduce": 8 + 1 + 9}),
+        (
+            ("parallel.sequence_parallel=true",),
+            {
+                "model reduce-scatter": 5,
+                "model all-gather": 9,
+                "loss all-gather": 1,
+                "backward reduce-scatter": 9,
+                # The conjugate of the forward's, and the norms' outputs, which are made again instead of being kept.
+                "backward all-gather": 5 + 8,
+                "backward all-reduce": 9 + 4,  # norms, and what a block's biases are added to
+            },
+        ),
+    ],
+    ids=["parallel", "serial", "sequence"],
+)
+def test_a_parallel_block_reduces_once_each_way(tmp_path, options, expected):
+    for found in together(2, tmp_path, messages, TP2, *options):
+        assert found == expected
+
+
+# --- the loss over a split vocabulary --------------------------------------------------------------------------------
+
+
+def check_split_loss() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    size = mesh.size()
+
+    @settings(max_examples=60, derandomize=True, database=None, deadline=None)
+    @given(
+        labels=st.lists(st.sampled_from([-100, 0, 7, 8, 9, 15, 16 * size // 2 - 1, 8 * size - 1]), max_size=13),
+        chunk=st.integers(1, 15),
+        biased=st.booleans(),
+        scale=st.sampled_from([1.0, 0.25, 4096.0]),
+        spread=st.sampled_from([1.0, 30.0]),
+        seed=st.integers(0, 99),
+    )
+    def check(labels, chunk, biased, scale, spread, seed):
+        random = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(len(labels), 6, generator=random, requires_grad=True)
+        weight = (spread * torch.randn(8 * size, 6, generator=random)).requires_grad_()
+        bias = torch.randn(8 * size, generator=random).requires_grad_() if biased else None
+        index = torch.tensor(labels, dtype=torch.int64)
+        expected = F.cross_entropy(
+            F.linear(hidden.double(), weight.double(), None if bias is None else bias.double()), index, reduction="sum"
+        )
+        (expected * scale).backward()
+        head = torch.nn.Linear(6, 8 * size, bias=biased)
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is not None:
+                part = distribute_tensor(value.detach(), mesh, [Shard(0)], src_data_rank=None)
+                setattr(head, name, torch.nn.Parameter(part))
+        states = hidden.detach().clone().requires_grad_()
+        found = cross_entropy(states, head, index, chunk=chunk, scale=scale)
+        found.backward()
+        # Logits are rounded in proportion to the weights, gradients multiply that by the weights once more.
+        near = partial(torch.testing.assert_close, rtol=1e-6, atol=2e-6 * scale * spread**2)
+        near(found.detach(), (expected * scale).detach().float())
+        dist.all_reduce(states.grad)
+        near(states.grad, hidden.grad)
+        if labels:
+            near(head.weight.grad.full_tensor(), weight.grad)
+            if biased:
+                near(head.bias.grad.full_tensor(), bias.grad)
+        assert torch.equal(found, cross_entropy(states.detach(), head, index, chunk=chunk, scale=scale))
+
+    check()
+    head = torch.nn.Linear(6, 8 * size, bias=False)
+    head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)], src_data_rank=None))
+    for wrong in (8 * size, -1):
+        with pytest.raises(RuntimeError, match="a label is no token"):
+            cross_entropy(torch.zeros(1, 6), head, torch.tensor([wrong]))
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_loss_over_a_split_vocabulary(tmp_path, world):
+    together(world, tmp_path, check_split_loss)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["one to two", "two to one"])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, order):
+    more = ("steps=6", "schedule.min_lr=1e-3")
+    fit(config(tmp_path, "alone", *more))
+    split, whole = config(tmp_path, "moved", *more, *SP), config(tmp_path, "moved", *more)
+    if order == "two to one":
+        together(2, tmp_path / "ranks", fit, cut(split, 3))
+        fit(whole, True)
+    else:
+        fit(cut(whole, 3))
+        together(2, tmp_path / "ranks", fit, split, True)
+    for a, b in zip(rows(tmp_path / "alone"), rows(tmp_path / "moved"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-6), a["step"]
+
+
+def logits_and_save(settings) -> torch.Tensor:
+    """Train; what the split model says of some tokens."""
+    found = []
+
+    def note(trainer, step):
+        if step == trainer.config.train.steps:
+            with torch.no_grad():
+                found.append(trainer.model(torch.arange(32)[None]))
+
+    from neox.train import Trainer
+
+    Trainer(settings, hooks=(note,), quiet=True).fit()
+    return found[0]
+
+
+def test_what_is_trained_split_is_read_whole(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    settings = config(tmp_path, "run", TP2, "steps=2")
+    first, second = together(2, tmp_path / "ranks", logits_and_save, settings)
+    assert torch.equal(first, second)
+    model, _ = neox.load(tmp_path / "run")
+    neox.save(model, tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.arange(32)[None]), first, rtol=0, atol=1e-6)
+        torch.testing.assert_close(theirs(torch.arange(32)[None]).logits, first, rtol=0, atol=1e-5)
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+CALLED = []
+
+
+def other_plan(config):
+    """neox's table, and what it was asked for."""
+    CALLED.append(config)
+    return plan(config)
+
+
+def leaves_out(config):
+    return {name: style for name, style in plan(config).items() if "norm" not in name}
+
+
+def misspelt(config):
+    return plan(config) | {"layers.*.branch": plan(config)["embed_in"]}
+
+
+def no_plan(config):
+    return ["embed_in"]
+
+
+def built(*options: str) -> str:
+    """What building says on this rank; without an error how often `other_plan` was asked."""
+    settings = load_config(overrides=(*TINY, *options))
+    place = layout(settings.parallel, Processes(dist.get_rank(), dist.get_world_size()), torch.device("cpu"))
+    try:
+        build(settings, place, lambda *_: None)
+    except ValueError as error:
+        return str(error)
+    return str(len(CALLED))
+
+
+def built_all(cases: list[tuple[str, ...]]) -> list[str]:
+    return [built(*options) for options in cases]
+
+
+def test_plans_and_refusals(tmp_path):
+    here = "parallel.plan=tests.parallel.test_tensor_parallel"
+    cases = {
+        (TP2,): "0",
+        (TP2, f"{here}:other_plan"): "1",
+        (TP2, f"{here}:leaves_out"): "leaves layers.0.input_layernorm.weight out: give the style of 'layers.0.input",
+        (TP2, f"{here}:misspelt"): "'layers.*.branch' matches no module of the model",
+        (TP2, f"{here}:no_plan"): "must return a dict from patterns to ParallelStyle",
+        (TP2, f"{here}:absent"): "has no function absent",
+        (TP2, "parallel.plan=no_such_package:plan"): "No module named 'no_such_package'",
+        (TP2, "parallel.plan=plan"): 'must be "package:function"',
+        (TP2, "hidden_dropout=0.1"): "parallel.tp: processes would drop other values than one does",
+        ("parallel.cp=2", "attention_dropout=0.1"): "parallel.cp: processes would drop other values than one does",
+        (TP2, "train.compile=true"): "parallel.tp: cannot be compiled yet: set train.compile=false",
+    }
+    for found in together(2, tmp_path, built_all, list(cases)):
+        for said, expected in zip(found, cases.values(), strict=True):
+            assert expected in said
+
+
+def test_a_plan_counts_from_the_command_line_only(tmp_path):
+    (tmp_path / "trap.py").write_text("open('sprung', 'w')\ndef plan(config): return {}\n")
+    settings = config(tmp_path, "run", "steps=1")
+    fit(settings)
+    named = settings.model_copy(update={"parallel": settings.parallel.model_copy(update={"plan": "trap:plan"})})
+    for file in (tmp_path / "run" / "config.toml", complete(tmp_path / "run")[0] / "config.toml"):
+        file.write_text(named.to_toml())
+    with pytest.raises(ValueError, match=r"config.toml: parallel.plan is 'trap:plan', which is code"):
+        run_config(tmp_path / "run")
+    assert run_config(tmp_path / "run", ["plan=none"]).parallel.plan is None
+    assert run_config(tmp_path / "run", ["parallel.plan=trap:plan"]).parallel.plan == "trap:plan"
+    assert read_step(complete(tmp_path / "run")[0])[0].parallel.plan is None
+    script = "import neox; neox.load('run'); from neox import cli; exit(cli.main(['train', 'resume=run']))"
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1
+    assert "which is code" in found.stderr
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("parallel.tp=3",), r"^parallel.tp: 3 does not divide model.num_attention_heads \(4\): choose a tp that"),
+        (("parallel.tp=2", "intermediate_size=33"), r"^parallel.tp: 2 does not divide model.intermediate_size \(33\)"),
+        (("parallel.tp=4", "model.vocab_size=50257"), r"model.vocab_size \(50257\): raise it to 50260"),
+        (("parallel.cp=3",), r"^parallel.cp: 3 cuts a sequence into 6 slices, .* data.seq_length \(256\)"),
+        (("parallel.sequence_parallel=true",), r"^parallel.sequence_parallel: .* set tp"),
+        ((*SP, "seq_length=33"), r"^parallel.sequence_parallel: tp=2 does not divide the 33 tokens of data.seq_length"),
+        ((*SP, "parallel.cp=3", "seq_length=6"), None),
+        (("parallel.tp=4", "parallel.cp=2", "parallel.sequence_parallel=true", "seq_length=12"), r"the 6 tokens"),
+    ],
+)
+def test_what_does_not_come_out_even(options, expected):
+    if expected is None:
+        load_config(overrides=options)
+        return
+    with pytest.raises(ConfigError, match=expected):
+        load_config(overrides=options)
+
+
+def test_axes_multiply_up_to_the_processes(tmp_path):
+    settings = load_config(overrides=(TP2, "parallel.pp=3", "parallel.cp=2"))
+    with pytest.raises(ValueError, match=r"^parallel.pp=3 x parallel.cp=2 x parallel.tp=2 is 12 processes, 8 run"):
+        layout(settings.parallel, Processes(0, 8), torch.device("cpu"))
+
+
+def test_tensors_are_stored_whole(tmp_path):
+    together(2, tmp_path / "ranks", fit, config(tmp_path, "run", TP2, "steps=1"))
+    stored = tensors(complete(tmp_path / "run")[0], tmp_path)
+    assert stored["model.layers.0.attention.query_key_value.weight"].shape == (96, 32)
