@@ -136,7 +136,7 @@ def run_directory(folder, **state):
     """A run with one complete step."""
     network = GPTNeoX(ModelConfig(vocab_size=97, hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
     config = Config(model=network.config)
-    return save_step(folder, network.initialize(), [], config, {"step": 3, "samples": 48, **state})
+    return save_step(folder, [network.initialize()], [], config, {"step": 3, "samples": 48, **state})
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -294,7 +294,7 @@ def test_a_run_directory_and_a_step_folder_load_as_the_model_that_was_trained(tm
     networks = {}
     for step in (0, 100, 20):
         networks[step] = ours(seed=step, **config.model.model_dump())
-        save_step(run, networks[step], [], config, {"step": step, "samples": step})
+        save_step(run, [networks[step]], [], config, {"step": step, "samples": step})
     tokenizer.save(run / "tokenizer.json")
     (run / "step_00000200").mkdir()  # of a writer that was killed: no .metadata
     for source, step in ((run, 100), (run / "step_00000020", 20), (str(run / "step_00000000"), 0)):

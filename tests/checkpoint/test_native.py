@@ -195,7 +195,7 @@ def test_flipped_bytes_of_metadata_are_refused_or_harmless(whole, tmp_path):
         (step / ".metadata").write_bytes(damaged)
         model = GPTNeoX(config.model)
         try:
-            load_tensors(step, model, build_optimizers(model, config.optim))
+            load_tensors(step, [model], build_optimizers(model, config.optim))
         except CheckpointError:
             refusals += 1
         else:
@@ -287,16 +287,16 @@ def test_a_checkpoint_that_is_half_removed_does_not_read_as_complete(run, monkey
     config, state = read_step(run / "step_00000004")
     model = GPTNeoX(config.model)
     optimizers = build_optimizers(model, config.optim)
-    load_tensors(run / "step_00000004", model, optimizers)
+    load_tensors(run / "step_00000004", [model], optimizers)
 
     def sync(folder):
         if folder == run:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("neox.checkpoint.native.sync_folder", sync)
+    monkeypatch.setattr("neox.checkpoint.writer.sync_folder", sync)
     monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **named: None)
     with pytest.raises(OSError, match="Input/output error: nothing was kept of this checkpoint"):
-        save_step(run, model, optimizers, config, state | {"step": 5})
+        save_step(run, [model], optimizers, config, state | {"step": 5})
     assert (run / "step_00000005" / "__0_0.distcp").exists()
     assert [path.name for path in complete_steps(run)] == ["step_00000002", "step_00000004"]
 
