@@ -43,6 +43,7 @@ __all__ = [
     "load_initial",
     "load_newest",
     "load_tensors",
+    "newest_sound",
     "prune",
     "read_step",
     "save",

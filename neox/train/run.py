@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint import complete_steps
+from neox.checkpoint import complete_steps, newest_sound, read_step
 from neox.config import Config, load_config
 from neox.runtime import Processes
 
@@ -19,10 +19,16 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
     RUN/config.toml holds what the run was last started or resumed with; a copy without it has its newest checkpoint's.
     Raises ValueError where the directory holds neither.
     """
-    files = [run / "config.toml", *(step / "config.toml" for step in reversed(complete_steps(run)))]
-    kept = next((file for file in files if file.is_file()), None)
-    if kept is None:
-        raise ValueError(f"{run}: holds no run (no config.toml): start one with `neox train ... out={run}`")
+    kept = run / "config.toml"
+    if not kept.is_file():
+        if not complete_steps(run):
+            raise ValueError(f"{run}: holds no run (no config.toml): start one with `neox train ... out={run}`")
+
+        def use(step: Path) -> Path:
+            read_step(step)
+            return step / "config.toml"
+
+        kept = newest_sound(run, use)
     config = load_config(files=[kept], overrides=overrides)
     # The run may have been moved: it is where it was found.
     return config.model_copy(update={"log": config.log.model_copy(update={"out": str(run)})})
