@@ -100,7 +100,7 @@ class Saver:
 
     def poll(self) -> None:
         """Look after the write in flight, without waiting for it."""
-        if self._flight and self.processes.sum(not self._flight.is_alive()) == self.processes.world:
+        if self._flight and self.processes.sum(int(not self._flight.is_alive())) == self.processes.world:
             self.wait()
 
     def wait(self) -> None:
