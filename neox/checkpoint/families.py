@@ -67,10 +67,13 @@ def _half_rotation_order(config: ModelConfig) -> Tensor:
 
 
 def fuse(config: ModelConfig, parts: list[Tensor]) -> Tensor:
-    """q, k, v [H * D, ...] -> [H * 3 * D, ...] in the order [head, q|k|v, head_dim]; a single part passes through."""
+    """q, k, v [H * D, ...] -> [H * 3 * D, ...] in the order [head, q|k|v, head_dim]; a single part passes through.
+
+    H may be some of the heads.
+    """
     if len(parts) == 1:
         return parts[0]
-    split = [part.unflatten(0, (config.num_attention_heads, config.head_dim)) for part in parts]
+    split = [part.unflatten(0, (-1, config.head_dim)) for part in parts]
     if config.model_type == "gptj":
         order = _half_rotation_order(config).to(parts[0].device)
         split = [split[0][:, order], split[1][:, order], split[2]]

@@ -9,7 +9,7 @@ import os
 import shutil
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,24 +49,59 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def find(source: str | Path) -> Path:
+    """The folder of that name, or the hub's for an id such as EleutherAI/pythia-160m@step3000."""
+    folder = Path(source)
+    if not folder.exists():
+        folder = _fetch(str(source))
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; give the folder that holds config.json, or a run directory")
+    return folder
+
+
+def _fetch(source: str) -> Path:
+    """The hub's folder for an id such as EleutherAI/pythia-160m@step3000."""
+    name, _, revision = source.partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{source}: no such folder, and no hub id of the form OWNER/MODEL")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        found = Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*wanted, "*.bin*"]))
+    except Exception as error:  # the hub's library lets those of its transport, of several libraries, through
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{source}: cannot be fetched from the hub ({reason}); is {os.path.curdir}/{source} meant?"
+        ) from None
+    return found
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """What the config.json of a Hugging Face folder says."""
+    try:
+        return families.read_config(read_json(folder / "config.json"))
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+
+
 def load_huggingface(folder: Path, device: str = "cpu", dtype: str | torch.dtype | None = None) -> GPTNeoX:
     """The model of a Hugging Face folder, in evaluation mode.
 
     dtype None keeps the stored one on an accelerator and takes float32 on a CPU, where 16-bit products are slow.
     Raises CheckpointError naming the tensors that are missing, left over or of another shape, or the file that is cut.
     """
-    try:
-        config = families.read_config(read_json(folder / "config.json"))
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    files = _weight_files(folder)
+    config = read_config(folder)
+    files = weight_files(folder)
     with torch.device("meta"):
         model = GPTNeoX(config)
     names = dict(model.named_parameters())
     wanted = {theirs: name for name in names for theirs in families.their_names(config, name)}
-    _check_names(folder, config, set(wanted), set(files))
+    check_names(folder, config, set(wanted), set(files))
     place = resolve_device(device)
     if dtype is None and place.type == "cpu":
         dtype = torch.float32
@@ -107,7 +142,7 @@ def _assign(model: GPTNeoX, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value))
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
+def weight_files(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     for index, single in (
         ("model.safetensors.index.json", "model.safetensors"),
@@ -132,7 +167,7 @@ def _plain_name(file: object) -> bool:
     return isinstance(file, str) and bool(file) and Path(file).name == file
 
 
-def _broken(path: Path, error: Exception) -> CheckpointError:
+def broken(path: Path, error: Exception) -> CheckpointError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CheckpointError(f"{path}: cannot be read ({reason}); it is truncated or no weight file, fetch it again")
 
@@ -145,16 +180,16 @@ def _names_in(path: Path) -> list[str]:
             with safe_open(path, "pt") as file:
                 return list(file.keys())
         except SafetensorError as error:
-            raise _broken(path, error) from None
-    return list(_read_bin(path))
+            raise broken(path, error) from None
+    return list(read_bin(path))
 
 
-def _read_bin(path: Path) -> dict[str, Tensor]:
+def read_bin(path: Path) -> dict[str, Tensor]:
     try:
         # torch before 1.6 wrote no zip file; only a zip file can be mapped.
         content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:
-        raise _broken(path, error) from None
+        raise broken(path, error) from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: holds more than named tensors; it is no model's pytorch_model.bin")
     return content
@@ -168,7 +203,7 @@ def _stream(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
         by_file[path].append(name)
     for path, names in sorted(by_file.items()):
         if path.suffix != ".safetensors":
-            content = _read_bin(path)
+            content = read_bin(path)
             for name in names:
                 if name not in content:
                     raise CheckpointError(f"{path}: the index names tensor {name}, which is not in the file")
@@ -179,10 +214,10 @@ def _stream(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
                 for name in names:
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
-            raise _broken(path, error) from None
+            raise broken(path, error) from None
 
 
-def _check_names(folder: Path, config: ModelConfig, wanted: set[str], stored: set[str]) -> None:
+def check_names(folder: Path, config: ModelConfig, wanted: set[str], stored: set[str]) -> None:
     canonical = {families.canonical(config, name) for name in stored}
     missing = sorted(wanted - canonical)
     extra = sorted(name for name in canonical - wanted if not families.IGNORED.search(name))
@@ -204,6 +239,22 @@ def save_huggingface(
     The folder appears whole or not at all. An older checkpoint under that name is replaced; a folder that holds
     anything else is left alone with a ValueError. A failed write (full disk) leaves no trace and raises OSError.
     """
+    parameters = dict(model.named_parameters())
+    dtype = next(iter(parameters.values())).dtype
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    write_huggingface(model.config, dtype, shapes, lambda name: parameters[name].detach(), path, tokenizer, shard_bytes)
+
+
+def write_huggingface(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    shapes: Mapping[str, torch.Size],
+    read: Callable[[str], Tensor],
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    shard_bytes: int,
+) -> None:
+    """`save_huggingface` for weights that are fetched when their shard is written: `read(name)`, once each."""
     path = Path(path).resolve()  # a link stays one, and "." has a name
     if path.exists():
         strangers = [] if path.is_dir() else [path.name]
@@ -214,18 +265,18 @@ def save_huggingface(
                 f"{path}: holds {sorted(strangers)[0]!r}, which is no part of a checkpoint: choose another"
             )
     eos = tokenizer.eod_id if tokenizer else 0
-    config = families.write_config(model.config, next(model.parameters()).dtype, eos)
+    written = families.write_config(config, dtype, eos)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir()
-        _write_weights(model, fresh, shard_bytes)
-        _write_json(fresh / "config.json", config)
+        _write_weights(config, dtype, shapes, read, fresh, shard_bytes)
+        _write_json(fresh / "config.json", written)
         _write_json(fresh / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos})
         if tokenizer:
             tokenizer.save(fresh / "tokenizer.json")
-            _write_json(fresh / "tokenizer_config.json", _tokenizer_config(model.config, tokenizer))
+            _write_json(fresh / "tokenizer_config.json", _tokenizer_config(config, tokenizer))
         _sync_files(fresh)
     except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -260,21 +311,26 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_weights(model: GPTNeoX, folder: Path, shard_bytes: int) -> None:
+def _write_weights(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    shapes: Mapping[str, torch.Size],
+    read: Callable[[str], Tensor],
+    folder: Path,
+    shard_bytes: int,
+) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    shards: list[dict[str, Callable[[], Tensor]]] = [{}]
+    shards: list[list[str]] = [[]]
     sizes = [0]
-    for name, parameter in model.named_parameters():
-        names = families.their_names(model.config, name)
-        size = parameter.numel() * parameter.element_size()
+    for name, shape in shapes.items():
+        size = shape.numel() * dtype.itemsize
         if sizes[-1] and sizes[-1] + size > shard_bytes:
-            shards.append({})
+            shards.append([])
             sizes.append(0)
         sizes[-1] += size
-        for i, theirs in enumerate(names):
-            shards[-1][theirs] = _piece(model.config, parameter, i if len(names) > 1 else None)
+        shards[-1].append(name)
     weight_map = {}
     with byte_progress(sum(sizes) > SHOWN) as bar:
         task = bar.add_task("writing weights", total=sum(sizes))
@@ -283,23 +339,23 @@ def _write_weights(model: GPTNeoX, folder: Path, shard_bytes: int) -> None:
             if len(shards) > 1:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             try:
-                save_file({name: make() for name, make in shard.items()}, folder / file, metadata={"format": "pt"})
+                stored = dict(piece for name in shard for piece in _pieces(config, name, read))
+                save_file(stored, folder / file, metadata={"format": "pt"})
             except SafetensorError as error:
                 # safetensors reports a full disk under its own name; users and the CLI know OSError.
                 raise OSError(errno.EIO, str(error)) from None
-            weight_map.update(dict.fromkeys(shard, file))
+            weight_map.update(dict.fromkeys(stored, file))
+            del stored  # before the next shard is read
             bar.advance(task, size)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _piece(config: ModelConfig, parameter: Tensor, i: int | None) -> Callable[[], Tensor]:
-    def make() -> Tensor:
-        value = parameter.detach().cpu().contiguous()
-        return value if i is None else families.unfuse(config, value)[i]
-
-    return make
+def _pieces(config: ModelConfig, name: str, read: Callable[[str], Tensor]) -> Iterable[tuple[str, Tensor]]:
+    """The stored tensors that our parameter `name` becomes."""
+    theirs, value = families.their_names(config, name), read(name).cpu().contiguous()
+    return zip(theirs, families.unfuse(config, value) if len(theirs) > 1 else [value], strict=True)
 
 
 def _sync_files(folder: Path) -> None:

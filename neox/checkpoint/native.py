@@ -4,20 +4,20 @@
         __0_0.distcp ...   tensors under their full logical names: model.NAME, optim.NAME.STATE
         config.toml        the resolved config, accepted back verbatim
         state.json         format version, step, samples consumed
+        checksums.json     digests of all of these, and of .metadata
         .metadata          written last: the folder is complete exactly when this file exists
 
-Tensors are written by torch.distributed.checkpoint. Its .metadata is a pickle, so it is read here with an unpickler
-that admits the handful of classes that describe tensors and nothing else: loading executes nothing from a checkpoint.
+Tensors are written by torch.distributed.checkpoint (writer.py). Its .metadata is a pickle, so it is read here with an
+unpickler that admits the handful of classes that describe tensors and nothing else: loading executes nothing from a
+checkpoint.
 """
 
-import json
-import os
+import io
 import pickle
 import re
-import shutil
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -26,20 +26,25 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from neox.checkpoint import checksums
+from neox.checkpoint.checksums import Checksums, DamagedCheckpoint
 from neox.checkpoint.huggingface import CheckpointError, read_json
-from neox.config import Config, load_config, without_code
-from neox.files import sync_folder, write_synced
+from neox.config import Config, ModelConfig, load_config, without_code
 from neox.model import GPTNeoX
-from neox.runtime import Processes
+from neox.runtime import OtherProcessFailed, Processes
+from neox.tokenizer import Tokenizer
 
-FORMAT_VERSION = 2
-DAMAGED = "it is damaged: remove the folder, and the run resumes at the step before it"
+FORMAT_VERSION = 3
+TOKENIZER = "tokenizer.json"
 ALONE = Processes()
 FAILURES = (Exception, dcp.CheckpointException)  # torch derives the latter from BaseException
 Kind = TypeVar("Kind", bound=BaseException)
+Found = TypeVar("Found")
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     # Before there was a loss scaler every step was an update, and the order of the data was not noted.
     1: lambda state: {**state, "updates": state["step"], "loss_scaler": {}, "order": ""},
+    # Before there were checksums.
+    2: lambda state: state,
 }
 """From the state.json of a format version to that of the next one."""
 _STEP = re.compile(r"step_(\d{8})$")
@@ -56,7 +61,22 @@ def complete_steps(run: Path) -> list[Path]:
     return sorted(p for p in run.iterdir() if _STEP.match(p.name) and (p / ".metadata").is_file())
 
 
-def _named_state(parts: Iterable[GPTNeoX], optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def is_step(folder: Path) -> bool:
+    """Whether a folder is that of one checkpoint, not of a run."""
+    return (folder / ".metadata").exists() or folder.name.startswith("step_")
+
+
+def step_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer beside a checkpoint or that of its run, None where there is none."""
+    stored = next((p for p in (folder / TOKENIZER, folder.parent / TOKENIZER) if p.exists()), None)
+    return Tokenizer.from_file(stored) if stored else None
+
+
+def step_number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def named_state(parts: Iterable[GPTNeoX], optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Every tensor of a run that is here, under its full logical name."""
     names: dict[Tensor, str] = {parameter: name for part in parts for name, parameter in part.named_parameters()}
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
@@ -68,74 +88,11 @@ def _named_state(parts: Iterable[GPTNeoX], optimizers: Iterable[torch.optim.Opti
     return tensors
 
 
-def save_step(
-    run: Path,
-    parts: Iterable[GPTNeoX],
-    optimizers: Iterable[torch.optim.Optimizer],
-    config: Config,
-    state: dict[str, Any],
-    processes: Processes = ALONE,
-) -> Path:
-    """Write the checkpoint of `state["step"]` and return its folder; it counts only once it is whole.
-
-    All processes of the run call it together, each with the parts of the model that it holds and writes. Raises OSError
-    (a full disk) with nothing of it left behind.
-    """
-    folder = step_folder(run, state["step"])
-    if (folder / ".metadata").is_file():
-        return folder
-    try:
-        with processes.first_alone():
-            if not processes.rank:
-                _begin(folder, config, state)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one process saves without a process group is intended
-            dcp.save(
-                _named_state(parts, optimizers),
-                storage_writer=dcp.FileSystemWriter(folder, sync_files=True, overwrite=True),
-                no_dist=processes.world == 1,
-            )
-        sync_folder(folder)
-        sync_folder(run)
-    except BaseException as error:
-        with suppress(OSError):
-            (folder / ".metadata").unlink()  # first: what is half removed must not read as complete
-        shutil.rmtree(folder, ignore_errors=True)
-        _pass_interrupt_on(error)
-        if isinstance(error, FAILURES) and (cause := _inside(error, OSError)):
-            reason = os.strerror(cause.errno) if cause.errno else cause
-            raise OSError(
-                cause.errno,
-                f"{reason}: nothing was kept of this checkpoint; free space, then resume the run",
-                str(folder),
-            ) from None
-        raise
-    return folder
-
-
-def _begin(folder: Path, config: Config, state: dict[str, Any]) -> None:
-    """A fresh folder with all but the tensors."""
-    # What a killed writer left is never reused: an old .metadata over new data would read as complete.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    written = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2) + "\n"
-    for name, content in (("config.toml", config.to_toml()), ("state.json", written)):
-        write_synced(folder / name, _writer(content.encode()))
-    sync_folder(folder)
-
-
-def _writer(content: bytes) -> Callable[[IO[bytes]], None]:
-    def write(file: IO[bytes]) -> None:
-        file.write(content)
-
-    return write
-
-
-def _inside(error: BaseException, kind: type[Kind]) -> Kind | None:
-    """The error of that kind inside what torch.distributed.checkpoint raises around it."""
+def inside(error: BaseException, *kinds: type[Kind]) -> Kind | None:
+    """The error of such a kind inside what torch.distributed.checkpoint raises around it."""
     seen: list[BaseException] = [error]
     for found in seen:
-        if isinstance(found, kind):
+        if isinstance(found, kinds):
             return found
         inner = getattr(found, "failures", {})
         seen += [e[0] if isinstance(e, tuple) else e for e in inner.values()]
@@ -143,27 +100,92 @@ def _inside(error: BaseException, kind: type[Kind]) -> Kind | None:
     return None
 
 
-def _pass_interrupt_on(error: BaseException) -> None:
+def pass_interrupt_on(error: BaseException) -> None:
     """torch.distributed.checkpoint wraps a Ctrl-C as it does a failure: it is none, and nothing is damaged."""
-    if isinstance(error, dcp.CheckpointException) and _inside(error, KeyboardInterrupt):
+    if isinstance(error, dcp.CheckpointException) and inside(error, KeyboardInterrupt):
         raise KeyboardInterrupt from None
 
 
 def read_step(folder: Path) -> tuple[Config, dict[str, Any]]:
-    """The config and state of a complete checkpoint; CheckpointError where a newer format wrote it."""
+    """The config and state of a complete checkpoint.
+
+    Raises CheckpointError where a newer format wrote it, DamagedCheckpoint (one of them) where its bytes have changed;
+    of the files with tensors only the sizes are looked at.
+    """
     if not (folder / ".metadata").is_file():
         raise CheckpointError(f"{folder}: is not a complete checkpoint (no .metadata): use the step before it")
-    state = read_json(folder / "state.json")
+    sums = _checksums(folder)
+    if sums:
+        sums.check()
+    try:
+        state = read_json(folder / "state.json")
+    except (CheckpointError, OSError) as error:
+        raise DamagedCheckpoint(folder / "state.json", _reason(error)) from None
     version = state.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
             f"{folder}: format version {version}, this neox reads 1 to {FORMAT_VERSION}: upgrade neox"
         )
+    if version >= 3 and not sums:
+        raise DamagedCheckpoint(folder / checksums.NAME, "is missing")
     if not all(isinstance(state.get(key), int) for key in ("step", "samples")):
-        raise CheckpointError(f"{folder / 'state.json'}: step or samples is no number; {DAMAGED}")
+        raise DamagedCheckpoint(folder / "state.json", "step or samples is no number")
     for old in range(version, FORMAT_VERSION):
         state = UPGRADES[old](state)
     return without_code(load_config(files=[folder / "config.toml"])), state
+
+
+def _checksums(folder: Path) -> Checksums | None:
+    """None where an older format wrote the checkpoint."""
+    return Checksums(folder) if (folder / checksums.NAME).exists() else None
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return f"cannot be read ({text.splitlines()[-1]})"
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether every byte of a complete checkpoint is as it was written, as far as its format can tell."""
+    try:
+        read_step(folder)
+        if sums := _checksums(folder):
+            sums.check_all()
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
+def newest_sound(run: Path, use: Callable[[Path], Found], processes: Processes = ALONE) -> Found:
+    """use(folder) of the newest complete checkpoint for which it does not raise DamagedCheckpoint.
+
+    Each one passed over is named by a line on stderr. All processes call it together, and `use` raises
+    DamagedCheckpoint on all of them or on none. Raises CheckpointError where there is no checkpoint, or none is sound.
+    """
+    steps = complete_steps(run)
+    first: DamagedCheckpoint | None = None
+    for folder in reversed(steps):
+        try:
+            return use(folder)
+        except DamagedCheckpoint as error:
+            first = first or error
+            if folder != steps[0] and not processes.rank:
+                print(f"neox: warning: {error.brief}: damaged, using the checkpoint before it", file=sys.stderr)
+    if not first:
+        raise CheckpointError(f"{run}: neither a Hugging Face folder (config.json) nor a run with a complete step")
+    if processes.rank:
+        raise OtherProcessFailed("no checkpoint can be used")  # rank 0 says so
+    raise CheckpointError(
+        f"{run}: no checkpoint can be used, {len(steps)} damaged, the newest: {first.brief}; restore one from a copy, "
+        "or begin the run anew"
+    )
+
+
+def set_aside_after(run: Path, used: Path) -> None:
+    """Let the damaged checkpoints newer than `used` no longer count as complete; the run writes these steps again."""
+    for folder in complete_steps(run):
+        if step_number(folder) > step_number(used):
+            (folder / ".metadata").rename(folder / ".metadata.damaged")
 
 
 class _TensorsOnly(pickle.Unpickler):
@@ -192,7 +214,15 @@ class _TensorsOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's description")
 
 
-class _SafeReader(dcp.FileSystemReader):
+class SafeReader(dcp.FileSystemReader):
+    """Reads the tensors of a checkpoint; what differs from what was written raises DamagedCheckpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder, self.sums = folder, _checksums(folder)
+        self.names: dict[tuple[str, int], str] = {}  # of the pieces, by file and offset
+        self._metadata: Metadata | None = None
+
     def entries(self) -> dict[str, TensorStorageMetadata]:
         """What is stored under which name; anything but a tensor is refused, as it would be unpickled freely."""
         stored = {}
@@ -201,23 +231,55 @@ class _SafeReader(dcp.FileSystemReader):
                 raise CheckpointError(f"{self.path}: entry {key} is no tensor; neox did not write this checkpoint")
             # A part that no chunk covers would be left as the memory was.
             if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
-                raise CheckpointError(f"{self.path}: tensor {key} is not whole; {DAMAGED}")
+                raise DamagedCheckpoint(self.folder, f"tensor {key} is not whole")
             stored[key] = entry
         return stored
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
+        if self._metadata:
+            return self._metadata
+        path = self.folder / ".metadata"
         try:
-            with open(path, "rb") as file:
-                metadata = _TensorsOnly(file).load()
+            content = path.read_bytes()
+            if self.sums and checksums.digest(content) != self.sums.files[path.name]:
+                raise ValueError("its bytes are not those that were written")
+            metadata = _TensorsOnly(io.BytesIO(content)).load()
             if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
                 raise TypeError("it holds no table of tensors")
+            self.names = {
+                (info.relative_path, info.offset): index.fqn for index, info in (metadata.storage_data or {}).items()
+            }
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise CheckpointError(f"{path}: cannot be read ({reason}); {DAMAGED}") from None
+            raise DamagedCheckpoint(path, _reason(error)) from None
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
+        self._metadata = metadata
         return metadata
+
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        if not self.sums:
+            return super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)
+        content = file.read(sinfo.length)
+        place = (sinfo.relative_path, sinfo.offset)
+        self.sums.check_piece(*place, content, self.names[place])
+        return io.BytesIO(content)
+
+    def read(self, tensors: dict[str, Tensor], processes: Processes = ALONE) -> None:
+        """Fill the tensors from what is stored under their names. All processes call it together."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(tensors, storage_reader=self, no_dist=processes.world == 1)
+        except FAILURES as error:
+            pass_interrupt_on(error)
+            if damaged := inside(error, DamagedCheckpoint):
+                raise damaged from None
+            if inside(error, MemoryError, torch.OutOfMemoryError):
+                raise
+            if self.sums and not inside(error, OSError):
+                raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
+            raise DamagedCheckpoint(self.folder, _reason(inside(error, OSError) or error)) from None
 
 
 def load_tensors(
@@ -230,17 +292,26 @@ def load_tensors(
 
     The layout of the processes that wrote it does not matter; all of those that read it call this together.
 
-    Raises CheckpointError naming the tensor that is missing, left over or misshapen, or the file that is cut.
+    Raises CheckpointError naming the tensor that is missing, left over or misshapen, DamagedCheckpoint (on all
+    processes) naming the file that has changed.
     """
     optimizers = list(optimizers)
     fill_state(optimizers)
-    reader = _SafeReader(folder)
+    wanted = named_state(parts, optimizers)
+    reader = agreed(lambda: fitting_reader(folder, parts[0].config, wanted, bool(optimizers)), processes)
+    reader.read(wanted, processes)
+
+
+def fitting_reader(
+    folder: Path, config: ModelConfig, wanted: Mapping[str, Tensor], with_optimizers: bool
+) -> SafeReader:
+    """A reader of a complete checkpoint that holds the model of `config`, the `wanted` tensors, and no others."""
+    reader = SafeReader(folder)
     stored = reader.entries()
-    wanted = _named_state(parts, optimizers)
     hint = "the run's own model and optim settings fit it"
     # All of the model, also what other processes hold: what is wrong is then found by all of them alike.
     with torch.device("meta"):
-        whole = dict(GPTNeoX(parts[0].config).named_parameters())
+        whole = dict(GPTNeoX(config).named_parameters())
     shapes = {f"model.{name}": parameter.shape for name, parameter in whole.items()}
     for key, shape in (shapes | {key: value.shape for key, value in wanted.items()}).items():
         if key not in stored:
@@ -254,18 +325,48 @@ def load_tensors(
         key
         for key in stored.keys() - wanted.keys() - shapes.keys()
         if not key.startswith("optim.")
-        or (optimizers and key.removeprefix("optim.").rpartition(".")[0] not in elsewhere)
+        or (with_optimizers and key.removeprefix("optim.").rpartition(".")[0] not in elsewhere)
     )
     if extra:
         raise CheckpointError(f"{folder}: tensor {extra[0]} is not part of what this config describes; {hint}")
+    return reader
+
+
+def agreed(call: Callable[[], Found], processes: Processes) -> Found:
+    """call() on each process. Where one raises DamagedCheckpoint all do; where another error, they do not go on."""
+    if processes.world == 1:
+        return call()
+    import torch.distributed as dist
+
+    found, error = None, None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(wanted, storage_reader=reader, no_dist=processes.world == 1)
-    except FAILURES as error:
-        _pass_interrupt_on(error)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise CheckpointError(f"{folder}: cannot be read ({reason}); {DAMAGED}") from None
+        found = call()
+    except Exception as raised:
+        error = raised
+    damaged = isinstance(error, DamagedCheckpoint)
+    errors: list[Any] = [None] * processes.world
+    dist.all_gather_object(errors, error if damaged else error is not None)
+    if True in errors:
+        if error and not damaged and errors.index(True) == processes.rank:
+            raise error
+        raise OtherProcessFailed(f"rank {errors.index(True)} failed")
+    if first := next((e for e in errors if e), None):
+        raise first
+    assert found is not None
+    return found
+
+
+def load_newest(
+    run: Path, parts: Sequence[GPTNeoX], optimizers: Sequence[torch.optim.Optimizer], processes: Processes
+) -> tuple[Path, dict[str, Any]]:
+    """Fill model and optimizers from the run's newest complete checkpoint that is sound; its folder and its state."""
+
+    def use(folder: Path) -> tuple[Path, dict[str, Any]]:
+        _, state = agreed(lambda: read_step(folder), processes)
+        load_tensors(folder, parts, optimizers, processes)
+        return folder, state
+
+    return newest_sound(run, use, processes)
 
 
 def fill_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:

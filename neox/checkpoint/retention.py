@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from neox.checkpoint.native import complete_steps
+from neox.checkpoint.native import complete_steps, step_number
 from neox.config import CheckpointConfig
 
 
@@ -27,7 +27,7 @@ def expired(config: CheckpointConfig, steps: Iterable[int]) -> list[int]:
 
 def prune(run: Path, config: CheckpointConfig) -> None:
     """Remove the run's expired checkpoints."""
-    folders = {int(folder.name.removeprefix("step_")): folder for folder in complete_steps(run)}
+    folders = {step_number(folder): folder for folder in complete_steps(run)}
     for step in expired(config, folders):
         # First: a folder that is half removed must not read as complete.
         (folders[step] / ".metadata").unlink()

@@ -141,7 +141,7 @@ def train(targets: list[str], options: list[str]) -> int:
       neox train resume=runs/first
       neox train resume=runs/first steps=400
     """
-    from neox.checkpoint import complete_steps, read_step
+    from neox.checkpoint import complete_steps, is_sound, step_number
     from neox.inspect.samples import SampleHook
     from neox.options import parse_override
     from neox.train import Trainer, run_config
@@ -157,8 +157,8 @@ def train(targets: list[str], options: list[str]) -> int:
     run, steps = Path(config.log.out), config.train.steps
     again = f"neox train resume={shlex.quote(str(run))}"
     if resumed and (kept := complete_steps(run)):
-        done = read_step(kept[-1])[1]["step"]
-        if done >= steps:
+        done = step_number(kept[-1])
+        if done >= steps and is_sound(kept[-1]):  # a damaged one is made again
             print(f"{run}: finished at step {done}; train on: {again} steps={2 * done}")
             return 0
     trainer = Trainer(config, resume=bool(resumed), hooks=(SampleHook(config),))

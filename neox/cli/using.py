@@ -115,21 +115,19 @@ def generate(targets: list[str], options: list[str]) -> None:
 def convert(targets: list[str], options: list[str]) -> None:
     """Write a model as a Hugging Face folder: config, safetensors, tokenizer.
 
-    neox convert MODEL out=FOLDER [dtype=fp32]
+    neox convert MODEL out=FOLDER [dtype=fp32] [shard_size=5GB]
 
     MODEL is a run directory (its newest step), one of its step folders, a Hugging Face folder or a
-    hub id.
+    hub id. A run's weights go over shard by shard: memory holds one file of shard_size.
 
     Examples:
       neox convert runs/mine out=exported
-      neox convert runs/mine/step_00001000 out=exported dtype=bf16
+      neox convert runs/mine/step_00001000 out=exported dtype=bf16 shard_size=500MB
     """
     plain = dict(option.split("=", 1) for option in options)
-    out, dtype = plain.pop("out", None), plain.pop("dtype", None)
+    out, dtype, shard_size = plain.pop("out", None), plain.pop("dtype", None), plain.pop("shard_size", "5GB")
     if len(targets) != 1 or not out or plain:
-        raise UsageError("convert needs one MODEL and out=FOLDER; its only other option is dtype")
-    from neox.checkpoint import load, save
+        raise UsageError("convert needs one MODEL and out=FOLDER; its other options are dtype and shard_size")
+    from neox.checkpoint.export import convert, parse_bytes
 
-    model, tokenizer = load(targets[0], "cpu", dtype)
-    save(model, out, tokenizer)
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"{out}: {convert(targets[0], out, dtype, parse_bytes(shard_size)):,} parameters")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint import complete_steps
+from neox.checkpoint import complete_steps, newest_sound, read_step
 from neox.config import Config, load_config
 from neox.options import parse_override
 from neox.runtime import Processes
@@ -21,10 +21,16 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
     Raises ValueError where the directory holds neither, and where it names a `parallel.plan` that `overrides` do not:
     what a directory holds is never imported on its own word.
     """
-    files = [run / "config.toml", *(step / "config.toml" for step in reversed(complete_steps(run)))]
-    kept = next((file for file in files if file.is_file()), None)
-    if kept is None:
-        raise ValueError(f"{run}: holds no run (no config.toml): start one with `neox train ... out={run}`")
+    kept = run / "config.toml"
+    if not kept.is_file():
+        if not complete_steps(run):
+            raise ValueError(f"{run}: holds no run (no config.toml): start one with `neox train ... out={run}`")
+
+        def use(step: Path) -> Path:
+            read_step(step)
+            return step / "config.toml"
+
+        kept = newest_sound(run, use)
     overrides = list(overrides)
     named = load_config(files=[kept]).parallel.plan
     if named and not any(parse_override(text)[:2] == ("parallel", "plan") for text in overrides):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neox.checkpoint import complete_steps, fill_state, is_due, load_tensors, prune, read_step, save_step
+from neox.checkpoint import Saver, complete_steps, fill_state, is_due, load_initial, load_newest, set_aside_after
 from neox.config import Config
 from neox.counts import recomputed_share
 from neox.data import Batch, Loader, build_datasets
@@ -90,7 +90,7 @@ class Trainer:
                     )
                 self._build()
                 # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
-                with StopSignals(self.quiet) as signals:
+                with StopSignals(self.quiet) as signals, self.saver:
                     return self._loop(signals)
 
     @property
@@ -122,7 +122,7 @@ class Trainer:
                 self.step += 1
                 meter.step()
                 if self._logged(self.step):
-                    row = self._row(loss.item(), norm.item(), lr, *meter.take()) | more
+                    row = self._row(loss.item(), norm.item(), lr, *meter.take()) | more | self.saver.take_timings()
                     for sink in self.sinks:
                         sink.write(row)
                 else:
@@ -134,6 +134,7 @@ class Trainer:
                         for sink in self.sinks:
                             sink.write(valid)
                     self._call_hooks()
+                    self.saver.poll()
                     # Asked once a step: a signal that comes after this line ends, and saves, the next step.
                     self.stop_signal = self.processes.largest(max(self.stop_signal, signals.number))
                     if self.step == steps or self.stop_signal or is_due(config.checkpoint, self.step):
@@ -210,7 +211,7 @@ class Trainer:
         return whole_model(self.parts, self.layout)
 
     def save(self) -> Path:
-        """Write the checkpoint of the current step, and let expired ones go."""
+        """Write the checkpoint of the current step, or begin to, and let expired ones go."""
         state = {
             "step": self.step,
             "samples": self.step * self.config.train.global_batch_size,
@@ -218,31 +219,12 @@ class Trainer:
             "loss_scaler": self.scaler.state() if self.scaler else {},
             "order": self.order,
         }
-        folder = save_step(self.run, self.parts, self.optimizers, self.config, state, self.processes)
-        if not self.processes.rank:
-            prune(self.run, self.config.checkpoint)
-        return folder
+        return self.saver.save(self.parts, self.optimizers, self.config, state)
 
     def _build(self) -> None:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
         config, processes = self.config, self.processes
         done = complete_steps(self.run) if self.resume else []
-        nothing: dict[str, Any] = {"step": 0, "samples": 0, "updates": 0, "loss_scaler": {}, "order": ""}
-        state = read_step(done[-1])[1] if done else nothing
-        self.step = state["step"]
-        try:
-            self.updates = int(state["updates"])
-            self.scaler = build_scaler(config, state["loss_scaler"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{done[-1] / 'state.json'}: its updates or loss_scaler cannot be read ({error}): remove the folder, "
-                "and the run resumes at the step before it"
-            ) from None
-        if self.step and state["samples"] != self.step * config.train.global_batch_size:
-            raise ValueError(
-                f"{self.run}: took {state['samples'] // self.step} sequences a step: a run keeps its "
-                "train.global_batch_size"
-            )
         samples = config.train.steps * config.train.global_batch_size
         if config.data.order == "megatron" and not config.data.num_samples:
             # The order depends on it: a run that is made longer keeps the one it began with.
@@ -257,18 +239,43 @@ class Trainer:
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
         datasets = build_datasets(config.data, files.train, files.valid, config.train.seed, samples, not self.quiet)
         self.order = datasets.fingerprint
+        self.loader, self.valid = Loader(datasets.train, config.train.global_batch_size), datasets.valid
+        self.parts, self.forward_backward = build(config, self.layout, self._head_loss)
+        self.optimizers = build_optimizers(self.parts, config.optim)
+        fill_state(self.optimizers)
+        self.saver = Saver(self.run, config.checkpoint, processes)
+        if not done:
+            self.updates, self.scaler = 0, build_scaler(config, {})
+            if config.checkpoint.init:
+                load_initial(config.checkpoint.init, self.parts, processes)
+            return
+        folder, state = load_newest(self.run, self.parts, self.optimizers, processes)
+        self._go_on_from(folder, state)
+        if not processes.rank:
+            set_aside_after(self.run, folder)
+        self._write_config()  # with what was changed for this call, now that it is known to fit
+
+    def _go_on_from(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take over what state.json says. Raises ValueError where the run would not go on as it began."""
+        self.step = state["step"]
+        try:
+            self.updates = int(state["updates"])
+            self.scaler = build_scaler(self.config, state["loss_scaler"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder / 'state.json'}: its updates or loss_scaler cannot be read ({error}): remove the folder, "
+                "and the run resumes at the step before it"
+            ) from None
+        if self.step and state["samples"] != self.step * self.config.train.global_batch_size:
+            raise ValueError(
+                f"{self.run}: took {state['samples'] // self.step} sequences a step: a run keeps its "
+                "train.global_batch_size"
+            )
         if state["order"] not in ("", self.order):
             raise ValueError(
                 f"{self.run}: its data would be read in another order than before step {self.step}: a run keeps "
                 "train.seed, its text, and data.order, seq_length, weights, split and num_samples"
             )
-        self.loader, self.valid = Loader(datasets.train, config.train.global_batch_size), datasets.valid
-        self.parts, self.forward_backward = build(config, self.layout, self._head_loss)
-        self.optimizers = build_optimizers(self.parts, config.optim)
-        fill_state(self.optimizers)
-        if done:
-            load_tensors(done[-1], self.parts, self.optimizers, processes)
-            self._write_config()  # with what was changed for this call, now that it is known to fit
 
     def _head_loss(self, head: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, scale: float) -> Any:
         return cross_entropy(hidden, head, labels, chunk=self.config.train.loss_chunk, scale=scale)

@@ -139,6 +139,13 @@ def run_directory(folder, **state):
     return save_step(folder, [network.initialize()], [], config, {"step": 3, "samples": 48, **state})
 
 
+def unsealed_run(folder):
+    """The same as format 2 wrote it: without checksums, which would find any change first."""
+    step = run_directory(folder, format_version=2)
+    (step / "checksums.json").unlink()
+    return step
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.999))
 @pytest.mark.parametrize(
@@ -154,6 +161,8 @@ def run_directory(folder, **state):
         ("run", ".metadata"),
         ("run", "state.json"),
         ("run", "__0_0.distcp"),
+        ("run", "config.toml"),
+        ("run", "checksums.json"),
     ],
 )
 def test_a_file_cut_short_anywhere(tmp_path, tokenizer, layout, file, share):
@@ -256,7 +265,7 @@ def test_a_pickle_of_something_else_is_no_weight_file(model):
 
 @pytest.mark.parametrize("place", ["whole", "planner_data", "storage_data"])
 def test_a_runs_metadata_executes_nothing(tmp_path, place):
-    folder, sign = run_directory(tmp_path / "run"), tmp_path / "executed"
+    folder, sign = unsealed_run(tmp_path / "run"), tmp_path / "executed"
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     if place == "whole":
         metadata = Malice(sign)
@@ -271,7 +280,7 @@ def test_a_runs_metadata_executes_nothing(tmp_path, place):
 
 def test_a_runs_tensors_execute_nothing(tmp_path):
     """A .distcp file is unpickled too; its place and size are taken from the metadata."""
-    folder, sign = run_directory(tmp_path / "run"), tmp_path / "executed"
+    folder, sign = unsealed_run(tmp_path / "run"), tmp_path / "executed"
     (data,) = folder.glob("*.distcp")
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     torch.save(Malice(sign), data)
@@ -311,7 +320,7 @@ def test_a_run_directory_and_a_step_folder_load_as_the_model_that_was_trained(tm
 
 
 def test_a_step_of_another_model_is_refused(tmp_path):
-    folder = run_directory(tmp_path / "run")
+    folder = unsealed_run(tmp_path / "run")
     text = (folder / "config.toml").read_text()
     for old, new, complaint in (
         ("num_hidden_layers = 1", "num_hidden_layers = 2", "is missing"),
@@ -325,7 +334,7 @@ def test_a_step_of_another_model_is_refused(tmp_path):
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    folder = run_directory(tmp_path / "run")
+    folder = unsealed_run(tmp_path / "run")
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format_version": 99}))
     assert "format version 99" in refused(tmp_path / "run")

@@ -37,7 +37,18 @@ TINY = (
     "device=cpu",
 )
 HANGS = 180  # seconds: only to end a test that would never end
-TIMING = {"tokens_per_second", "mfu", "hfu", "mfu_causal", "memory", "seconds", "eta", "time"}
+TIMING = {
+    "tokens_per_second",
+    "mfu",
+    "hfu",
+    "mfu_causal",
+    "memory",
+    "seconds",
+    "eta",
+    "time",
+    "save_stall",
+    "save_seconds",
+}
 
 
 def token_pair(prefix: Path, tokens: int = 4000, vocab: int = VOCAB, seed: int = 5) -> Path:

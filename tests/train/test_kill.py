@@ -40,11 +40,12 @@ def slow_down() -> None:
     os.fsync = fsync
 
 
-def kill_many(tmp_path, steps: int, moments: list[str], seed: int, fork: bool) -> int:
+def kill_many(tmp_path, steps: int, moments: list[str], seed: int, fork: bool, *more: str) -> int:
     """Start a run, kill it at each of the moments, resume it each time, compare it with the undisturbed run.
 
     Returns how many kills left half a checkpoint. Moments: `write` is inside a checkpoint, `start` is within the
-    process's first seconds, `step` is anywhere after its first step. `fork` saves the time of importing torch.
+    process's first seconds, `step` is anywhere after its first step. `fork` saves the time of importing torch. `more`
+    are options of the run that is killed alone.
     """
     draw = random.Random(seed)
     arguments = options(tmp_path, steps)
@@ -53,7 +54,7 @@ def kill_many(tmp_path, steps: int, moments: list[str], seed: int, fork: bool) -
     halves = 0
     for number, moment in enumerate(moments):
         begun = (run / "config.toml").exists()
-        again = [f"resume={run}"] if begun else [*arguments, f"out={run}"]
+        again = [f"resume={run}"] if begun else [*arguments, *more, f"out={run}"]
         if fork:
             process = Forked(tmp_path / "killed", *again, setup=slow_down)
         else:
@@ -100,6 +101,13 @@ def test_killed_twenty_times(tmp_path):
     moments = ["write"] * 7 + ["step"] * 9 + ["start"] * 4
     random.Random(7).shuffle(moments)
     assert kill_many(tmp_path, 150, moments, seed=11, fork=False) >= 4
+
+
+@pytest.mark.slow
+def test_killed_while_it_saves_in_the_background(tmp_path):
+    moments = ["write"] * 8 + ["step"] * 4
+    random.Random(5).shuffle(moments)
+    assert kill_many(tmp_path, 90, moments, 13, True, "checkpoint.asynchronous=true") >= 4
 
 
 def test_killed_before_its_first_step(tmp_path):

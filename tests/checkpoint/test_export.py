@@ -1,0 +1,83 @@
+"""A run's checkpoint goes into a Hugging Face folder shard by shard: the same files, without the whole in memory."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import neox
+from neox import cli
+from neox.checkpoint import native, save_step
+from neox.checkpoint.export import convert, parse_bytes
+from neox.config import Config, DataConfig
+from tests.tiny import GPT_J, GPT_NEO, ours, tokens
+from tests.train.helpers import one_line
+
+SHARD = 60_000
+
+
+@pytest.fixture
+def step(tmp_path, tokenizer):
+    def make(**options):
+        model = ours(seed=4, **options)
+        config = Config(model=model.config, data=DataConfig(seq_length=16))
+        folder = save_step(tmp_path / "run", [model], [], config, {"step": 3, "samples": 3, "updates": 3})
+        tokenizer.save(tmp_path / "run" / "tokenizer.json")
+        return model, folder
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [{}, {"tie_word_embeddings": True}, GPT_J, GPT_NEO], ids=["neox", "tied", "j", "neo"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_files_are_those_of_a_model_that_is_saved(tmp_path, step, tokenizer, kind, dtype):
+    model, folder = step(**kind)
+    count = convert(folder.parent, tmp_path / "streamed", dtype, SHARD)
+    assert count == sum(parameter.numel() for parameter in model.parameters())
+    neox.save(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32), tmp_path / "saved", tokenizer, SHARD)
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert names == {path.name for path in (tmp_path / "streamed").iterdir()}
+    assert "model.safetensors.index.json" in names
+    for name in names:
+        assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes(), name
+
+
+@torch.no_grad()
+def test_transformers_reads_it(tmp_path, step):
+    from transformers import AutoModelForCausalLM
+
+    model, folder = step()
+    out = tmp_path / "hf"
+    assert cli.main(["convert", str(folder), f"out={out}", "shard_size=60kB"]) == 0
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(theirs(tokens()).logits, model.eval()(tokens()), rtol=0, atol=1e-5)
+
+
+def test_memory_holds_one_shard(tmp_path, step, monkeypatch):
+    model, folder = step(num_hidden_layers=6)
+    alive, peak = [], 0
+    plain = native.SafeReader.read
+
+    def read(self, tensors, *rest):
+        nonlocal peak
+        plain(self, tensors, *rest)
+        alive.extend((weakref.ref(tensor), tensor.nbytes) for tensor in tensors.values())
+        gc.collect()
+        peak = max(peak, sum(size for tensor, size in alive if tensor() is not None))
+
+    monkeypatch.setattr(native.SafeReader, "read", read)
+    convert(folder, tmp_path / "out", None, SHARD)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    assert sum(size for _, size in alive) == whole > 4 * SHARD
+    largest = max(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert peak <= largest
+
+
+def test_sizes(capsys, tmp_path):
+    assert [parse_bytes(text) for text in ("5GB", "500MB", "1.5k", "70", "2T")] == [5e9, 5e8, 1500, 70, 2e12]
+    for text in ("", "GB", "-1", "0", "5 apples", "1.2.3"):
+        with pytest.raises(ValueError, match="write it as 5GB or 500MB"):
+            parse_bytes(text)
+    assert cli.main(["convert", str(tmp_path), f"out={tmp_path / 'out'}", "shard_size=big"]) == 1
+    one_line(capsys.readouterr().err, "big: is no size")
