@@ -36,7 +36,7 @@ class Processes(NamedTuple):
             return value
         import torch.distributed as dist
 
-        tensor = torch.tensor(value)
+        tensor = torch.tensor(int(value))  # a truth value would stay one
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
         return int(tensor)
 

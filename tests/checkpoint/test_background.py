@@ -72,7 +72,7 @@ def saver(folder, **options) -> Saver:
 
 
 def test_what_is_changed_after_the_call_is_not_saved(tmp_path, model, gate):
-    optimizers = build_optimizers(model, CONFIG.optim)
+    optimizers = build_optimizers([model], CONFIG.optim)
     model(torch.tensor([[1, 2, 3]])).square().mean().backward()
     optimizers[0].step()
     expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -46,7 +46,7 @@ def run(whole, tmp_path):
 def read_all(step):
     config, _ = read_step(step)
     model = GPTNeoX(config.model)
-    load_tensors(step, [model], build_optimizers(model, config.optim))
+    load_tensors(step, [model], build_optimizers([model], config.optim))
 
 
 def flip(path, draw=None):

@@ -209,7 +209,7 @@ def test_flipped_bytes_of_metadata_are_refused_or_harmless(whole, tmp_path):
         (step / ".metadata").write_bytes(damaged)
         model = GPTNeoX(config.model)
         try:
-            load_tensors(step, [model], build_optimizers(model, config.optim))
+            load_tensors(step, [model], build_optimizers([model], config.optim))
         except CheckpointError:
             refusals += 1
         else:
@@ -300,7 +300,7 @@ def test_a_checkpoint_that_is_half_removed_does_not_read_as_complete(run, monkey
     """The last sync fails, after .metadata is in place, and the process is killed while it cleans up."""
     config, state = read_step(run / "step_00000004")
     model = GPTNeoX(config.model)
-    optimizers = build_optimizers(model, config.optim)
+    optimizers = build_optimizers([model], config.optim)
     load_tensors(run / "step_00000004", [model], optimizers)
 
     def sync(folder):

@@ -66,7 +66,6 @@ def test_a_checkpoint_of_format_version_1(tmp_path):
     Trainer(load_config(overrides=(*options, "steps=4")), quiet=True).fit()
     folder = complete_steps(tmp_path / "run")[-1]
     (folder / "checksums.json").unlink()
-    (folder / "checksums.json").unlink()  # as of format 3
     (folder / "state.json").write_text(json.dumps({"format_version": 1, "step": 4, "samples": 16}))
     assert read_step(folder)[1]["updates"] == 4
     assert Trainer(load_config(overrides=(*options, "steps=6")), resume=True, quiet=True).fit().finished
