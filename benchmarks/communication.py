@@ -3,8 +3,8 @@
     python benchmarks/communication.py
 
 Nothing is timed. A message of S bytes over n processes counts as a ring sends it: (n-1)/n S for a gather or a
-reduce-scatter (S: the whole), twice that for an all-reduce. Counted is one step of forward and backward passes of
-MICROBATCHES microbatches; sums for log lines and clipping, a few bytes, come on top.
+reduce-scatter (S: the whole), twice that for an all-reduce; a send as S. Counted on rank 0 is one step of forward and
+backward passes of MICROBATCHES microbatches; sums for log lines and clipping, a few bytes, come on top.
 
 B sequences a microbatch, T tokens, C hidden, L blocks, V vocabulary, P parameters, m microbatches; bytes of fp32.
 """
@@ -47,6 +47,7 @@ KINDS = {
     "allgather": "all-gather",
     "all_gather": "all-gather",
     "reduce_scatter": "reduce-scatter",
+    "send": "send",
 }
 Traffic = Counter[tuple[str, str]]
 """(axis, collective) -> bytes sent."""
@@ -82,7 +83,7 @@ class Recorder(TorchDispatchMode):
             axis, size = self.axes.get(group, self.axes[""])
             largest = max(tensor.numel() * tensor.element_size() for tensor in tensors)
             share = largest * (size - 1) // size
-            self.calls.append((axis, kind, 2 * share if kind == "all-reduce" else share))
+            self.calls.append((axis, kind, {"all-reduce": 2 * share, "send": largest}.get(kind, share)))
         return result
 
     def traffic(self, least: int = 0) -> Traffic:
@@ -152,6 +153,18 @@ def context_parallel(config: Config) -> Traffic:
     return Counter({("cp", "all-gather"): moved, ("cp", "reduce-scatter"): moved})
 
 
+def pipeline(config: Config) -> Traffic:
+    """The first stage sends each microbatch's hidden states on once; as many gradients come back."""
+    return Counter({("pp", "send"): MICROBATCHES * 4 * B * T * C})
+
+
+def stage_parallel(config: Config) -> Traffic:
+    """Tensor parallelism of the first stage: the embedding and half of the blocks, no head."""
+    n, m, x = config.parallel.tp, MICROBATCHES, 4 * B * T * C
+    wide, norms = m * ((L // 2 + 1) + L // 2) * x, m * (2 * (L // 2)) * 2 * C * 4
+    return Counter({("tp", "all-reduce"): int(2 * (n - 1) / n * (wide + norms))})
+
+
 Formula = Callable[[Config], Traffic]
 MESHES: list[tuple[str, int, tuple[str, ...], list[Formula]]] = [
     ("TP2", 2, ("parallel.tp=2",), [tensor_parallel]),
@@ -160,6 +173,8 @@ MESHES: list[tuple[str, int, tuple[str, ...], list[Formula]]] = [
     ("FSDP2, zero=2", 2, ("parallel.zero=2",), [data_parallel]),
     ("FSDP2, zero=3", 2, ("parallel.zero=3",), [data_parallel]),
     ("CP2, zero=1", 2, ("parallel.cp=2",), [context_parallel, partial(data_parallel, axis="cp")]),
+    ("PP2", 2, ("parallel.pp=2",), [pipeline]),
+    ("PP2 x TP2", 4, ("parallel.pp=2", "parallel.tp=2"), [pipeline, stage_parallel]),
 ]
 """Name, processes, options, and what its traffic is the sum of."""
 
