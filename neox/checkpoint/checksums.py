@@ -7,7 +7,7 @@ checksums.json is written before .metadata, which it covers, and so before the f
      "digest": of the above}
 
 A piece is checked when it is read, from the bytes that are then used: no file is read twice, and each process checks
-what it loads. The digest is BLAKE2b of 16 bytes: about a second a gigabyte on one core.
+what it loads. The digest is BLAKE2b of 16 bytes.
 """
 
 import hashlib

@@ -7,6 +7,7 @@ of. The work is done on their local parts by plain operations, with one collecti
 processes hold alike and what each has a share of: nothing is left for a dispatcher to decide.
 """
 
+from abc import abstractmethod
 from functools import partial
 from typing import Any, ClassVar
 
@@ -40,8 +41,9 @@ class Style(ParallelStyle):
         module.forward = partial(self.run, module, device_mesh.get_group())
         return module
 
+    @abstractmethod
     def run(self, module: Any, group: ProcessGroup, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the module's forward is with its parameters split."""
 
 
 class ColumnParallel(Style):
@@ -76,7 +78,7 @@ class RowParallel(Style):
         return part if self.seam else _summed(part, [module], group, self.sequence)
 
 
-class ParallelBranches(Style):
+class ParallelBranches(ParallelStyle):
     """The seams of a block. `fork`: both branches read x, whose gradient is summed over them, then over the processes,
     once. `branches`: the sum of a parallel residual's branches, then summed over the processes once, biases added.
 
