@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -147,12 +148,13 @@ def test_interrupted_while_the_text_is_tokenized(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{i} times {i} is {i * i}\n" for i in range(600)))
     options = [*TINY, "model.vocab_size=512", "tokenizer.vocab_size=300", f"data.train={tmp_path / 'a.txt'}", "steps=2"]
     run = tmp_path / "run"
-    process = Forked(tmp_path / "log", *options, f"out={run}", setup=stuck_in_prepare)
-    wait_for(lambda: (tmp_path / "run" / "data" / "train-0.bin.tmp").exists(), process)
-    time.sleep(0.1)
+    reached = tmp_path / "reached"
+    process = Forked(tmp_path / "log", *options, f"out={run}", setup=stuck_in_prepare, reached=reached)
+    wait_for(reached.exists, process)
+    assert (run / "data" / "train-0.bin.tmp").exists()
     process.send(signal.SIGINT)
     status, out, err = process.finish()
-    assert (status, out) == (130, "")
+    assert (status, out) == (130, ""), err
     assert "Traceback" not in err
     assert err.endswith(f"neox train resume={run}\n")
     assert list((run / "data").iterdir()) == []
@@ -160,10 +162,11 @@ def test_interrupted_while_the_text_is_tokenized(tmp_path):
     assert [row["step"] for row in rows(run)] == [1, 2]
 
 
-def stuck_in_prepare() -> None:
+def stuck_in_prepare(reached: Path) -> None:
     from neox.data import TokenWriter
 
     def add_document(self, tokens):
+        reached.touch()
         time.sleep(60)
 
     TokenWriter.add_document = add_document
