@@ -236,6 +236,15 @@ class TrainConfig(Section):
     """Tokens whose logits exist at one time: the head and the loss run chunk by chunk."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: nothing dear; the MLPs; whole blocks."""
+    spike_sigma: float = Field(default=0.0, ge=0)
+    """Leave out the update of a step whose loss or gradient norm is so many standard deviations above the mean of the
+    last updates; 0 = only where one of them is not finite. 6 is usual."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Updates that mean and standard deviation are taken over."""
+    rewind_after: Positive = 10
+    """Updates left out in a row after which the run goes back to its last good checkpoint, and past their data."""
+    max_rewinds: NotNegative = 3
+    """Times that a run may go back; then it ends with an error."""
     compile: bool = False
     """Compile each block with torch.compile: half a minute and more at the start, fewer passes over memory after."""
 

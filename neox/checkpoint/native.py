@@ -34,7 +34,7 @@ from neox.model import GPTNeoX
 from neox.runtime import OtherProcessFailed, Processes
 from neox.tokenizer import Tokenizer
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 TOKENIZER = "tokenizer.json"
 ALONE = Processes()
 FAILURES = (Exception, dcp.CheckpointException)  # torch derives the latter from BaseException
@@ -45,6 +45,8 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda state: {**state, "updates": state["step"], "loss_scaler": {}, "order": ""},
     # Before there were checksums.
     2: lambda state: state,
+    # Before updates were left out and data was stepped over.
+    3: lambda state: {**state, "stepped_over": [], "guard": {}, "seconds": {}},
 }
 """From the state.json of a format version to that of the next one."""
 _STEP = re.compile(r"step_(\d{8})$")

@@ -1,11 +1,13 @@
 """Batches by step number: step t is samples [t*B, (t+1)*B), however they are cut into microbatches.
 
+Ranges of samples may be stepped over; step t is then the t-th batch of those that are left.
+
 Shapes: B sequences, T tokens a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +36,30 @@ class Batch:
     first: int = 0  # number of the first sequence, counted over the run
 
 
+Range = tuple[int, int]
+"""Sample numbers from the first one on, up to and without the second."""
+
+
 class Loader:
     """Batches of `global_batch_size` sequences; it holds no state: where a run stands is its step number."""
 
-    def __init__(self, dataset: Dataset, global_batch_size: int) -> None:
+    def __init__(self, dataset: Dataset, global_batch_size: int, stepped_over: Iterable[Range] = ()) -> None:
         if global_batch_size < 1:
             raise ValueError(f"train.global_batch_size = {global_batch_size}: must be at least 1")
         self.dataset = dataset
         self.global_batch_size = global_batch_size
+        self.stepped_over = _merged(stepped_over)
+
+    def step_over(self, first_step: int, last_step: int) -> Loader:
+        """A loader that leaves out what the steps from `first_step` on, up to and without `last_step`, are now; steps
+        before them stay what they are."""
+        assert first_step < last_step, "no step at all"
+        more = int(self._samples(first_step)[0]), int(self._samples(last_step - 1)[-1]) + 1
+        return Loader(self.dataset, self.global_batch_size, [*self.stepped_over, more])
+
+    def position(self, step: int) -> int:
+        """Samples read or stepped over before step `step`."""
+        return int(self._samples(step)[0])
 
     def batch(self, step: int) -> Batch:
         """All sequences of step `step`, which counts from 0."""
@@ -66,7 +84,10 @@ class Loader:
     def _samples(self, step: int) -> npt.NDArray[np.int64]:
         """The numbers of the samples of a step: the one place that maps the one to the other."""
         assert step >= 0, "steps count from 0"
-        return np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        numbers = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        for first, last in self.stepped_over:  # in this order
+            numbers = np.where(numbers < first, numbers, numbers + (last - first))
+        return numbers
 
     def _rows(self, samples: npt.NDArray[np.int64], filler: int = 0) -> Batch:
         rows = torch.from_numpy(self.dataset.sample(samples))
@@ -83,6 +104,17 @@ class Loader:
             positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
         batch = Batch(tokens, labels, positions, segments, first=int(samples[0]) if len(samples) else 0)
         return _filled(batch, filler) if filler else batch
+
+
+def _merged(ranges: Iterable[Range]) -> list[Range]:
+    """The same samples as ranges that do not touch, in order."""
+    merged: list[Range] = []
+    for first, last in sorted(ranges):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(last, merged[-1][1])
+        else:
+            merged.append((first, last))
+    return merged
 
 
 def _filled(batch: Batch, rows: int) -> Batch:

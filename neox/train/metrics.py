@@ -61,6 +61,7 @@ def make_row(
     seconds: float,
     elapsed: float,
     samples: int,
+    spent: float,
     memory: int,
     peak_flops: float,
     now: float,
@@ -74,6 +75,7 @@ def make_row(
         loss, norm, lr: of that step: nats per token, global gradient norm before clipping, learning rate.
         seconds, elapsed: what `Meter.take` gave: a step's training time, and its time with all that lies between.
         samples: position in the data, in sequences.
+        spent: seconds that the run has taken so far, over all calls, starts and evaluations included.
         memory: bytes at the peak, on this rank.
         peak_flops: FLOP/s that one device can reach; world_size: how many there are.
         now: seconds since the epoch.
@@ -103,6 +105,7 @@ def make_row(
         "memory": memory,
         "seconds": seconds,
         "eta": elapsed * (config.train.steps - step),
+        "spent": spent,
         "time": now,
     }
     if recomputed:

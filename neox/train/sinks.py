@@ -150,6 +150,8 @@ class ConsoleSink:
         self.bar.update(
             self.task, completed=row["step"], status=full if self.console.width >= self.WIDE else f"{loss}  {speed}"
         )
+        if "left_out" in row:
+            self.say(f"step {row['step']}: update left out, {row['left_out']}")
         if not self.console.is_terminal:
             self.say(f"step {row['step']}/{self.steps}  {full}  eta {row['eta']:,.0f} s")
 

@@ -1,6 +1,6 @@
-"""What a step says of the model's parts: the norms of their gradients and of their parameters."""
+"""What a step says of the model's parts: the norms of their gradients, of their parameters and of its update."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +20,50 @@ def part_of(name: str) -> str:
     return "attention" if ".attention." in name else "mlp"
 
 
-@torch.no_grad()
 def norms(parts: Iterable[nn.Module], loss_scale: float = 1.0, layout: Layout | None = None) -> dict[str, float]:
     """L2 norms of the gradients, divided by `loss_scale`, and of the parameters, of each part that has any.
 
     Keys are gradient_norms/PART and parameter_norms/PART, the prefixes as in gpt-neox. The squares of the former sum
-    up to that of the global gradient norm. All of it comes to the host in one copy. `parts` are those of the model
-    that are here; the norms are those of the whole model, over all stages of `layout`.
+    up to that of the global gradient norm. `parts` are those of the model that are here; the norms are those of the
+    whole model, over all stages of `layout`.
     """
     tensors: dict[str, list[Tensor]] = {
         f"{kind}_norms/{part}": [] for kind in ("gradient", "parameter") for part in PARTS
     }
-    for name, parameter in (named for part in parts for named in part.named_parameters()):
+    for name, parameter in _named(parts):
         part = part_of(name)
-        tensors[f"parameter_norms/{part}"].append(parameter)
+        tensors[f"parameter_norms/{part}"].append(parameter.detach())
         if parameter.grad is not None:
             tensors[f"gradient_norms/{part}"].append(parameter.grad)
+    found = _norms(tensors, layout)
+    return {key: value / (loss_scale if key.startswith("gradient") else 1.0) for key, value in found.items()}
+
+
+def copies(parts: Iterable[nn.Module]) -> list[Tensor]:
+    """The parameters as they are now: what `update_norms` wants of before the update."""
+    return [parameter.detach().clone() for _, parameter in _named(parts)]
+
+
+def update_norms(
+    parts: Iterable[nn.Module], before: Iterable[Tensor], layout: Layout | None = None
+) -> dict[str, float]:
+    """L2 norms of what an update added to the parameters of each part, under update_norms/PART; otherwise as `norms`.
+
+    `before` is what `copies` gave; it is overwritten.
+    """
+    tensors: dict[str, list[Tensor]] = {f"update_norms/{part}": [] for part in PARTS}
+    for (name, parameter), old in zip(_named(parts), before, strict=True):
+        tensors[f"update_norms/{part_of(name)}"].append(old.sub_(parameter.detach()))
+    return _norms(tensors, layout)
+
+
+def _named(parts: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    return (named for part in parts for named in part.named_parameters())
+
+
+@torch.no_grad()
+def _norms(tensors: Mapping[str, list[Tensor]], layout: Layout | None) -> dict[str, float]:
+    """The norm of each list of tensors that has any, over all stages; all of them come to the host in one copy."""
     each = torch.stack(torch._foreach_norm([tensor for members in tensors.values() for tensor in members]))
     if isinstance(each, DTensor):
         each = each.full_tensor()
@@ -45,8 +73,4 @@ def norms(parts: Iterable[nn.Module], loss_scale: float = 1.0, layout: Layout | 
     found = torch.stack((squares, torch.tensor(sizes, dtype=squares.dtype, device=squares.device)))
     if layout is not None:
         found = layout.sum_over_stages(found)
-    return {
-        key: square**0.5 / (loss_scale if key.startswith("gradient") else 1.0)
-        for key, square, members in zip(tensors, *found.tolist(), strict=True)
-        if members
-    }
+    return {key: square**0.5 for key, square, members in zip(tensors, *found.tolist(), strict=True) if members}

@@ -16,7 +16,7 @@ from neox.config import Config
 from neox.files import write_atomic
 
 Row = Mapping[str, Any]
-RUNTIME = ("tokens_per_second", "mfu", "mfu_causal", "hfu", "memory", "seconds", "eta")
+RUNTIME = ("tokens_per_second", "mfu", "mfu_causal", "hfu", "memory", "seconds", "eta", "spent")
 
 
 class Tracker(Protocol):

@@ -4,6 +4,8 @@ Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step. Neit
 processes: `neox.parallel.build` gives the parts of it that are here, and the callable that runs a step through them.
 """
 
+import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,24 +14,35 @@ from typing import Any
 
 import torch
 
-from neox.checkpoint import Saver, complete_steps, fill_state, is_due, load_initial, load_newest, set_aside_after
+from neox.checkpoint import (
+    Saver,
+    complete_steps,
+    fill_state,
+    is_due,
+    load_initial,
+    load_newest,
+    set_aside_after,
+    step_folder,
+    step_number,
+)
 from neox.config import Config
 from neox.counts import recomputed_share
 from neox.data import Batch, Loader, build_datasets
 from neox.data.loader import IGNORED
-from neox.files import write_atomic
+from neox.files import read_rows, write_atomic
 from neox.model import GPTNeoX
 from neox.parallel import Layout, build, layout, whole_model
-from neox.runtime import Processes, joined_processes, local_device, matmul_flops, peak_memory
+from neox.runtime import OtherProcessFailed, Processes, joined_processes, local_device, matmul_flops, peak_memory
 from neox.train.corpus import check_named, discard, token_files
+from neox.train.goodput import Goodput
 from neox.train.loss import cross_entropy
 from neox.train.metrics import Meter, make_row
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
+from neox.train.progress import Progress
 from neox.train.run import StopSignals, only_writer
-from neox.train.scaler import build_scaler
 from neox.train.schedule import lr_factor
 from neox.train.sinks import Sink, build_sinks
-from neox.train.statistics import norms
+from neox.train.statistics import copies, norms, update_norms
 from neox.train.trackers import check_trackers
 
 
@@ -68,9 +81,10 @@ class Trainer:
         self.resume = resume
         check_named(config)
         check_trackers(config)
+        self.progress: Progress
         self.sinks: list[Sink] = []  # of the call of `fit` that is under way, on rank 0: a hook may write to them
-        self.step = 0
         self.stop_signal = 0
+        self.news: dict[str, Any] = {}  # for the row of the next step
 
         self.layout = Layout(Processes(), torch.device("cpu"), None)  # until `fit` has joined the others
 
@@ -88,7 +102,9 @@ class Trainer:
                         f"{self.run}: holds a run: continue it with `neox train resume={self.run}`, "
                         "or choose another out="
                     )
-                self._build()
+                self.goodput = Goodput(_seconds_before(self.run) if self.resume else 0.0)
+                with self.goodput.spending("starting"):
+                    self._build()
                 # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
                 with StopSignals(self.quiet) as signals, self.saver:
                     return self._loop(signals)
@@ -104,36 +120,45 @@ class Trainer:
         return self.parts[0]
 
     @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
+
+    @property
     def processes(self) -> Processes:
         return self.layout.processes
 
     def _loop(self, signals: StopSignals) -> Result:
         config, steps = self.config, self.config.train.steps
-        if not self.processes.rank:
-            self.sinks = build_sinks(config, self.run, self.step, self.quiet)
+        self._open_sinks()
         loss = None
         try:
-            self._call_hooks()
+            with self.goodput.spending("evaluating"):
+                self._call_hooks()
             if not self.step and is_due(config.checkpoint, 0):
                 self.save()
             meter = Meter(self.device)
             while self.step < steps and not self.stop_signal:
                 loss, norm, lr, more = self.train_step()
-                self.step += 1
+                self.progress.step += 1
                 meter.step()
-                if self._logged(self.step):
-                    row = self._row(loss.item(), norm.item(), lr, *meter.take()) | more | self.saver.take_timings()
+                if self._logged(self.step) or more.keys() & {"left_out", "rewound_from"}:
+                    row = self._row(loss, norm, lr, *meter.take()) | more | self.saver.take_timings()
                     for sink in self.sinks:
                         sink.write(row)
                 else:
                     for sink in self.sinks:
                         sink.step(self.step)
                 with meter.paused():
-                    if config.eval.every and (self.step % config.eval.every == 0 or self.step == steps):
-                        valid = {"step": self.step, "valid_loss": self.validate()}
-                        for sink in self.sinks:
-                            sink.write(valid)
-                    self._call_hooks()
+                    if self.progress.guard.gives_up:
+                        self._rewind()
+                        continue
+                    with self.goodput.spending("evaluating"):
+                        if config.eval.every and (self.step % config.eval.every == 0 or self.step == steps):
+                            valid = {"step": self.step, "valid_loss": self.validate()}
+                            for sink in self.sinks:
+                                sink.write(valid)
+                        self._call_hooks()
                     self.saver.poll()
                     # Asked once a step: a signal that comes after this line ends, and saves, the next step.
                     self.stop_signal = self.processes.largest(max(self.stop_signal, signals.number))
@@ -143,40 +168,99 @@ class Trainer:
                             sink.sync()
                         self.save()
         finally:
-            for sink in self.sinks:
-                sink.close()
-        return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else loss.item())
+            self._close_sinks()
+        with self.goodput.spending("saving"):
+            self.saver.wait()
+        if not self.quiet:
+            print(self.goodput.line(), file=sys.stderr)
+        return Result(self.step, self.step >= steps, self.stop_signal, loss)
 
-    def train_step(self) -> tuple[torch.Tensor, torch.Tensor, float, dict[str, Any]]:
+    def _open_sinks(self) -> None:
+        if not self.processes.rank:
+            self.sinks = build_sinks(self.config, self.run, self.step, self.quiet)
+
+    def _close_sinks(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+    def train_step(self) -> tuple[float, float, float, dict[str, Any]]:
         """One optimizer step: its mean loss per token, the gradient norm before clipping, the learning rate, and what
-        else the config makes it tell. In fp16 an overflow skips the update and nothing changes but the loss scale.
+        else there is to tell.
+
+        Where the guard finds the step bad, and in fp16 on an overflow, the update is left out: nothing changes but the
+        guard's count and the loss scale.
         """
-        config = self.config
-        batches = self._microbatches(self.loader, self.step)
-        loss_scale = self.scaler.scale if self.scaler else 1.0
+        started = time.perf_counter()
+        config, progress = self.config, self.progress
+        batches = self._microbatches(progress.loader, self.step)
+        loss_scale = progress.scaler.scale if progress.scaler else 1.0
         tokens = self.layout.sum_over_data(_valid_tokens(batches))
         for part in self.parts:
             part.train()
-        loss = self.forward_backward(batches, loss_scale / tokens) / loss_scale
-        more: dict[str, Any] = {}
-        if config.log.norms and self._logged(self.step + 1):
+        mean = self.forward_backward(batches, loss_scale / tokens) / loss_scale
+        more, self.news = self.news, {}
+        with_norms = config.log.norms and self._logged(self.step + 1)
+        if with_norms:
             more |= norms(self.parts, loss_scale, self.layout)
-        norm = clip_gradients(self.parts, config.optim.clip, loss_scale, self.layout)
-        overflow = self.scaler is not None and not norm.isfinite()
-        if self.scaler:
-            more |= {"loss_scale": loss_scale, "skipped": self.step + overflow - self.updates}
+        total = clip_gradients(self.parts, config.optim.clip, loss_scale, self.layout)
+        # The one place where the host waits for the device. The update depends on it, and is soon launched.
+        loss, norm = torch.stack((mean.float(), total.float())).tolist()
+        bad = progress.guard.judge(loss, norm, scaled=progress.scaler is not None)
+        # Rounding may differ from one process to the next, and they must all do the same.
+        if self.processes.largest(bad is not None):
+            more["left_out"] = bad = bad or "another process found the step bad"
+        progress.guard.count(loss, norm, bad is not None)
+        overflow = progress.scaler is not None and not math.isfinite(norm)
+        if progress.scaler:
+            more["loss_scale"] = loss_scale
             try:
-                self.scaler.update(overflow)
+                progress.scaler.update(overflow)
             except ValueError as error:
                 raise ValueError(f"{self.run}: step {self.step + 1}: {error}") from None
-        factor = lr_factor(config.schedule, config.optim.lr, self.updates, config.train.steps)
+        factor = lr_factor(config.schedule, config.optim.lr, progress.updates, config.train.steps)
         set_lr(self.optimizers, factor)
+        before = copies(self.parts) if with_norms else []
+        left_out = overflow or bad is not None
         for optimizer in self.optimizers:
-            if not overflow:
+            if not left_out:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.updates += not overflow
+        if with_norms:
+            more |= update_norms(self.parts, before, self.layout)
+        progress.updates += not left_out
+        if progress.scaler or progress.updates <= self.step:
+            more["skipped"] = self.step + 1 - progress.updates
+        if not left_out:
+            self.goodput.seconds["training"] += time.perf_counter() - started
         return loss, norm, config.optim.lr * factor, more
+
+    def _rewind(self) -> None:
+        """Back to a checkpoint from before the bad steps, and past their data. All processes call it together."""
+        progress = self.progress
+        self.saver.wait()
+        kept = [step_number(folder) for folder in complete_steps(self.run)]
+        try:
+            left, to, first = self.step, *progress.guard.way_back(self.step, kept)
+        except ValueError as error:
+            if self.processes.rank:
+                raise OtherProcessFailed("no way back") from None  # rank 0 says so
+            raise ValueError(f"{self.run}: {error}") from None
+        loader, rewinds = progress.loader.step_over(first, left), progress.guard.rewinds
+        with self.processes.first_alone():
+            if not self.processes.rank:
+                set_aside_after(self.run, step_folder(self.run, to))
+        self._close_sinks()
+        progress.move(*load_newest(self.run, self.parts, self.optimizers, self.processes))
+        # All that is kept of the way that led astray.
+        progress.loader, progress.guard.rewinds = loader, [*rewinds, (left, self.step)]
+        self.news = {"rewound_from": left, "stepped_over": loader.stepped_over}
+        if not self.quiet:
+            print(
+                f"neox: {progress.guard.limit} updates in a row left out up to step {left}: back to step {self.step}, "
+                f"and past the data of steps {first + 1} to {left}",
+                file=sys.stderr,
+            )
+        self._open_sinks()
 
     def _logged(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step in (1, self.config.train.steps)
@@ -212,14 +296,8 @@ class Trainer:
 
     def save(self) -> Path:
         """Write the checkpoint of the current step, or begin to, and let expired ones go."""
-        state = {
-            "step": self.step,
-            "samples": self.step * self.config.train.global_batch_size,
-            "updates": self.updates,
-            "loss_scaler": self.scaler.state() if self.scaler else {},
-            "order": self.order,
-        }
-        return self.saver.save(self.parts, self.optimizers, self.config, state)
+        with self.goodput.spending("saving"):
+            return self.saver.save(self.parts, self.optimizers, self.config, self.progress.state())
 
     def _build(self) -> None:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
@@ -238,44 +316,21 @@ class Trainer:
             files = token_files(config, self.run, quiet=self.quiet)
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
         datasets = build_datasets(config.data, files.train, files.valid, config.train.seed, samples, not self.quiet)
-        self.order = datasets.fingerprint
-        self.loader, self.valid = Loader(datasets.train, config.train.global_batch_size), datasets.valid
+        self.progress = Progress(config, datasets.train, datasets.fingerprint, self.goodput)
+        self.valid = datasets.valid
         self.parts, self.forward_backward = build(config, self.layout, self._head_loss)
         self.optimizers = build_optimizers(self.parts, config.optim)
         fill_state(self.optimizers)
         self.saver = Saver(self.run, config.checkpoint, processes)
         if not done:
-            self.updates, self.scaler = 0, build_scaler(config, {})
             if config.checkpoint.init:
                 load_initial(config.checkpoint.init, self.parts, processes)
             return
         folder, state = load_newest(self.run, self.parts, self.optimizers, processes)
-        self._go_on_from(folder, state)
+        self.progress.move(folder, state)
         if not processes.rank:
             set_aside_after(self.run, folder)
         self._write_config()  # with what was changed for this call, now that it is known to fit
-
-    def _go_on_from(self, folder: Path, state: dict[str, Any]) -> None:
-        """Take over what state.json says. Raises ValueError where the run would not go on as it began."""
-        self.step = state["step"]
-        try:
-            self.updates = int(state["updates"])
-            self.scaler = build_scaler(self.config, state["loss_scaler"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{folder / 'state.json'}: its updates or loss_scaler cannot be read ({error}): remove the folder, "
-                "and the run resumes at the step before it"
-            ) from None
-        if self.step and state["samples"] != self.step * self.config.train.global_batch_size:
-            raise ValueError(
-                f"{self.run}: took {state['samples'] // self.step} sequences a step: a run keeps its "
-                "train.global_batch_size"
-            )
-        if state["order"] not in ("", self.order):
-            raise ValueError(
-                f"{self.run}: its data would be read in another order than before step {self.step}: a run keeps "
-                "train.seed, its text, and data.order, seq_length, weights, split and num_samples"
-            )
 
     def _head_loss(self, head: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, scale: float) -> Any:
         return cross_entropy(hidden, head, labels, chunk=self.config.train.loss_chunk, scale=scale)
@@ -294,7 +349,8 @@ class Trainer:
             lr=lr,
             seconds=seconds,
             elapsed=elapsed,
-            samples=self.step * self.config.train.global_batch_size,
+            samples=self.progress.loader.position(self.step),
+            spent=self.goodput.elapsed,
             memory=peak_memory(self.device),
             peak_flops=self.peak_flops,
             now=time.time(),
@@ -305,6 +361,12 @@ class Trainer:
     def _call_hooks(self) -> None:
         for hook in self.hooks:
             hook(self, self.step)
+
+
+def _seconds_before(run: Path) -> float:
+    """Seconds that earlier calls on a run took, up to the last row that they wrote."""
+    rows = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    return next((float(row["spent"]) for row in reversed(rows) if "spent" in row), 0.0)
 
 
 def _valid_tokens(batches: list[Batch]) -> int:

@@ -220,7 +220,7 @@ def test_flipped_bytes_of_metadata_are_refused_or_harmless(whole, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 9}, ("format version 9, this neox reads 1 to 3: upgrade neox",)),
+        ({"format_version": 9}, ("format version 9, this neox reads 1 to 4: upgrade neox",)),
         ({"step": "four"}, ("state.json: step or samples is no number",)),
         ({"samples": 17}, ("a step: a run keeps its train.global_batch_size",)),
     ],

@@ -46,6 +46,7 @@ TIMING = {
     "seconds",
     "eta",
     "time",
+    "spent",
     "save_stall",
     "save_seconds",
 }

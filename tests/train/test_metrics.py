@@ -22,7 +22,7 @@ class Clock:
 
 def row(config, **changes):
     given = {"step": 30, "loss": 2.5, "norm": 0.5, "lr": 1e-3, "seconds": 0.5, "elapsed": 0.75, "samples": 480}
-    return make_row(config, **(given | {"memory": 1 << 30, "peak_flops": 1e12, "now": 1.7e9} | changes))
+    return make_row(config, **(given | {"spent": 40.0, "memory": 1 << 30, "peak_flops": 1e12, "now": 1.7e9} | changes))
 
 
 def test_a_row_by_hand():
@@ -46,6 +46,7 @@ def test_a_row_by_hand():
         "memory": 1 << 30,
         "seconds": 0.5,
         "eta": 70 * 0.75,
+        "spent": 40.0,
         "time": 1.7e9,
     }
 

@@ -70,15 +70,17 @@ def test_fp16_follows_fp32_and_keeps_fp32_weights(tmp_path):
 
 
 def test_the_loss_scale_is_no_part_of_the_result(tmp_path):
-    """A power of two shifts exponents and nothing else, until the smallest gradients leave fp16's range (scale 1)."""
+    """A power of two shifts exponents and nothing else, until the smallest gradients leave fp16's range: with scale 1,
+    and on some processors with 2^12, by 5e-7."""
     runs = {
         scale: fit(tmp_path, "dtype=fp16", f"loss_scale={scale}", steps=4, out=f"{scale}")
-        for scale in (1, 2**12, 2**18)
+        for scale in (1, 2**12, 2**14, 2**20)
     }
     for key, tolerance in (("loss", 2e-5), ("grad_norm", 1e-4)):
         values = {scale: [row[key] for row in found] for scale, found in runs.items()}
-        assert values[2**18] == values[2**12]
-        assert values[1] == pytest.approx(values[2**12], rel=tolerance)
+        assert values[2**20] == values[2**14]
+        assert values[2**12] == pytest.approx(values[2**14], rel=1e-5)
+        assert values[1] == pytest.approx(values[2**14], rel=tolerance)
 
 
 def test_an_overflow_skips_the_step_and_leaves_all_but_the_scale(tmp_path):
@@ -127,7 +129,7 @@ def test_a_checkpoint_whose_counters_are_damaged(tmp_path, key, value):
     file = complete(tmp_path / "run")[-1] / "state.json"
     (file.parent / "checksums.json").unlink()  # as format 2 was: they would find any change first
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2, key: value}))
-    with pytest.raises(ValueError, match=r"step_00000001/state.json: its updates or loss_scaler cannot be read"):
+    with pytest.raises(ValueError, match=r"step_00000001/state.json: cannot be read"):
         Trainer(config(tmp_path, "dtype=fp16", steps=2), resume=True, quiet=True).fit()
 
 
