@@ -373,7 +373,7 @@ class LogConfig(Section):
     out: str = Field(default="runs/neox", min_length=1)
     """Run directory."""
     norms: bool = False
-    """Each line also holds the norms of gradients and parameters: embedding, attention, mlp, norms, head."""
+    """Each line also holds the norms of gradients, parameters and update of embedding, attention, mlp, norms, head."""
     tensorboard: bool = False
     """Write RUN/tensorboard as well."""
     wandb: OptionalStr = None

@@ -43,6 +43,30 @@ def real(batch: Batch) -> list[int]:
 
 @settings(deadline=None)
 @given(
+    batch=st.integers(1, 7),
+    ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=5),
+    steps=st.tuples(st.integers(0, 6), st.integers(1, 4)),
+)
+def test_ranges_that_are_stepped_over(batch, ranges, steps) -> None:
+    """Against a list of all sample numbers from which those of the ranges are struck out."""
+    loader = Loader(Counting(), batch, [(first, first + size) for first, size in ranges])
+
+    def left(loader, *more):
+        struck = {n for first, size in ranges for n in range(first, first + size)}.union(*more)
+        numbers = [n for n in range(400) if n not in struck]
+        for step in range(12):
+            assert real(loader.batch(step)) == numbers[step * batch : (step + 1) * batch]
+            assert loader.position(step) == numbers[step * batch]
+        return numbers
+
+    before = left(loader)
+    first, last = steps[0], sum(steps)
+    # What lies between them was stepped over before.
+    left(loader.step_over(first, last), range(before[first * batch], before[last * batch - 1] + 1))
+
+
+@settings(deadline=None)
+@given(
     batch=st.integers(1, 40),
     ranks=st.integers(1, 9),
     micro=st.integers(1, 9),

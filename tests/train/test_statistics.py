@@ -8,7 +8,7 @@ import torch
 from neox.counts import parameters
 from neox.train.loss import cross_entropy
 from neox.train.optim import clip_gradients
-from neox.train.statistics import PARTS, norms, part_of
+from neox.train.statistics import PARTS, copies, norms, part_of, update_norms
 from tests.tiny import GPT_J, GPT_NEO, ours, tokens
 
 MODELS = [{}, {"tie_word_embeddings": True, "head_bias": True}, GPT_J, GPT_NEO]
@@ -52,3 +52,20 @@ def test_a_part_without_gradients_is_left_out():
     assert found["gradient_norms/head"] == pytest.approx(2 * math.sqrt(model.embed_out.weight.numel()))
     assert math.isnan(found["gradient_norms/norms"])
     assert {key for key in found if key.startswith("gradient")} == {"gradient_norms/head", "gradient_norms/norms"}
+
+
+@pytest.mark.parametrize("flags", MODELS)
+def test_norms_of_an_update(flags):
+    """1e-5: the difference of two float32 numbers, against float64."""
+    model = ours(**flags)
+    before, plain = copies([model]), {name: p.detach().double() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter += 0.1 * (number + 1) * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    found = update_norms([model], before)
+    for part in PARTS:
+        members = [p.double() - plain[name] for name, p in model.named_parameters() if part_of(name) == part]
+        assert (f"update_norms/{part}" in found) == bool(members)
+        if members:
+            expected = math.hypot(*(tensor.norm().item() for tensor in members))
+            assert found[f"update_norms/{part}"] == pytest.approx(expected, rel=1e-5)
