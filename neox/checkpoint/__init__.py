@@ -6,7 +6,7 @@ import torch
 
 from neox.checkpoint.checksums import DamagedCheckpoint
 from neox.checkpoint.export import convert
-from neox.checkpoint.huggingface import CheckpointError, find, load_huggingface, save_huggingface
+from neox.checkpoint.huggingface import CheckpointError, Transform, find, load_huggingface, save_huggingface
 from neox.checkpoint.initial import load_initial
 from neox.checkpoint.native import (
     complete_steps,
@@ -57,22 +57,26 @@ save = save_huggingface
 
 
 def load(
-    source: str | Path, device: str = "cpu", dtype: str | torch.dtype | None = None
+    source: str | Path,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    transform: Transform | None = None,
 ) -> tuple[GPTNeoX, Tokenizer | None]:
     """Model and tokenizer from a Hugging Face folder, a run directory (its newest step), a step folder or a hub id.
 
-    `source` may end in @REVISION for a hub id. The tokenizer is None where the folder has none. dtype None: float32 on
-    a CPU, the stored type elsewhere. A run's damaged steps are passed over, each with a line on stderr. Raises
-    CheckpointError (a ValueError) that says what is wrong with which file.
+    `source` may end in @REVISION for a hub id. `transform(name, linear)` gives what takes the place of each linear
+    layer; it is called while the next ones are still on the disk. The tokenizer is None where the folder has none.
+    dtype None: float32 on a CPU, the stored type elsewhere. A run's damaged steps are passed over, each with a line on
+    stderr. Raises CheckpointError (a ValueError) that says what is wrong with which file.
     """
     folder = find(source)
     if (folder / "config.json").exists():
-        model = load_huggingface(folder, device, dtype)
+        model = load_huggingface(folder, device, dtype, transform)
         there = (folder / "tokenizer.json").exists()
         return model, Tokenizer.from_file(folder / "tokenizer.json") if there else None
 
     def use(step: Path) -> tuple[GPTNeoX, Tokenizer | None]:
-        model = load_native(step, resolve_device(device), resolve_dtype(dtype or torch.float32))
+        model = load_native(step, resolve_device(device), resolve_dtype(dtype or torch.float32), transform)
         return model, step_tokenizer(step)
 
     return use(folder) if is_step(folder) else newest_sound(folder, use)

@@ -89,10 +89,18 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
 
 
-def load_huggingface(folder: Path, device: str = "cpu", dtype: str | torch.dtype | None = None) -> GPTNeoX:
+Transform = Callable[[str, torch.nn.Linear], torch.nn.Module]
+"""(name, linear layer) -> what takes its place, or the layer itself: weights are quantized while they are loaded."""
+
+
+def load_huggingface(
+    folder: Path, device: str = "cpu", dtype: str | torch.dtype | None = None, transform: Transform | None = None
+) -> GPTNeoX:
     """The model of a Hugging Face folder, in evaluation mode.
 
-    dtype None keeps the stored one on an accelerator and takes float32 on a CPU, where 16-bit products are slow.
+    `transform` is called with each linear layer as soon as its weights are there: memory then holds what it made of
+    the layers before, and one layer as it was stored. dtype None keeps the stored one on an accelerator and takes
+    float32 on a CPU, where 16-bit products are slow.
     Raises CheckpointError naming the tensors that are missing, left over or of another shape, or the file that is cut.
     """
     config = read_config(folder)
@@ -132,14 +140,26 @@ def load_huggingface(folder: Path, device: str = "cpu", dtype: str | torch.dtype
             bar.advance(task, parts[name][theirs].nbytes)
             if len(parts[name]) == len(group):
                 pieces = parts.pop(name)
-                _assign(model, name, families.fuse(config, [pieces[piece] for piece in group]))
+                module = _assign(model, name, families.fuse(config, [pieces[piece] for piece in group]))
+                if transform:
+                    transform_linear(model, module, transform)
     model.tie()
+    if transform and config.tie_word_embeddings:
+        transform_linear(model, "embed_out", transform)
     return model.eval()
 
 
-def _assign(model: GPTNeoX, name: str, value: Tensor) -> None:
+def _assign(model: GPTNeoX, name: str, value: Tensor) -> str:
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value))
+    return module
+
+
+def transform_linear(model: GPTNeoX, name: str, transform: Transform) -> None:
+    """Transform the module `name` if it is a linear layer that is complete; a tied head is not, before it is tied."""
+    linear = model.get_submodule(name)
+    if isinstance(linear, torch.nn.Linear) and not any(p.is_meta for p in linear.parameters()):
+        model.set_submodule(name, transform(name, linear))
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from neox.checkpoint import checksums
 from neox.checkpoint.checksums import Checksums, DamagedCheckpoint
-from neox.checkpoint.huggingface import CheckpointError, read_json
+from neox.checkpoint.huggingface import CheckpointError, Transform, read_json, transform_linear
 from neox.config import Config, ModelConfig, load_config, without_code
 from neox.model import GPTNeoX
 from neox.runtime import OtherProcessFailed, Processes
@@ -392,12 +392,26 @@ def _zero_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], paramet
     return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
-def load_native(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> GPTNeoX:
-    """The model of a complete checkpoint, in evaluation mode."""
+def load_native(
+    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, transform: Transform | None = None
+) -> GPTNeoX:
+    """The model of a complete checkpoint, in evaluation mode; `transform` as for `load_huggingface`."""
     config, _ = read_step(folder)
     with torch.device("meta"):
         model = GPTNeoX(config.model)
-    model.to_empty(device=device)
-    model.tie()
-    load_tensors(folder, [model])
-    return model.to(dtype).eval()
+    stored = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    reader = fitting_reader(folder, config.model, stored, with_optimizers=False)
+    names = [name for name, module in model.named_modules() if module._parameters] if transform else [""]
+    for name in names:
+        module = model.get_submodule(name)
+        module.to_empty(device=device)
+        model.tie()
+        prefix = f"model.{name}." if name else "model."
+        values = {prefix + leaf: parameter.detach() for leaf, parameter in module.named_parameters()}
+        if "model.embed_out.weight" not in stored and "model.embed_out.weight" in values:  # tied
+            values["model.embed_in.weight"] = values.pop("model.embed_out.weight")
+        reader.read(values)
+        module.to(dtype)
+        if transform:
+            transform_linear(model, name, transform)
+    return model.eval()
