@@ -1,6 +1,6 @@
 """Training on one GPU: neox and transformers' GPTNeoXForCausalLM in turn, beside the machine's own limit.
 
-    python benchmarks/train_gpu.py [sizes=attention,410m,1.4b,6.9b] [turns=3] [steps=2] [limit=570] [peak=989] VARIANT ...
+    python benchmarks/train_gpu.py [sizes=attention,410m,1.4b,6.9b] [turns=3] [steps=2] [limit=570] [peak=989] VARIANTS
 
 A VARIANT is one argument, "ours KEY=VALUE ..." or "peer KEY=VALUE ..."; without any they are "ours" and "peer".
     ours: any option of neox (train.compile=false, loss_chunk=8192, activation_checkpointing=full, train.float8=rowwise)
@@ -288,7 +288,7 @@ class Worker:
         self.said.put({"failed": True})
 
     def answer(self, deadline):
-        """What it says next: {"late": true} after the deadline, {"failed": true} where it ended; its stderr is shown."""
+        """What it says next: {"late": true} after the deadline, {"failed": true} where it ended, its stderr shown."""
         try:
             return self.said.get(timeout=max(0, deadline - time.monotonic()))
         except queue.Empty:
@@ -434,7 +434,8 @@ def show(rows, heads):
         if row["turns"]:
             print(
                 f"{start} {row['tokens_per_second']:,.0f} | {row['tflops']:.1f} | {row['mfu']:.1%} | "
-                f"{row['mfu_causal']:.1%} | {row['of_matmul']:.1%} | {row['matmul_tflops']:.1f} | {row['peak_gib']:.2f} |"
+                f"{row['mfu_causal']:.1%} | {row['of_matmul']:.1%} | {row['matmul_tflops']:.1f} | "
+                f"{row['peak_gib']:.2f} |"
             )
         else:
             print(f"{start} {row['wrong']} | | | | | | |")

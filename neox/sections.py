@@ -236,8 +236,9 @@ class TrainConfig(Section):
     """Tokens whose logits exist at one time: the head and the loss run chunk by chunk."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: nothing dear; the MLPs; whole blocks."""
-    compile: bool = False
-    """Compile each block with torch.compile: half a minute and more at the start, fewer passes over memory after."""
+    compile: Literal["auto", True, False] = "auto"
+    """Compile each block with torch.compile: half a minute and more at the start, fewer passes over memory after. auto
+    does on CUDA, without tp, cp and pp."""
 
 
 class OptimConfig(Section):

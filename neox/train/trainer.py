@@ -17,6 +17,7 @@ from neox.config import Config
 from neox.counts import recomputed_share
 from neox.data import Batch, Loader, build_datasets
 from neox.data.loader import IGNORED
+from neox.data.prefetch import Prefetch
 from neox.files import write_atomic
 from neox.model import GPTNeoX
 from neox.parallel import Layout, build, layout, whole_model
@@ -90,7 +91,7 @@ class Trainer:
                     )
                 self._build()
                 # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
-                with StopSignals(self.quiet) as signals, self.saver:
+                with StopSignals(self.quiet) as signals, self.saver, self.prefetch:
                     return self._loop(signals)
 
     @property
@@ -128,8 +129,9 @@ class Trainer:
                 else:
                     for sink in self.sinks:
                         sink.step(self.step)
-                with meter.paused():
-                    if config.eval.every and (self.step % config.eval.every == 0 or self.step == steps):
+                evaluates = config.eval.every and (self.step % config.eval.every == 0 or self.step == steps)
+                with meter.paused(bool(evaluates or self.hooks or is_due(config.checkpoint, self.step))):
+                    if evaluates:
                         valid = {"step": self.step, "valid_loss": self.validate()}
                         for sink in self.sinks:
                             sink.write(valid)
@@ -152,9 +154,9 @@ class Trainer:
         else the config makes it tell. In fp16 an overflow skips the update and nothing changes but the loss scale.
         """
         config = self.config
-        batches = self._microbatches(self.loader, self.step)
+        batches, valid = self.prefetch(self.step)
         loss_scale = self.scaler.scale if self.scaler else 1.0
-        tokens = self.layout.sum_over_data(_valid_tokens(batches))
+        tokens = self.layout.sum_over_data(valid)
         for part in self.parts:
             part.train()
         loss = self.forward_backward(batches, loss_scale / tokens) / loss_scale
@@ -193,6 +195,11 @@ class Trainer:
                         "again"
                     )
         return batches
+
+    def _on_device(self, step: int) -> tuple[list[Batch], int]:
+        """A step's microbatches, on their way to the device, and how many tokens of them take part in the loss."""
+        batches = self._microbatches(self.loader, step)
+        return [batch.to(self.device) for batch in batches], _valid_tokens(batches)
 
     def validate(self) -> float:
         """Mean loss per token over the first `eval.batches` global batches of the held-out text."""
@@ -240,6 +247,7 @@ class Trainer:
         datasets = build_datasets(config.data, files.train, files.valid, config.train.seed, samples, not self.quiet)
         self.order = datasets.fingerprint
         self.loader, self.valid = Loader(datasets.train, config.train.global_batch_size), datasets.valid
+        self.prefetch = Prefetch(self._on_device, config.train.steps, self.device)
         self.parts, self.forward_backward = build(config, self.layout, self._head_loss)
         self.optimizers = build_optimizers(self.parts, config.optim)
         fill_state(self.optimizers)
@@ -303,8 +311,10 @@ class Trainer:
         )
 
     def _call_hooks(self) -> None:
-        for hook in self.hooks:
-            hook(self, self.step)
+        # Hooks generate and evaluate, at shapes that blocks were not compiled for.
+        with torch.compiler.set_stance("force_eager"):
+            for hook in self.hooks:
+                hook(self, self.step)
 
 
 def _valid_tokens(batches: list[Batch]) -> int:
