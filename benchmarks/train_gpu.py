@@ -330,6 +330,10 @@ def jobs(size, variants, settings, card):
         fixed = options.pop("micro_batch_size", options.pop("train.micro_batch_size", None))
         job = {"size": size, "kind": kind, "options": options, "variant": variant, **settings}
         job |= {"micro": int(fixed) if fixed else 2 if size == "tiny" else MOST_ROWS, "fixed": bool(fixed)}
+        try:
+            config_of(job)
+        except ValueError as error:
+            raise SystemExit(f"{variant!r}: {error}") from None
         while not fixed and card and job["micro"] > 1 and estimate(job) > 0.95 * card:
             job["micro"] //= 2
         found.append(job)
