@@ -239,6 +239,16 @@ class TrainConfig(Section):
     compile: Literal["auto", True, False] = "auto"
     """Compile each block with torch.compile: half a minute and more at the start, fewer passes over memory after. auto
     does on CUDA, without tp, cp and pp."""
+    profile_step: NotNegative = 0
+    """First step that is profiled, to RUN/profile: a trace, and the operators that took longest; 0 = none is."""
+    profile_count: Positive = 3
+    """How many steps are."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.profile_step > self.steps:
+            raise ValueError(f"profile_step: {self.profile_step} is beyond the last step (steps={self.steps})")
+        return self
 
 
 class OptimConfig(Section):

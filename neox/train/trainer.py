@@ -24,8 +24,10 @@ from neox.parallel import Layout, build, layout, whole_model
 from neox.runtime import Processes, joined_processes, local_device, matmul_flops, peak_memory
 from neox.train.corpus import check_named, discard, token_files
 from neox.train.loss import cross_entropy
+from neox.train.memory import out_of_memory_explained, remembered_allocations
 from neox.train.metrics import Meter, make_row
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
+from neox.train.profile import Profile
 from neox.train.run import StopSignals, only_writer
 from neox.train.scaler import build_scaler
 from neox.train.schedule import lr_factor
@@ -91,7 +93,12 @@ class Trainer:
                     )
                 self._build()
                 # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
-                with StopSignals(self.quiet) as signals, self.saver, self.prefetch:
+                with (
+                    StopSignals(self.quiet) as signals,
+                    self.saver,
+                    self.prefetch,
+                    remembered_allocations(self.device),
+                ):
                     return self._loop(signals)
 
     @property
@@ -113,13 +120,18 @@ class Trainer:
         if not self.processes.rank:
             self.sinks = build_sinks(config, self.run, self.step, self.quiet)
         loss = None
+        profile = Profile(config.train, self.run / "profile", self.device, self.processes.rank, self.quiet)
         try:
             self._call_hooks()
             if not self.step and is_due(config.checkpoint, 0):
                 self.save()
             meter = Meter(self.device)
             while self.step < steps and not self.stop_signal:
-                loss, norm, lr, more = self.train_step()
+                with (
+                    profile.step(self.step + 1),
+                    out_of_memory_explained(config, self.layout, self.run, self.step + 1),
+                ):
+                    loss, norm, lr, more = self.train_step()
                 self.step += 1
                 meter.step()
                 if self._logged(self.step):
@@ -145,6 +157,7 @@ class Trainer:
                             sink.sync()
                         self.save()
         finally:
+            profile.close()
             for sink in self.sinks:
                 sink.close()
         return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else loss.item())
