@@ -232,6 +232,8 @@ class TrainConfig(Section):
     """Of the matrix products; parameters and optimizer state stay fp32. fp16 scales the loss, see optim.loss_scale."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes an accelerator where there is one."""
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """The blocks' products in 8 bits, by torchao, scaled by tensor or by row; wants a GPU from H100 on, and compile."""
     loss_chunk: Positive = 512
     """Tokens whose logits exist at one time: the head and the loss run chunk by chunk."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

@@ -106,7 +106,7 @@ MANY = "num_hidden_layers=12"  # more than the graphs that dynamo makes of one f
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("shape", [(), ("shared_layer_norm=true", "train.dtype=bf16"), ("data.segments=true",)])
+@pytest.mark.parametrize("shape", [(), ("shared_layer_norm=true", "train.dtype=bf16"), ("train.float8=rowwise",)])
 def test_one_whole_graph_serves_all_blocks(graphs, mode, shape):
     """A graph break would raise: fullgraph. 1e-6: products may be grouped otherwise; in bf16 of values below 1."""
     options = (MANY, *shape, f"train.activation_checkpointing={mode}")
