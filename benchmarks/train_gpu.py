@@ -1,6 +1,6 @@
 """Training on one GPU: neox and transformers' GPTNeoXForCausalLM in turn, beside the machine's own limit.
 
-    python benchmarks/train_gpu.py [sizes=attention,410m,1.4b,6.9b] [turns=3] [steps=2] [limit=570] [peak=989] VARIANTS
+    python benchmarks/train_gpu.py [sizes=410m,1.4b,6.9b] [turns=3] [steps=2] [limit=570] [peak=989] VARIANTS
 
 A VARIANT is one argument, "ours KEY=VALUE ..." or "peer KEY=VALUE ..."; without any they are "ours" and "peer".
     ours: any option of neox (train.compile=false, loss_chunk=8192, activation_checkpointing=full, train.float8=rowwise)
@@ -19,8 +19,8 @@ optimizer steps between two synchronizations, and a bf16 product of 8192 cubed b
 
 MFU is of `peak` TFLOP/s (989: H100 and H200, dense bf16): 6 (N + head) + 12 L C T FLOPs a token, and `causal` with half
 of the attention term; recomputation is never counted. `limit` are seconds for all: what is not measured by then is left
-out. Rows go to $OUT/train_gpu.jsonl too, where OUT is set. `attention` times the head dimensions of the family on each
-kernel. `device=cpu sizes=tiny` is the same at a size for any machine: it shows that the script runs, nothing else.
+out. Rows go to $OUT/train_gpu.jsonl too, where OUT is set. `device=cpu sizes=tiny` is the same at a size for any
+machine: it shows that the script runs, nothing else.
 """
 
 import contextlib
@@ -40,7 +40,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 SIZES = {"410m": "pythia-410m", "1.4b": "pythia-1.4b", "6.9b": "pythia-6.9b", "tiny": "pythia-14m"}
 TINY = ("model.vocab_size=256", "model.hidden_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=2")
 MOST_ROWS = 8
-HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
 # --- a variant, in its own process -----------------------------------------------------------------------------------
@@ -214,54 +213,6 @@ def say(**found):
     print("@" + json.dumps(found), flush=True)
 
 
-def attention(job):
-    """TFLOP/s of causal attention forward and backward, by head dimension, kernel and padding; says a row each."""
-    import torch
-    from torch.nn import functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    device = torch.device(job["device"])
-    synchronize, tiny = (lambda: None, True) if device.type == "cpu" else (torch.cuda.synchronize, False)
-    kinds = {
-        "torch's choice": None,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }
-    B, T, width = (1, 64, 512) if tiny else (8, 2048, 5120)
-    for dim in HEAD_DIMS:
-        H = width // dim
-        for padded in [dim, *(p for p in (96, 128) if dim in (80, 96) and p > dim)]:
-            found = {}
-            for name, kind in kinds.items():
-                qkv = [torch.randn(B, H, T, dim, device=device, dtype=torch.bfloat16) for _ in range(3)]
-                qkv = [F.pad(x, (0, padded - dim)).requires_grad_() for x in qkv]
-                gradient = torch.randn_like(qkv[0])
-
-                def once(qkv=qkv, gradient=gradient, scale=dim**-0.5):
-                    F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scale).backward(gradient)
-                    for x in qkv:
-                        x.grad = None
-
-                try:
-                    with sdpa_kernel(kind) if kind else contextlib.nullcontext():
-                        for _ in range(3):
-                            once()
-                        synchronize()
-                        started = time.perf_counter()
-                        for _ in range(1 if tiny else 20):
-                            once()
-                        synchronize()
-                except RuntimeError:  # no such kernel for this dimension, or on this device
-                    found[name] = None
-                    continue
-                seconds = (time.perf_counter() - started) / (1 if tiny else 20)
-                # Two products forward, five backward (one of them again), half of each under the mask; of `dim` alone.
-                found[name] = 7 * B * H * T * T * dim / seconds / 1e12
-            say(head_dim=dim, padded=padded, **found)
-    say(done=True)
-
-
 # --- the parent ------------------------------------------------------------------------------------------------------
 
 
@@ -422,17 +373,9 @@ def row_of(entry, peak):
     }
 
 
-def show(rows, heads):
-    if heads:
-        names = [key for key in heads[0] if key not in ("head_dim", "padded")]
-        print("\ncausal attention, forward and backward, bf16, TFLOP/s\n")
-        print(f"| head dim | padded to | {' | '.join(names)} |\n|{'---|' * (2 + len(names))}")
-        for head in heads:
-            rates = " | ".join("none" if head[name] is None else f"{head[name]:.1f}" for name in names)
-            print(f"| {head['head_dim']} | {head['padded']} | {rates} |")
-    if rows:
-        print("\n| model | variant | micro batch | tokens/s | TFLOP/s | MFU | causal | of matmul | matmul | peak GiB |")
-        print("|---|---|---|---|---|---|---|---|---|---|")
+def show(rows):
+    print("\n| model | variant | micro batch | tokens/s | TFLOP/s | MFU | causal | of matmul | matmul | peak GiB |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         start = f"| {row['size']} | {row['variant']} | {row['micro_batch_size']} |"
         if row["turns"]:
@@ -455,9 +398,9 @@ def main(arguments):
         raise SystemExit(f"{unknown.pop()}: no such option; there are sizes, turns, steps, limit, peak and device")
     deadline = time.monotonic() + float(options.get("limit", 570))
     device = options.get("device", "cuda")
-    sizes = options.get("sizes", "attention,410m,1.4b,6.9b").split(",")
-    if set(sizes) - {*SIZES, "attention"}:
-        raise SystemExit(f"sizes: are of {', '.join([*SIZES, 'attention'])}")
+    sizes = options.get("sizes", "410m,1.4b,6.9b").split(",")
+    if set(sizes) - set(SIZES):
+        raise SystemExit(f"sizes: are of {', '.join(SIZES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: `device=cpu sizes=tiny` tries the script without one")
     if importlib.util.find_spec("transformers") is None:
@@ -468,21 +411,14 @@ def main(arguments):
         properties = torch.cuda.get_device_properties(0)
         card, name = properties.total_memory, properties.name
     print(f"{name}, torch {torch.__version__}, peak taken as {float(options.get('peak', 989)):.0f} TFLOP/s", flush=True)
-    rows, heads = [], []
+    rows = []
     for size in sizes:
-        if size == "attention":
-            worker = Worker({"attention": True, "device": device})
-            while "head_dim" in (said := worker.answer(deadline)):
-                heads.append(said)
-            worker.stop()
-            record(heads)
-            continue
         settings = {"device": device, "steps": int(options.get("steps", 2))}
         measured = measure(size, variants, settings, int(options.get("turns", 3)), card, deadline)
         found = [row_of(entry, 1e12 * float(options.get("peak", 989))) for entry in measured]
         record([row | {"device": name, "torch": torch.__version__} for row in found])
         rows += found
-    show(rows, heads)
+    show(rows)
 
 
 def record(rows):
@@ -493,7 +429,6 @@ def record(rows):
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1].startswith("worker="):
-        job = json.loads(sys.argv[1].partition("=")[2])
-        (attention if "attention" in job else work)(job)
+        work(json.loads(sys.argv[1].partition("=")[2]))
     else:
         main(sys.argv[1:])
