@@ -119,7 +119,7 @@ class Config(Section):
                 f"parallel.zero: {parallel.zero} would reduce or gather for each microbatch of a pipeline, which keeps "
                 "parameters and gradients whole until the last one; with parallel.pp set it to 1"
             )
-        if self.train.compile and parallel.schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"):
+        if self.train.compile is True and parallel.schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"):
             raise ValueError(
                 f"train.compile: {parallel.schedule} splits the backward pass in two, which compiled blocks do not "
                 "allow; set parallel.schedule to 1f1b or interleaved_1f1b"

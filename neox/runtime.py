@@ -103,6 +103,11 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether the host can look at a value at no cost; an accelerator's queue would have to run empty first."""
+    return tensor.device.type == "cpu"
+
+
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A torch dtype from its name (fp32, bf16, fp16 or torch's own); ValueError for another."""
     if isinstance(dtype, torch.dtype):

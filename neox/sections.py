@@ -232,10 +232,14 @@ class TrainConfig(Section):
     """Of the matrix products; parameters and optimizer state stay fp32. fp16 scales the loss, see optim.loss_scale."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes an accelerator where there is one."""
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """The blocks' products in 8 bits, by torchao, scaled by tensor or by row; wants a GPU from H100 on, and compile."""
     loss_chunk: Positive = 512
     """Tokens whose logits exist at one time: the head and the loss run chunk by chunk."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: nothing dear; the MLPs; whole blocks."""
+    guard: bool = True
+    """Look at each step's loss and gradient norm before its update; an accelerator is waited for once a step."""
     spike_sigma: float = Field(default=0.0, ge=0)
     """Leave out the update of a step whose loss or gradient norm is so many standard deviations above the mean of the
     last updates; 0 = only where one of them is not finite. 6 is usual."""
@@ -245,8 +249,19 @@ class TrainConfig(Section):
     """Updates left out in a row after which the run goes back to its last good checkpoint, and past their data."""
     max_rewinds: NotNegative = 3
     """Times that a run may go back; then it ends with an error."""
-    compile: bool = False
-    """Compile each block with torch.compile: half a minute and more at the start, fewer passes over memory after."""
+    compile: Literal["auto", True, False] = "auto"
+    """Compile each block with torch.compile: half a minute and more at the start, fewer passes over memory after. auto
+    does on CUDA, without tp, cp and pp."""
+    profile_step: NotNegative = 0
+    """First step that is profiled, to RUN/profile: a trace, and the operators that took longest; 0 = none is."""
+    profile_count: Positive = 3
+    """How many steps are."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.profile_step > self.steps:
+            raise ValueError(f"profile_step: {self.profile_step} is beyond the last step (steps={self.steps})")
+        return self
 
 
 class OptimConfig(Section):

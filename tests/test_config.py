@@ -371,6 +371,7 @@ def configs(draw) -> Config:
     data["valid"] = [] if data["split"] else data["valid"]
     model["max_position_embeddings"] = max(data["seq_length"], model["max_position_embeddings"])
     sections["schedule"]["min_lr"] = sections["optim"]["lr"] * draw(unit)
+    sections["train"]["profile_step"] = draw(st.integers(0, sections["train"]["steps"]))
     sections["optim"]["loss_scale"] = draw(st.floats(1, 2**24))
     return Config(preset=draw(st.none() | st.sampled_from(["neox-20b", "gpt-neo-125m", "pythia-14m"])), **sections)
 

@@ -161,7 +161,7 @@ def train(targets: list[str], options: list[str]) -> int:
         if done >= steps and is_sound(kept[-1]):  # a damaged one is made again
             print(f"{run}: finished at step {done}; train on: {again} steps={2 * done}")
             return 0
-    trainer = Trainer(config, resume=bool(resumed), hooks=(SampleHook(config),))
+    trainer = Trainer(config, resume=bool(resumed), hooks=(SampleHook(config),) if config.log.sample_every else ())
     try:
         result = trainer.fit()
     except KeyboardInterrupt:

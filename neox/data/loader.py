@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens a sequence.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,21 @@ class Batch:
     positions: torch.Tensor  # [B, T] int64
     segments: torch.Tensor | None = None  # [B, T] int64 where attention must not cross documents
     first: int = 0  # number of the first sequence, counted over the run
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`. CUDA copies it from pinned memory: the host goes on, and no kernel waits for it."""
+        cuda = device.type == "cuda"
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
+
+        return replace(
+            self,
+            tokens=moved(self.tokens),
+            labels=moved(self.labels),
+            positions=moved(self.positions),
+            segments=None if self.segments is None else moved(self.segments),
+        )
 
 
 Range = tuple[int, int]

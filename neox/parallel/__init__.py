@@ -1,6 +1,6 @@
 """How a model lies on the processes of a run, and how a step runs through it."""
 
-from neox.parallel.blocks import checkpoint_blocks, compile_blocks
+from neox.parallel.blocks import checkpoint_blocks, compile_blocks, compiles
 from neox.parallel.build import ForwardBackward, HeadLoss, build
 from neox.parallel.mesh import Layout, layout
 from neox.parallel.shard import whole_model
@@ -12,6 +12,7 @@ __all__ = [
     "build",
     "checkpoint_blocks",
     "compile_blocks",
+    "compiles",
     "layout",
     "whole_model",
 ]

@@ -1,11 +1,31 @@
 """What is done to each block before it is laid out, its parameters' names kept: checkpointing and compilation."""
 
-from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from neox.config import Config
 from neox.model import MLP, Block, GPTNeoX
+from neox.parallel.mesh import Layout
+
+
+# Subclasses, not wrapper modules, which would change the parameters' names, and not functions put on the instances,
+# each of which a compiler takes for another program.
+class CheckpointedMLP(MLP):
+    recompute = False
+
+    def forward(self, *args: Any) -> Tensor:
+        result: Tensor = checkpoint(super().forward, *args, use_reentrant=False)
+        return result
+
+
+class CheckpointedBlock(Block):
+    recompute = False
+
+    def forward(self, *args: Any) -> Tensor:
+        result: Tensor = checkpoint(super().forward, *args, use_reentrant=False)
+        return result
 
 
 def checkpoint_blocks(model: GPTNeoX, mode: str) -> None:
@@ -19,12 +39,18 @@ def checkpoint_blocks(model: GPTNeoX, mode: str) -> None:
         return
     for block in model.layers:
         assert isinstance(block, Block)
-        target: nn.Module = block if mode == "full" else block.mlp
-        # Not a wrapper module: that would change the parameters' names.
-        target.forward = partial(checkpoint, target.forward, use_reentrant=False)
-        for module in target.modules():
-            if isinstance(module, Block | MLP):
-                module.recompute = False
+        if mode == "full":
+            block.__class__ = CheckpointedBlock
+            block.mlp.recompute = False
+        else:
+            block.mlp.__class__ = CheckpointedMLP
+
+
+def compiles(config: Config, layout: Layout) -> bool:
+    """Whether the blocks are to be compiled: where it is left open, on CUDA, where each of them is whole."""
+    if config.train.compile != "auto":
+        return config.train.compile
+    return layout.device.type == "cuda" and all(layout.size(axis) == 1 for axis in ("tp", "cp", "pp"))
 
 
 def compile_blocks(model: GPTNeoX) -> None:

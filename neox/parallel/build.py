@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from neox.config import Config
 from neox.model import GPTNeoX, initial_value
-from neox.parallel.blocks import checkpoint_blocks, compile_blocks
+from neox.parallel.blocks import checkpoint_blocks, compile_blocks, compiles
 from neox.parallel.context import split_batch, split_sequences
+from neox.parallel.float8 import float8_blocks
 from neox.parallel.forward import Forward
 from neox.parallel.mesh import Layout
 from neox.parallel.pipeline import check_pipeline, layers_of_stages, pipelined, stages_of_rank
@@ -57,8 +58,9 @@ def _part(config: Config, layout: Layout, head_loss: HeadLoss, layers: range) ->
     with torch.device("meta"):
         model = GPTNeoX(config.model)
     model.keep(layers)
+    float8_blocks(model, config.train.float8, layout.device)
     checkpoint_blocks(model, config.train.activation_checkpointing)
-    if config.train.compile:
+    if compiles(config, layout):
         compile_blocks(model)
     if model.embed_out is not None:
         setattr(model.embed_out, "loss", MethodType(head_loss, model.embed_out))  # noqa: B010 (mypy takes it for a tensor)
@@ -95,8 +97,10 @@ def split(model: GPTNeoX, config: Config, layout: Layout) -> None:
     key = "parallel.tp" if tensor is not None else "parallel.cp"
     if any(config.model.dropout):
         raise ValueError(f"{key}: processes would drop other values than one does: set model's dropouts to 0")
-    if config.train.compile:
+    if config.train.compile is True:
         raise ValueError(f"{key}: cannot be compiled yet: set train.compile=false")
+    if config.train.float8 != "none":
+        raise ValueError(f"{key}: does not split float8 layers: set train.float8=none")
     if tensor is not None:
         apply_plan(model, config, tensor)
     if context is not None:

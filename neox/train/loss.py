@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from neox.data.loader import IGNORED
 from neox.parallel.collectives import gather
+from neox.runtime import readable
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -97,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # Pipelines that split the backward pass come back for the weight's gradient.
             return (*(None if g is None else g * grads[0] for g in gradients), *(None,) * 6)
         ctx.gradients = None
-        if grads[0].is_cuda or grads[0] != 1:
+        if not readable(grads[0]) or grads[0] != 1:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grads[0])

@@ -18,7 +18,8 @@ class Meter:
     """Times the steps of a call of `Trainer.fit`, from when it is made on.
 
     Between two rows it counts training alone: evaluations, checkpoints and hooks run inside `paused`. On an accelerator
-    steps are queued, so `take` is to be called after the loss has been read, and a pause waits for the queue first.
+    steps are queued, so `take` is to be called after the loss has been read, and a pause in which something happens
+    waits for the queue first.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -33,9 +34,9 @@ class Meter:
         self.steps_since += 1
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens in here is not training."""
-        if self.device.type != "cpu":
+    def paused(self, wait: bool = True) -> Iterator[None]:
+        """What happens in here is not training. Without `wait` it is nothing that takes time: the queue goes on."""
+        if wait and self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         started = self.clock()
         try:

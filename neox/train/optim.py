@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from neox.config import OptimConfig
 from neox.parallel import Layout
+from neox.runtime import readable
 
 
 def build_optimizers(parts: Iterable[nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
@@ -66,7 +67,7 @@ def clip_gradients(
         if norm.isfinite():
             factor = min(1.0, limit / (norm.item() + 1e-6)) if limit else 1.0
             torch._foreach_mul_(gradients, factor / loss_scale)
-    elif limit and (norm.device.type != "cpu" or norm > limit):
+    elif limit and (not readable(norm) or norm > limit):
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 

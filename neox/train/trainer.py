@@ -29,6 +29,7 @@ from neox.config import Config
 from neox.counts import recomputed_share
 from neox.data import Batch, Loader, build_datasets
 from neox.data.loader import IGNORED
+from neox.data.prefetch import Prefetch
 from neox.files import read_rows, write_atomic
 from neox.model import GPTNeoX
 from neox.parallel import Layout, build, layout, whole_model
@@ -36,14 +37,18 @@ from neox.runtime import OtherProcessFailed, Processes, joined_processes, local_
 from neox.train.corpus import check_named, discard, token_files
 from neox.train.goodput import Goodput
 from neox.train.loss import cross_entropy
+from neox.train.memory import out_of_memory_explained, remembered_allocations
 from neox.train.metrics import Meter, make_row
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
+from neox.train.profile import Profile
 from neox.train.progress import Progress
 from neox.train.run import StopSignals, only_writer
 from neox.train.schedule import lr_factor
 from neox.train.sinks import Sink, build_sinks
 from neox.train.statistics import copies, norms, update_norms
 from neox.train.trackers import check_trackers
+
+Number = float | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,12 @@ class Trainer:
                 with self.goodput.spending("starting"):
                     self._build()
                 # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
-                with StopSignals(self.quiet) as signals, self.saver:
+                with (
+                    StopSignals(self.quiet) as signals,
+                    self.saver,
+                    self.prefetch,
+                    remembered_allocations(self.device),
+                ):
                     return self._loop(signals)
 
     @property
@@ -132,6 +142,7 @@ class Trainer:
         config, steps = self.config, self.config.train.steps
         self._open_sinks()
         loss = None
+        profile = Profile(config.train, self.run / "profile", self.device, self.processes.rank, self.quiet)
         try:
             with self.goodput.spending("evaluating"):
                 self._call_hooks()
@@ -139,22 +150,30 @@ class Trainer:
                 self.save()
             meter = Meter(self.device)
             while self.step < steps and not self.stop_signal:
-                loss, norm, lr, more = self.train_step()
+                updates, started = self.progress.updates, time.perf_counter()
+                with (
+                    profile.step(self.step + 1),
+                    out_of_memory_explained(config, self.layout, self.run, self.step + 1),
+                ):
+                    loss, norm, lr, more = self.train_step()
                 self.progress.step += 1
                 meter.step()
                 if self._logged(self.step) or more.keys() & {"left_out", "rewound_from"}:
-                    row = self._row(loss, norm, lr, *meter.take()) | more | self.saver.take_timings()
+                    row = self._row(float(loss), float(norm), lr, *meter.take()) | more | self.saver.take_timings()
                     for sink in self.sinks:
                         sink.write(row)
                 else:
                     for sink in self.sinks:
                         sink.step(self.step)
-                with meter.paused():
+                if self.progress.updates > updates:
+                    self.goodput.seconds["training"] += time.perf_counter() - started
+                evaluates = config.eval.every and (self.step % config.eval.every == 0 or self.step == steps)
+                with meter.paused(bool(evaluates or self.hooks or is_due(config.checkpoint, self.step))):
                     if self.progress.guard.gives_up:
                         self._rewind()
                         continue
                     with self.goodput.spending("evaluating"):
-                        if config.eval.every and (self.step % config.eval.every == 0 or self.step == steps):
+                        if evaluates:
                             valid = {"step": self.step, "valid_loss": self.validate()}
                             for sink in self.sinks:
                                 sink.write(valid)
@@ -168,12 +187,13 @@ class Trainer:
                             sink.sync()
                         self.save()
         finally:
+            profile.close()
             self._close_sinks()
         with self.goodput.spending("saving"):
             self.saver.wait()
         if not self.quiet:
             print(self.goodput.line(), file=sys.stderr)
-        return Result(self.step, self.step >= steps, self.stop_signal, loss)
+        return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else float(loss))
 
     def _open_sinks(self) -> None:
         if not self.processes.rank:
@@ -183,18 +203,17 @@ class Trainer:
         for sink in self.sinks:
             sink.close()
 
-    def train_step(self) -> tuple[float, float, float, dict[str, Any]]:
+    def train_step(self) -> tuple[Number, Number, float, dict[str, Any]]:
         """One optimizer step: its mean loss per token, the gradient norm before clipping, the learning rate, and what
         else there is to tell.
 
         Where the guard finds the step bad, and in fp16 on an overflow, the update is left out: nothing changes but the
         guard's count and the loss scale.
         """
-        started = time.perf_counter()
         config, progress = self.config, self.progress
-        batches = self._microbatches(progress.loader, self.step)
+        batches, valid = self.prefetch(self.step)
         loss_scale = progress.scaler.scale if progress.scaler else 1.0
-        tokens = self.layout.sum_over_data(_valid_tokens(batches))
+        tokens = self.layout.sum_over_data(valid)
         for part in self.parts:
             part.train()
         mean = self.forward_backward(batches, loss_scale / tokens) / loss_scale
@@ -203,13 +222,9 @@ class Trainer:
         if with_norms:
             more |= norms(self.parts, loss_scale, self.layout)
         total = clip_gradients(self.parts, config.optim.clip, loss_scale, self.layout)
-        # The one place where the host waits for the device. The update depends on it, and is soon launched.
-        loss, norm = torch.stack((mean.float(), total.float())).tolist()
-        bad = progress.guard.judge(loss, norm, scaled=progress.scaler is not None)
-        # Rounding may differ from one process to the next, and they must all do the same.
-        if self.processes.largest(bad is not None):
-            more["left_out"] = bad = bad or "another process found the step bad"
-        progress.guard.count(loss, norm, bad is not None)
+        loss, norm, bad = self._judged(mean, total) if config.train.guard else (mean, total, None)
+        if bad:
+            more["left_out"] = bad
         overflow = progress.scaler is not None and not math.isfinite(norm)
         if progress.scaler:
             more["loss_scale"] = loss_scale
@@ -220,7 +235,7 @@ class Trainer:
         factor = lr_factor(config.schedule, config.optim.lr, progress.updates, config.train.steps)
         set_lr(self.optimizers, factor)
         before = copies(self.parts) if with_norms else []
-        left_out = overflow or bad is not None
+        left_out = overflow or bool(bad)
         for optimizer in self.optimizers:
             if not left_out:
                 optimizer.step()
@@ -230,9 +245,19 @@ class Trainer:
         progress.updates += not left_out
         if progress.scaler or progress.updates <= self.step:
             more["skipped"] = self.step + 1 - progress.updates
-        if not left_out:
-            self.goodput.seconds["training"] += time.perf_counter() - started
         return loss, norm, config.optim.lr * factor, more
+
+    def _judged(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, str | None]:
+        """Loss and gradient norm on the host, and what is wrong with them. The one place where a step waits for the
+        device: the update depends on it, and is soon launched."""
+        progress = self.progress
+        mean, total = torch.stack((loss.float(), norm.float())).tolist()
+        bad = progress.guard.judge(mean, total, scaled=progress.scaler is not None)
+        # Rounding may differ from one process to the next, and they must all do the same.
+        if self.processes.largest(bad is not None):
+            bad = bad or "another process found the step bad"
+        progress.guard.count(mean, total, bad is not None)
+        return mean, total, bad
 
     def _rewind(self) -> None:
         """Back to a checkpoint from before the bad steps, and past their data. All processes call it together."""
@@ -278,6 +303,11 @@ class Trainer:
                     )
         return batches
 
+    def _on_device(self, step: int) -> tuple[list[Batch], int]:
+        """A step's microbatches, on their way to the device, and how many tokens of them take part in the loss."""
+        batches = self._microbatches(self.progress.loader, step)
+        return [batch.to(self.device) for batch in batches], _valid_tokens(batches)
+
     def validate(self) -> float:
         """Mean loss per token over the first `eval.batches` global batches of the held-out text."""
         if self.valid is None:
@@ -318,6 +348,7 @@ class Trainer:
         datasets = build_datasets(config.data, files.train, files.valid, config.train.seed, samples, not self.quiet)
         self.progress = Progress(config, datasets.train, datasets.fingerprint, self.goodput)
         self.valid = datasets.valid
+        self.prefetch = Prefetch(self._on_device, config.train.steps, self.device)
         self.parts, self.forward_backward = build(config, self.layout, self._head_loss)
         self.optimizers = build_optimizers(self.parts, config.optim)
         fill_state(self.optimizers)
@@ -359,8 +390,10 @@ class Trainer:
         )
 
     def _call_hooks(self) -> None:
-        for hook in self.hooks:
-            hook(self, self.step)
+        # Hooks generate and evaluate, at shapes that blocks were not compiled for.
+        with torch.compiler.set_stance("force_eager"):
+            for hook in self.hooks:
+                hook(self, self.step)
 
 
 def _seconds_before(run: Path) -> float:

@@ -2,15 +2,22 @@
 
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
+from torch import _dynamo as dynamo
+from torch import nn
+from torch._dynamo.utils import counters
 
 from neox.config import load_config
 from neox.data import Batch
-from neox.parallel import build, layout
+from neox.generate import Engine, Sampling
+from neox.model import Block
+from neox.parallel import Layout, build, compiles, layout
 from neox.runtime import Processes
-from neox.train import cross_entropy
+from neox.train import Trainer, cross_entropy
+from tests.parallel.helpers import config
 from tests.train.helpers import TINY
 
 CPU = torch.device("cpu")
@@ -83,6 +90,63 @@ def test_peak_memory_falls():
     assert peaks["none"] - peaks["selective"] > 2 * width
     assert peaks["none"] - peaks["full"] > 7 * width
     assert peaks["selective"] > peaks["full"]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Blocks are compiled, up to the generation of code; gives how many graphs that took."""
+    dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(Block, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    yield lambda: counters["stats"]["unique_graphs"]
+    dynamo.reset()
+
+
+MANY = "num_hidden_layers=12"  # more than the graphs that dynamo makes of one function before it refuses
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("shape", [(), ("shared_layer_norm=true", "train.dtype=bf16"), ("train.float8=rowwise",)])
+def test_one_whole_graph_serves_all_blocks(graphs, mode, shape):
+    """A graph break would raise: fullgraph. 1e-6: products may be grouped otherwise; in bf16 of values below 1."""
+    options = (MANY, *shape, f"train.activation_checkpointing={mode}")
+    plain, expected = gradients(*options, "train.compile=false")
+    value, found = gradients(*options, "train.compile=true")
+    tolerance = 1e-2 if "train.dtype=bf16" in shape else 1e-6
+    assert graphs() == 1
+    assert value == pytest.approx(plain, abs=tolerance)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance, msg=name)
+
+
+def test_hooks_may_generate_with_a_compiled_model(tmp_path, graphs):
+    """A cache makes each layer another program, and lengths vary: hooks run the blocks as they are written."""
+    said = []
+
+    def generate(trainer, step):
+        engine = Engine(trainer.whole_model())
+        said.append([engine.generate([prompt], Sampling(4, temperature=0))[0].tokens for prompt in ([1, 2], [3] * 5)])
+        trainer.model.train()
+
+    for compiled in ("true", "false"):
+        settings = config(tmp_path, compiled, MANY, "steps=2", f"train.compile={compiled}")
+        assert Trainer(settings, hooks=(generate,), quiet=True).fit().finished
+    assert graphs() == 1
+    assert said[:3] == said[3:]
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cuda", (), True),
+        ("cpu", (), False),
+        ("mps", (), False),
+        ("cpu", ("train.compile=true",), True),
+        ("cuda", ("train.compile=false",), False),
+    ],
+)
+def test_left_open_blocks_are_compiled_on_cuda(device, options, expected):
+    assert compiles(load_config(overrides=options), Layout(Processes(), torch.device(device), None)) is expected
 
 
 @pytest.mark.slow

@@ -1,0 +1,94 @@
+"""What happens when memory runs out: a snapshot of it, and one line that says which option to turn first."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from neox.config import Config
+from neox.counts import parameters
+from neox.parallel import Layout
+
+EVENTS = 100_000
+"""Allocations that CUDA remembers, with the Python lines that made them: some steps' worth, tens of megabytes."""
+
+
+@contextmanager
+def remembered_allocations(device: torch.device) -> Iterator[None]:
+    """On CUDA, inside, a snapshot of memory knows who allocated what: when memory runs out, that cannot be repeated."""
+    if device.type != "cuda":
+        yield
+        return
+    # Python's lines alone: torch's documentation puts them at 2 microseconds an allocation.
+    torch.cuda.memory._record_memory_history(max_entries=EVENTS, stacks="python")
+    try:
+        yield
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+@contextmanager
+def out_of_memory_explained(config: Config, layout: Layout, run: Path, step: int) -> Iterator[None]:
+    """Inside, step `step` runs: where its memory runs out, ValueError says what to turn, and how the run goes on.
+
+    On CUDA it leaves RUN/memory_snapshot.pickle (of rank R above 0: memory_snapshot_rankR.pickle), for
+    docs.pytorch.org/memory_viz. What the run has saved is untouched.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        seen, total = "", 0
+        if layout.device.type == "cuda":
+            rank = layout.processes.rank
+            file = run / f"memory_snapshot{f'_rank{rank}' if rank else ''}.pickle"
+            torch.cuda.memory._dump_snapshot(str(file))
+            total = torch.cuda.get_device_properties(layout.device).total_memory
+            seen = f" ({file} shows what of: docs.pytorch.org/memory_viz)"
+        raise ValueError(f"{run}: step {step} ran out of memory{seen}: {advice(config, layout, total)}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is an accelerator's, Python's or torch's CPU allocator's way to say that memory ran out."""
+    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def state_bytes(config: Config, layout: Layout) -> int:
+    """Bytes of weights, gradients and AdamW's two moments, fp32, on one process; layers are taken to split evenly."""
+    own = parameters(config.model).total / (layout.size("tp") * layout.size("pp"))
+    sharers = layout.size("dp_shard") * layout.size("cp")
+    whole = {1: 8, 2: 4, 3: 0}[config.parallel.zero]
+    return round(own * (whole + (16 - whole) / sharers))
+
+
+def advice(config: Config, layout: Layout, total: int = 0) -> str:
+    """The option to turn first, and why. `total` is the device's memory in bytes, 0 where that is not known.
+
+    A microbatch's part comes first, since less of it at a time changes nothing in the result; but where the state
+    alone fills the device, only sharing it helps.
+    """
+    train, parallel = config.train, config.parallel
+    state = state_bytes(config, layout)
+    takes = f"weights, gradients and optimizer state take {state / 1e9:.3g} GB here"
+    resume = f"neox train resume={config.log.out}"
+    if total and state > 0.8 * total:
+        takes += f" of {total / 1e9:.3g} GB"
+        sharers = layout.size("dp_shard") * layout.size("cp")
+        if parallel.zero < 3 and sharers > 1 and layout.size("pp") == 1:
+            return f"{takes}: share more of it, `{resume} parallel.zero={parallel.zero + 1}`"
+        return f"{takes}: share it among more processes (parallel.dp_shard with parallel.zero=3, parallel.tp or pp)"
+    takes += ", the rest is a microbatch's: "
+    if train.micro_batch_size > 1:
+        half = train.micro_batch_size // 2
+        return f"{takes}halve it, the result is the same, `{resume} train.micro_batch_size={half}`"
+    if train.activation_checkpointing != "full":
+        mode = "selective" if train.activation_checkpointing == "none" else "full"
+        return f"{takes}keep less of it, the result is the same, `{resume} train.activation_checkpointing={mode}`"
+    if train.loss_chunk > 256:
+        return f"{takes}fewer logits at a time, `{resume} train.loss_chunk={train.loss_chunk // 2}`"
+    if train.dtype == "fp32" and layout.device.type == "cuda":
+        return f"{takes}half the bytes a value, `{resume} train.dtype=bf16`"
+    return f"{takes}split sequences or matrices over processes (parallel.cp, or parallel.tp with sequence_parallel)"
