@@ -133,6 +133,14 @@ def show(config: Config) -> str:
         ),
         f"  {'FLOPs per token at full context':<34}{forward_flops(model, 1, past=context - 1):>22.4g}",
     ]
+    if model.mup_base_width:
+        growth = model.hidden_size / model.mup_base_width
+        lines += [
+            "",
+            f"Width transfer (muP) from a model of width {model.mup_base_width}, see docs/width_transfer.md",
+            f"  {'width, times that':<34}{growth:>22.4g}",
+            f"  {'peak rate where it is scaled':<34}{config.optim.lr / growth:>22.4g}",
+        ]
     notes = presets.notes(config.preset) if config.preset else ()
     if notes:
         lines += ["", "Notes"]

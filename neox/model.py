@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from neox.cache import KVCache
 from neox.config import ModelConfig
+from neox.width import scaling
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -275,11 +276,12 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size, 
 
     small_init: N(0, 2 / (5 C)) (arXiv 1910.05895), residual outputs N(0, (2 / (L sqrt(C)))^2) (wang_init);
     normal: N(0, initializer_range^2), residual outputs divided by sqrt(2 L). Norms start at one, biases at zero.
+    Under muP these are of the model of the base width, and `neox.width` says how they follow the width.
     """
     if name.endswith("bias"):
         return torch.zeros(shape, device=device)
     if "norm" in name:
-        return torch.ones(shape, device=device)
+        return torch.full(shape, scaling(config, name).std, device=device)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
     return torch.empty(shape, device=device).normal_(std=init_std(config, name), generator=generator)
@@ -287,13 +289,14 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size, 
 
 def init_std(config: ModelConfig, name: str) -> float:
     """The standard deviation that `initial_value` draws the parameter `name` with."""
+    width, factor = config.mup_base_width or config.hidden_size, scaling(config, name).std
     residual_output = name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight"))
     if config.init_method == "normal":
         scale = math.sqrt(2 * config.num_hidden_layers) if residual_output else 1.0
-        return config.initializer_range / scale
+        return factor * config.initializer_range / scale
     if residual_output:
-        return 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
-    return math.sqrt(2 / (5 * config.hidden_size))
+        return factor * 2 / (config.num_hidden_layers * math.sqrt(width))
+    return factor * math.sqrt(2 / (5 * width))
 
 
 def attention_masks(

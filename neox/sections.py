@@ -64,6 +64,9 @@ class ModelConfig(Section):
     scaled by 1/sqrt(2L)."""
     initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation that init_method = "normal" draws with."""
+    mup_base_width: OptionalInt = Field(default=None, gt=0)
+    """muP: weights and AdamW's rates are those of a model so wide (of this one's head_dim, depth and MLP ratio) and
+    follow the width from there: what is tuned on it holds here. none = standard. See docs/width_transfer.md."""
     position_embedding: Literal["rotary", "learned"] = "rotary"
     """How positions enter: rotated queries and keys, or a learned table."""
     shared_layer_norm: bool = False
@@ -119,6 +122,11 @@ class ModelConfig(Section):
     def _consistent(self) -> Self:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size: {self.hidden_size} does not split into {self.num_attention_heads} heads")
+        if self.mup_base_width and self.mup_base_width % self.head_dim:
+            raise ValueError(
+                f"mup_base_width: {self.mup_base_width} does not split into heads of {self.head_dim}, this model's "
+                "head_dim, which the base model shares: choose a multiple of it"
+            )
         if self.rotary_dim % 2:
             raise ValueError(
                 f"rotary_pct: {self.rotary_pct} of {self.head_dim} dims per head rotates {self.rotary_dim}, "

@@ -355,6 +355,7 @@ def configs(draw) -> Config:
     tp, cp = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     model |= {key: tp * draw(st.integers(1, 8)) for key in ("num_attention_heads", "vocab_size", "intermediate_size")}
     model["hidden_size"] = 8 * model["num_attention_heads"]
+    model["mup_base_width"] = draw(st.none() | st.integers(1, 8).map(lambda heads: 8 * heads))
     sections["parallel"] |= {"tp": tp, "cp": cp, "sequence_parallel": tp > 1 and draw(st.booleans())}
     parallel = sections["parallel"]
     parallel |= {"pp": 1, "schedule": draw(st.sampled_from(["1f1b", "interleaved_1f1b"]))}

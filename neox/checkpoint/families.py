@@ -219,6 +219,7 @@ def write_config(config: ModelConfig, dtype: torch.dtype, eos: int | None) -> di
     read_back = read_config(raw)
     free = {
         "init_method",
+        "mup_base_width",
         "intermediate_size",
     }  # no part of the function that the model computes, or written as ffn_size
     if read_back.rotary_dim == config.rotary_dim:

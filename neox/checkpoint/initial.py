@@ -27,7 +27,8 @@ from neox.runtime import Processes
 
 # No part of what the weights compute; the sizes are compared as what they come to.
 _FREE = {
-    *("init_method", "initializer_range", "hidden_dropout", "attention_dropout", "embedding_dropout"),
+    *("init_method", "initializer_range", "mup_base_width"),
+    *("hidden_dropout", "attention_dropout", "embedding_dropout"),
     *("intermediate_size", "rotary_pct", "max_position_embeddings"),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 from neox.cli.verb import UsageError, Verb, resolve
@@ -26,13 +28,14 @@ def show(targets: list[str], options: list[str]) -> None:
 
 
 def inspect(targets: list[str], options: list[str]) -> int | None:
-    """Look into runs and tokenizers.
+    """Look into runs, tokenizers and parametrisations.
 
     neox inspect TOPIC ... [key=value ...]
 
     Topics (`neox inspect TOPIC --help` says more):
       run         curves of one or more runs, and where their options differ, as a page or a picture
       tokenizer   what a tokenizer makes of a text, beside others
+      coordinates whether what a model computes keeps its size as the model grows wider (muP)
 
     Examples:
       neox inspect run runs/first
@@ -116,6 +119,68 @@ def inspect_tokenizer(targets: list[str], options: list[str]) -> None:
     print(tokenizer_report(targets, texts, text_key))
 
 
+def inspect_coordinates(targets: list[str], options: list[str]) -> None:
+    """Coordinate check: does what a model computes keep its size as the model grows wider?
+
+    neox inspect coordinates [PRESET] [FILE.toml ...] [key=value ...]
+
+    Trains the model at several widths for a few steps, as the standard parametrisation and as muP
+    have it, and lays the mean absolute value of its outputs against the width. Where that depends on
+    the width, so do the settings that train the model well. Depth and the width of a head stay;
+    tokens are random. The base width is model.mup_base_width, or else the smallest of the widths.
+
+    Options:
+      widths=64,128,256,512  default: 1, 2, 4 and 8 heads of the model's head_dim
+      steps=4                optimizer steps, on one batch at the rate optim.lr
+      only=mup               or standard: one of the two
+      out=coordinates.png    the picture
+
+    Examples:
+      neox inspect coordinates
+      neox inspect coordinates pythia-70m widths=64,128,256,512 seq_length=128 optim.lr=1e-2
+      neox inspect coordinates recipe.toml only=mup steps=10
+    """
+    own = {"widths": "", "steps": "4", "only": "", "out": "coordinates.png"}
+    own |= dict(option.split("=", 1) for option in options if option.partition("=")[0] in own)
+    config = resolve(targets, [option for option in options if option.partition("=")[0] not in own])
+    out, head_dim = Path(own["out"]), config.model.head_dim
+    if out.suffix != ".png":
+        raise ValueError(f"out={out}: must end in .png")
+    if own["only"] not in ("", "mup", "standard"):
+        raise ValueError(f"only={own['only']}: must be mup or standard")
+    if own["widths"] and not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})+", own["widths"]):
+        raise ValueError(f"widths={own['widths']}: must be two or more whole numbers, such as 64,128,256,512")
+    given = own["widths"].split(",") if own["widths"] else [head_dim * heads for heads in (1, 2, 4, 8)]
+    widths = sorted({int(width) for width in given})
+    if len(widths) < 2:
+        raise ValueError(f"widths={own['widths']}: are all the same, a slope needs two")
+    if not re.fullmatch(r"[1-9]\d{0,5}", own["steps"]):
+        raise ValueError(f"steps={own['steps']}: must be a whole number above 0")
+    steps = int(own["steps"])
+
+    import numpy as np
+
+    from neox.inspect.coordinates import at_width, coordinates, table, write_coordinates
+
+    base = config.model.mup_base_width or min(widths)
+    kinds = {"standard": None, "mup": base}
+    kinds = {kind: width for kind, width in kinds.items() if own["only"] in ("", kind)}
+    for width in widths:
+        at_width(config.model, width, base)  # what is wrong is said before any is trained
+    found = {}
+    for kind, start in kinds.items():
+        measured = []
+        for width in widths:
+            sizes, losses = coordinates(config, width, start, steps)
+            measured.append(sizes)
+            print(f"{kind}, width {width}: loss {losses[0]:.3f}, after {steps} steps {losses[-1]:.3f}", file=sys.stderr)
+        found[kind] = np.stack(measured)
+    print("Slopes of log(mean absolute value) over log(width); 0: the width does not matter")
+    print(table(widths, found))
+    write_coordinates(out, widths, found, steps)
+    print(f"{out}: written")
+
+
 def doctor(targets: list[str], options: list[str]) -> int:
     """Examine this machine: versions, speeds, disk, traps, and what mends them.
 
@@ -135,5 +200,5 @@ def doctor(targets: list[str], options: list[str]) -> int:
     return examine(Path(options[-1].partition("=")[2] if options else "runs"))
 
 
-TOPICS: dict[str, Verb] = {"run": inspect_run, "tokenizer": inspect_tokenizer}
+TOPICS: dict[str, Verb] = {"run": inspect_run, "tokenizer": inspect_tokenizer, "coordinates": inspect_coordinates}
 """Of inspect, in the order of its help."""

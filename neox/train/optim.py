@@ -10,33 +10,35 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from neox.config import OptimConfig
+from neox.model import GPTNeoX
 from neox.parallel import Layout
 from neox.runtime import readable
+from neox.width import scaling
 
 
-def build_optimizers(parts: Iterable[nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(parts: Iterable[GPTNeoX], config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon over the blocks' matrices and AdamW over the rest, of a model's parts.
 
     Weight decay is decoupled and spares layer norms and biases, as in gpt-neox; embeddings and the head do decay.
+    Under muP, AdamW's rate, decay and eps follow the width (`neox.width`); Muon's do so by themselves.
     Every group carries `peak_lr`, which `set_lr` scales.
     """
     muon: list[Tensor] = []
-    decayed: list[Tensor] = []
-    spared: list[Tensor] = []
-    for name, parameter in (named for part in parts for named in part.named_parameters()):
-        if name.endswith("bias") or "norm" in name:
-            spared.append(parameter)
-        elif config.name == "muon" and name.startswith("layers."):
-            muon.append(parameter)
-        else:
-            decayed.append(parameter)
+    adamw: dict[tuple[float, float, float], list[Tensor]] = defaultdict(list)  # by peak rate, decay and eps
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            spared = name.endswith("bias") or "norm" in name
+            if config.name == "muon" and name.startswith("layers.") and not spared:
+                muon.append(parameter)
+                continue
+            factor = scaling(part.config, name)
+            decay = 0.0 if spared else config.weight_decay * factor.decay
+            adamw[config.lr * factor.lr, decay, config.eps * factor.eps].append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay, "peak_lr": config.lr},
-        {"params": spared, "weight_decay": 0.0, "peak_lr": config.lr},
+        {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay, "eps": eps}
+        for (lr, decay, eps), parameters in adamw.items()
     ]
-    built: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    ]
+    built: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=config.betas, fused=True)]
     if muon:
         group = {"params": muon, "peak_lr": config.muon_lr}
         built.append(Muon([group], lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay))
