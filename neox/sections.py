@@ -238,6 +238,12 @@ class TrainConfig(Section):
     """What the backward pass computes again instead of keeping it: nothing dear; the MLPs; whole blocks."""
     compile: bool = False
     """Compile each block with torch.compile: half a minute and more at the start, fewer passes over memory after."""
+    restarts: NotNegative = 3
+    """How often the processes that `neox train` starts itself begin anew, from the newest checkpoint, when one dies."""
+    grace: float = Field(default=30.0, gt=0)
+    """Seconds from SIGTERM to the end of the process: what is not saved by then is given up. See docs/launching.md."""
+    timeout: float = Field(default=1800.0, ge=0)
+    """Seconds without a finished step after which a run leaves its stacks in RUN/hang and ends; 0 = never."""
 
 
 class OptimConfig(Section):

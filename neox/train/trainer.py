@@ -4,6 +4,7 @@ Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step. Neit
 processes: `neox.parallel.build` gives the parts of it that are here, and the callable that runs a step through them.
 """
 
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ from neox.train.corpus import check_named, discard, token_files
 from neox.train.loss import cross_entropy
 from neox.train.metrics import Meter, make_row
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
-from neox.train.run import StopSignals, only_writer
+from neox.train.run import StopSignals, begun_by_this_launch, is_evaluated, note_launch, only_writer
 from neox.train.scaler import build_scaler
 from neox.train.schedule import lr_factor
 from neox.train.sinks import Sink, build_sinks
 from neox.train.statistics import norms
 from neox.train.trackers import check_trackers
+from neox.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Result:
     finished: bool  # false where a signal ended the run early; it is saved and can be resumed
     signal: int = 0  # the signal that ended it, 0 for none
     loss: float | None = None  # of the last step of this call, None where it took none
+    seconds: float | None = None  # from SIGTERM until it was saved, None without
 
 
 class Trainer:
@@ -52,7 +55,8 @@ class Trainer:
     constructor and `fit` raise ValueError for a config, data or run directory that cannot be used, `fit` also OSError
     where the disk is full.
 
-    Started by torchrun, all processes of the run make the same calls; rank 0 writes what is written once.
+    Started by torchrun, all processes of the run make the same calls; rank 0 writes what is written once. A run that
+    torchrun begins anew goes on, as with `resume`.
     """
 
     def __init__(
@@ -76,22 +80,26 @@ class Trainer:
 
     def fit(self) -> Result:
         """Train up to `train.steps`, saving as configured; Ctrl-C and SIGTERM save and return early."""
-        with joined_processes(self.config.train.device) as processes:
+        with joined_processes(self.config.train.device, lambda: f", after step {self.step}") as processes:
             self.device = local_device(self.config.train.device)
             self.layout = layout(self.config.parallel, processes, self.device)
             self.quiet = self.quiet or processes.rank > 0
             self.run.mkdir(parents=True, exist_ok=True)
             with only_writer(self.run, processes):
+                self.resume = bool(processes.largest(self.resume or begun_by_this_launch(self.run)))
                 # Looked at under the lock: a run that another process has just finished must not be begun again.
                 if not self.resume and (complete_steps(self.run) or (self.run / "metrics.jsonl").exists()):
                     raise ValueError(
                         f"{self.run}: holds a run: continue it with `neox train resume={self.run}`, "
                         "or choose another out="
                     )
-                self._build()
-                # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
-                with StopSignals(self.quiet) as signals, self.saver:
-                    return self._loop(signals)
+                if not processes.rank:
+                    note_launch(self.run)
+                with Watch(self.config.train, self.run, processes) as self.watch:
+                    self._build()
+                    # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
+                    with StopSignals(self.quiet) as signals, self.saver:
+                        return self._loop(signals)
 
     @property
     def model(self) -> GPTNeoX:
@@ -111,13 +119,17 @@ class Trainer:
         config, steps = self.config, self.config.train.steps
         if not self.processes.rank:
             self.sinks = build_sinks(config, self.run, self.step, self.quiet)
-        loss = None
+        loss = seconds = None
         try:
+            # SIGTERM leaves out what was due after the last step; hooks see for themselves.
+            if self.processes.largest(self.step > 0 and not is_evaluated(self.run, self.step)):
+                self._evaluate()
             self._call_hooks()
             if not self.step and is_due(config.checkpoint, 0):
                 self.save()
             meter = Meter(self.device)
             while self.step < steps and not self.stop_signal:
+                began = time.monotonic()
                 loss, norm, lr, more = self.train_step()
                 self.step += 1
                 meter.step()
@@ -129,23 +141,31 @@ class Trainer:
                     for sink in self.sinks:
                         sink.step(self.step)
                 with meter.paused():
-                    if config.eval.every and (self.step % config.eval.every == 0 or self.step == steps):
-                        valid = {"step": self.step, "valid_loss": self.validate()}
-                        for sink in self.sinks:
-                            sink.write(valid)
-                    self._call_hooks()
-                    self.saver.poll()
+                    self.watch.done(self.step, time.monotonic() - began)
                     # Asked once a step: a signal that comes after this line ends, and saves, the next step.
                     self.stop_signal = self.processes.largest(max(self.stop_signal, signals.number))
+                    hurry = self.stop_signal == signal.SIGTERM
+                    if not hurry:
+                        if self._evaluate():
+                            self.stop_signal = self.processes.largest(max(self.stop_signal, signals.number))
+                        self._call_hooks()
+                    self.saver.poll()
                     if self.step == steps or self.stop_signal or is_due(config.checkpoint, self.step):
                         for sink in self.sinks:
                             # A resumed run drops what is beyond its checkpoint, and could not make up for less.
                             sink.sync()
                         self.save()
+                        self.watch.saved(self.saver.slowest)
+                    if hurry:
+                        self.saver.wait()
+                        seconds = self.watch.since_sigterm()
+                    if hurry and self.step == steps:  # no other call would make up for it
+                        self._evaluate()
+                        self._call_hooks()
         finally:
             for sink in self.sinks:
                 sink.close()
-        return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else loss.item())
+        return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else loss.item(), seconds)
 
     def train_step(self) -> tuple[torch.Tensor, torch.Tensor, float, dict[str, Any]]:
         """One optimizer step: its mean loss per token, the gradient norm before clipping, the learning rate, and what
@@ -194,6 +214,17 @@ class Trainer:
                     )
         return batches
 
+    def _evaluate(self) -> bool:
+        """Evaluate where the step is one after which that is due; whether it was."""
+        due = self.config.eval.every and (
+            self.step % self.config.eval.every == 0 or self.step == self.config.train.steps
+        )
+        if due:
+            valid = {"step": self.step, "valid_loss": self.validate()}
+            for sink in self.sinks:
+                sink.write(valid)
+        return due
+
     def validate(self) -> float:
         """Mean loss per token over the first `eval.batches` global batches of the held-out text."""
         if self.valid is None:
@@ -235,7 +266,8 @@ class Trainer:
                 discard(config, self.run)
             if not done:  # before the text is tokenized, which may take long: from now on `resume=` continues
                 self._write_config()
-            files = token_files(config, self.run, quiet=self.quiet)
+            with self.watch.paused():
+                files = token_files(config, self.run, quiet=self.quiet)
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
         datasets = build_datasets(config.data, files.train, files.valid, config.train.seed, samples, not self.quiet)
         self.order = datasets.fingerprint
