@@ -6,12 +6,9 @@ import os
 import signal
 import sys
 import uuid
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-
     from neox.config import Config, TrainConfig
 
 
@@ -64,12 +61,20 @@ def launch(arguments: list[str], number: int, config: TrainConfig) -> int:
         max_restarts=config.restarts,
         local_addr="localhost",
     )
+
+    class Agent(LocalElasticAgent):
+        def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+            while True:
+                try:
+                    return super()._shutdown(death_sig, timeout)
+                except SignalException as again:  # a second one, while the processes act on the first
+                    death_sig = again.sigval
+
     # The processes end themselves when their grace is over; only one that cannot is killed.
-    agent = LocalElasticAgent(spec, DefaultLogsSpecs(), shutdown_timeout=int(config.grace) + 5)
+    agent = Agent(spec, DefaultLogsSpecs(), shutdown_timeout=int(config.grace) + 5)
     try:
         result = agent.run()
     except SignalException as caught:
-        _interrupt(agent)  # nothing to do unless it was the second signal that ended the waiting
         return 128 + int(caught.sigval)
     finally:
         spec.rdzv_handler.shutdown()
@@ -77,13 +82,3 @@ def launch(arguments: list[str], number: int, config: TrainConfig) -> int:
         return 0
     status = min(result.failures.values(), key=lambda failure: failure.timestamp).exitcode
     return status if status > 0 else 128 - status
-
-
-def _interrupt(agent: LocalElasticAgent) -> None:
-    """Pass Ctrl-C on to the processes that are still there, each the first of a session of its own, and wait."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    started = [worker.id for worker in agent.get_worker_group().workers if worker.id]
-    for call in (lambda process: os.killpg(process, signal.SIGINT), lambda process: os.waitpid(process, 0)):
-        for process in started:
-            with suppress(ProcessLookupError, ChildProcessError):
-                call(process)

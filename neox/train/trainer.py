@@ -216,9 +216,8 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Evaluate where the step is one after which that is due; whether it was."""
-        due = self.config.eval.every and (
-            self.step % self.config.eval.every == 0 or self.step == self.config.train.steps
-        )
+        every = self.config.eval.every
+        due = every > 0 and (self.step % every == 0 or self.step == self.config.train.steps)
         if due:
             valid = {"step": self.step, "valid_loss": self.validate()}
             for sink in self.sinks:
