@@ -188,8 +188,8 @@ def train(targets: list[str], options: list[str]) -> int:
         print(f"{run}: {result.step} steps done{loss}; next: neox generate {shlex.quote(str(run))} prompt='The'")
         return 0
     name = signal.Signals(result.signal).name
-    after = "" if result.seconds is None else f" {result.seconds:.1f} s after it"
-    print(f"{run}: stopped by {name}, saved at step {result.step} of {steps}{after}{loss}; continue: {again}")
+    after = "" if result.seconds is None else f", {result.seconds:.1f} s after the signal"
+    print(f"{run}: stopped by {name}, saved at step {result.step} of {steps}{loss}{after}; continue: {again}")
     return 128 + result.signal
 
 
