@@ -158,8 +158,10 @@ class Saver:
                 sync_folder(folder)
                 sync_folder(folder.parent)
         except BaseException as error:
-            # Rank 0 alone knows whether the checkpoint is whole: it may be where rank 0 was killed right after it.
-            if not self.processes.rank:
+            # Rank 0 alone knows whether it is whole: another may have been killed right after .metadata was written,
+            # and is missed only in the call by which all learn of that.
+            whole = (folder / ".metadata").is_file() and not inside(error, OSError)
+            if not self.processes.rank and not whole:
                 with suppress(OSError):
                     (folder / ".metadata").unlink()  # first: what is half removed must not read as complete
                 shutil.rmtree(folder, ignore_errors=True)

@@ -197,12 +197,13 @@ def test_agents_of_two_hosts_of_which_one_is_lost(tmp_path):
     run = tmp_path / "run"
     command = arguments(tmp_path, "steps=120", "checkpoint.every=20", f"out={run}", "schedule.min_lr=1e-3")
     meeting = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-id=two-hosts"]
-    meeting += ["--rdzv-conf=last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=2"]
     meeting += [f"--rdzv-endpoint=localhost:{free_port()}"]
-    agents = [
-        Launched(tmp_path / name, *TORCHRUN, *meeting, "-m", "neox", "train", *command, setup=SLOW_STEPS)
-        for name in ("a", "b")
-    ]
+    patience = "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=2"
+    host = {"a": 1, "b": 0}  # the store that they meet in is with the one that stays
+    agents = []
+    for name, is_host in host.items():
+        meet = (*meeting, f"--rdzv-conf=is_host={is_host},{patience}")
+        agents.append(Launched(tmp_path / name, *TORCHRUN, *meet, "-m", "neox", "train", *command, setup=SLOW_STEPS))
     for agent in agents:  # one that comes late has the other's process started again, in a group of two
         wait_for(lambda agent=agent: len(agent.ranks()) == 1, agent)
     wait_for(lambda: complete(run), agents[0])
