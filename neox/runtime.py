@@ -2,11 +2,15 @@
 
 import contextlib
 import functools
+import json
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +19,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class OtherProcessFailed(RuntimeError):
     """Another process of the run has failed, and has said why."""
+
+
+class OtherProcessLost(OtherProcessFailed):
+    """Another process of the run has gone without a word: killed, or its host was lost."""
 
 
 class Processes(NamedTuple):
@@ -57,11 +65,18 @@ class Processes(NamedTuple):
                 self.largest(good)
 
 
+# A hang is found, and shown, by the run's own watch (train.timeout). Until then processes may wait for long: for rank 0
+# that tokenizes the text, for a block that is compiled.
+PATIENCE = timedelta(days=1)
+JOINING = timedelta(minutes=10)  # from the first process of an attempt to the last
+
+
 @contextlib.contextmanager
-def joined_processes(device: str = "auto") -> Iterator[Processes]:
+def joined_processes(device: str = "auto", doing: Callable[[], str] = lambda: "") -> Iterator[Processes]:
     """The processes that torchrun started, joined into a group while inside; one alone without torchrun.
 
-    A group that the caller has made is used, and left as it is.
+    A group that the caller has made is used, and left as it is. Raises OtherProcessLost where a collective call fails
+    because another process has gone; `doing` says what this one was at, for the message.
     """
     import torch.distributed as dist
 
@@ -71,11 +86,91 @@ def joined_processes(device: str = "auto") -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Processes()
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if resolve_device(device).type == "cuda" else "gloo")
+    from torch.distributed.rendezvous import rendezvous
+
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that the flight recorder keeps
+    backend = "cpu:gloo,cuda:nccl" if resolve_device(device).type == "cuda" else "gloo"
+    processes = Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        store, *_ = next(rendezvous("env://", timeout=JOINING))
+        store = dist.PrefixStore(agreed_attempt(store, *processes), store)
+        dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.world, timeout=PATIENCE)
+        yield processes
+    except BaseException as error:
+        if not (reason := _lost(error)):
+            raise
+        if backend != "gloo" and dist.is_initialized():  # destroying it below would wait for those that have gone
+            dist.distributed_c10d._abort_process_group()
+        where = f"rank {processes.rank}: another process of the run has gone{doing()}"
+        raise OtherProcessLost(f"{where} ({reason})") from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def agreed_attempt(store: Any, rank: int, world: int, limit: timedelta = JOINING) -> str:
+    """A name that the processes of this attempt agree on and that no earlier attempt used: a prefix for its keys.
+
+    torchrun keeps one store over its restarts, in which a fast process would find the addresses of the dead, and each
+    of its hosts counts restarts for itself. So each process leaves a name that is new in a place that may hold an old
+    one; rank 0 sends its own to the names that it finds, until each rank has answered to it.
+    Raises TimeoutError where one does not come.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"neox/{rank}", mine)
+        attempt = store.get(mine).decode()  # waits for it
+        store.set(f"{attempt}/{rank}", "")
+        return attempt
+    missing = set(range(1, world))
+    deadline = time.monotonic() + limit.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"neox/{other}"]):
+                store.set(store.get(f"neox/{other}").decode(), mine)
+        time.sleep(0.02)
+        missing = {other for other in missing if not store.check([f"{mine}/{other}"])}
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {min(missing)} did not join within {limit.total_seconds():.0f} s")
+    return mine
+
+
+def _lost(error: BaseException) -> str:
+    """How torch says that another process has gone; empty where the error is another one."""
+    text = str(error)  # that of a checkpoint's failure holds those of all ranks
+    found = re.search(r"Connection (closed by peer|reset by peer|refused)[^.\n]*|Broken pipe|NCCL remote error", text)
+    mine = isinstance(error, RuntimeError) or type(error).__name__ == "CheckpointException"
+    if mine and not isinstance(error, OtherProcessFailed) and found:
+        return found[0].strip()
+    return ""
+
+
+def launched() -> str:
+    """What torchrun calls the job that it started this process in, the same over restarts; empty without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or what else sets its variables, started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
+def first_of_host() -> bool:
+    """Whether this is the first of the processes that torchrun started on this host."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def flight_record() -> dict[str, Any]:
+    """The last collective calls of this process, as torch's flight recorder has them; empty where it has none."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return {}
+    from torch._C import _distributed_c10d as c10d
+
+    # One is there in builds with NCCL, the other since gloo is recorded too.
+    dump = getattr(c10d, "_dump_nccl_trace_json" if torch.cuda.is_available() else "_dump_fr_trace_json", None)
+    return dict(json.loads(dump())) if dump else {}
 
 
 def local_device(name: str = "auto") -> torch.device:

@@ -265,6 +265,13 @@ class TrainConfig(Section):
     profile_count: Positive = 3
     """How many steps are."""
 
+    restarts: NotNegative = 3
+    """How often the processes that `neox train` starts itself begin anew, from the newest checkpoint, when one dies."""
+    grace: float = Field(default=30.0, gt=0)
+    """Seconds from SIGTERM to the end of the process: what is not saved by then is given up. See docs/launching.md."""
+    timeout: float = Field(default=1800.0, ge=0)
+    """Seconds without a finished step after which a run leaves its stacks in RUN/hang and ends; 0 = never."""
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.profile_step > self.steps:

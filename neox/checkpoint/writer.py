@@ -65,6 +65,7 @@ class Saver:
     def __init__(self, run: Path, config: CheckpointConfig, processes: Processes = ALONE) -> None:
         self.run, self.config, self.processes = run, config, processes
         self.timings: dict[str, float] = {}  # of the saves since `take_timings`, in seconds
+        self.slowest = 0.0  # seconds of the longest write so far
         self._flight: _Flight | None = None
         # Of its own: the training's collective calls go on beside those of the write.
         separate = config.asynchronous and processes.world > 1
@@ -111,6 +112,7 @@ class Saver:
         flight.join()
         self._flight = None
         self._count("save_seconds", flight.seconds)
+        self.slowest = max(self.slowest, flight.seconds)
         error = flight.error
         if isinstance(error, KeyboardInterrupt):
             raise error
@@ -156,9 +158,13 @@ class Saver:
                 sync_folder(folder)
                 sync_folder(folder.parent)
         except BaseException as error:
-            with suppress(OSError):
-                (folder / ".metadata").unlink()  # first: what is half removed must not read as complete
-            shutil.rmtree(folder, ignore_errors=True)
+            # Rank 0 alone knows whether it is whole: another may have been killed right after .metadata was written,
+            # and is missed only in the call by which all learn of that.
+            whole = (folder / ".metadata").is_file() and not inside(error, OSError)
+            if not self.processes.rank and not whole:
+                with suppress(OSError):
+                    (folder / ".metadata").unlink()  # first: what is half removed must not read as complete
+                shutil.rmtree(folder, ignore_errors=True)
             pass_interrupt_on(error)
             if isinstance(error, FAILURES) and (cause := inside(error, OSError)):
                 reason = os.strerror(cause.errno) if cause.errno else cause

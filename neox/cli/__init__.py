@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
-        if type(error).__name__ != "OtherProcessFailed":  # by name: its module imports torch
+        # By name: their module imports torch.
+        if type(error).__name__ == "OtherProcessLost":
+            return _fail(str(error), 1)
+        if type(error).__name__ != "OtherProcessFailed":
             raise
         return 1  # that process has said why
     return status

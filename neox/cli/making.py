@@ -6,8 +6,12 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from neox.cli.verb import UsageError, resolve
+
+if TYPE_CHECKING:
+    from neox.config import Config
 
 
 def quickstart(targets: list[str], options: list[str]) -> int:
@@ -118,12 +122,15 @@ def train(targets: list[str], options: list[str]) -> int:
 
     neox train [PRESET] [FILE.toml ...] data.train=SOURCE [out=RUN_DIR] [key=value ...]
     neox train resume=RUN_DIR [key=value ...]
+    neox train ... out=RUN_DIR resume=auto
 
     SOURCE is a prefix that `neox prepare` wrote, or text, which is tokenized first: all that `neox
     prepare` reads.
     Ctrl-C and SIGTERM save after the current step; a run that was killed loses the steps since its
-    last checkpoint. Both are continued by resume=, bit for bit as if nothing had happened.
-    Several processes share the work when torchrun starts them; a run may change their number.
+    last checkpoint. Both are continued by resume=, bit for bit as if nothing had happened; with
+    resume=auto the same command begins a run or goes on with it.
+    Several processes share the work: one for each CUDA device, or as many as parallel.* multiplies
+    to, are started here; torchrun starts them on several hosts. Their number may change on resume.
 
     Options (`neox show` lists them all):
       data.train=SOURCE    or '["a", "b"]'; data.valid= the same, held out
@@ -131,37 +138,43 @@ def train(targets: list[str], options: list[str]) -> int:
       steps=1000           optimizer steps
       checkpoint.every=N   steps between checkpoints
       eval.every=N         steps between evaluations on data.valid
+      train.grace=30       seconds from SIGTERM until the process is gone, saved or not
+      train.timeout=1800   seconds without a finished step until a run that hangs says where and ends
+      train.restarts=3     how often processes that die are started again, from the newest checkpoint
       log.sample_every=N   steps between samples of what the model writes; log.sample_prompt=TEXT
       log.tensorboard=true write RUN_DIR/tensorboard too; log.wandb=PROJECT reports to W&B
 
     Examples:
       neox train data.train=corpus.txt out=runs/first steps=200
       neox train pythia-14m data.train=data/corpus out=runs/14m dtype=bf16
+      neox train recipes/small.toml data.train=data/corpus parallel.dp_shard=2
       torchrun --standalone --nproc-per-node 2 -m neox train recipes/small.toml data.train=data/corpus
       neox train resume=runs/first
       neox train resume=runs/first steps=400
     """
     from neox.checkpoint import complete_steps, is_sound, step_number
+    from neox.cli.launch import launch, processes_here
     from neox.inspect.samples import SampleHook
-    from neox.options import parse_override
-    from neox.train import Trainer, run_config
+    from neox.runtime import OtherProcessFailed, first_of_host, is_launched
+    from neox.train import Trainer
 
-    overrides = [option for option in options if not option.startswith("resume=")]
-    resumed = [option.partition("=")[2] for option in options if option not in overrides]
-    if resumed and targets:
-        raise UsageError(f"resume= goes on with the run's own config; {targets[0]} does not belong beside it")
-    if resumed and any(parse_override(override)[:2] == ("log", "out") for override in overrides):
-        raise UsageError("a run is resumed where it is: leave out= away")
-
-    config = run_config(Path(resumed[-1]), overrides) if resumed else resolve(targets, overrides)
+    try:
+        config, resumed = _asked(targets, options)
+        trainer = Trainer(config, resume=resumed, hooks=(SampleHook(config),) if config.log.sample_every else ())
+    except (UsageError, ValueError):
+        if not first_of_host():
+            raise OtherProcessFailed("the first process of this host says so") from None
+        raise
     run, steps = Path(config.log.out), config.train.steps
     again = f"neox train resume={shlex.quote(str(run))}"
     if resumed and (kept := complete_steps(run)):
         done = step_number(kept[-1])
         if done >= steps and is_sound(kept[-1]):  # a damaged one is made again
-            print(f"{run}: finished at step {done}; train on: {again} steps={2 * done}")
+            if first_of_host():
+                print(f"{run}: finished at step {done}; train on: {again} steps={2 * done}")
             return 0
-    trainer = Trainer(config, resume=bool(resumed), hooks=(SampleHook(config),) if config.log.sample_every else ())
+    if not is_launched() and (number := processes_here(config)) > 1:
+        return launch(["train", *targets, *options], number, config.train)
     try:
         result = trainer.fit()
     except KeyboardInterrupt:
@@ -175,5 +188,30 @@ def train(targets: list[str], options: list[str]) -> int:
         print(f"{run}: {result.step} steps done{loss}; next: neox generate {shlex.quote(str(run))} prompt='The'")
         return 0
     name = signal.Signals(result.signal).name
-    print(f"{run}: stopped by {name}, saved at step {result.step} of {steps}{loss}; continue: {again}")
+    after = "" if result.seconds is None else f", {result.seconds:.1f} s after the signal"
+    print(f"{run}: stopped by {name}, saved at step {result.step} of {steps}{loss}{after}; continue: {again}")
     return 128 + result.signal
+
+
+def _asked(targets: list[str], options: list[str]) -> tuple[Config, bool]:
+    """The config that a command of `train` adds up to, and whether it may go on with what its run directory holds."""
+    from neox.checkpoint import complete_steps
+    from neox.options import parse_override
+    from neox.train import run_config
+
+    overrides = [option for option in options if not option.startswith("resume=")]
+    resumed = [option.partition("=")[2] for option in options if option not in overrides]
+    if not resumed:
+        return resolve(targets, overrides), False
+    placed = [override for override in overrides if parse_override(override)[:2] == ("log", "out")]
+    if resumed[-1] == "auto":
+        begun = resolve(targets, overrides)
+        run = Path(begun.log.out)
+        if not ((run / "config.toml").is_file() or complete_steps(run)):
+            return begun, True
+        return run_config(run, [override for override in overrides if override not in placed]), True
+    if targets:
+        raise UsageError(f"resume= goes on with the run's own config; {targets[0]} does not belong beside it")
+    if placed:
+        raise UsageError("a run is resumed where it is: leave out= away, or take resume=auto")
+    return run_config(Path(resumed[-1]), overrides), True

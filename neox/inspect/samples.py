@@ -1,6 +1,9 @@
 """What a model writes while it learns: a hook for the trainer, which must not notice that it was there."""
 
+from pathlib import Path
+
 from neox.config import Config
+from neox.files import read_rows
 from neox.generate import Engine, Sampling
 from neox.model import GPTNeoX
 from neox.tokenizer import Tokenizer
@@ -27,9 +30,9 @@ class SampleHook:
             return
         if self.tokenizer is None:
             self._begin(trainer)
-            if step:
+            if step and trainer.processes.largest(_is_sampled(trainer.run, step)):
                 return  # a resumed run: its samples up to here are kept
-        elif step % self.every and step != self.last:
+        if step % self.every and step != self.last:
             return
         model = trainer.whole_model()
         if model is not None:  # on rank 0
@@ -56,3 +59,8 @@ class SampleHook:
             return Engine(model, self.tokenizer, slots=1).generate(self.prompt, self.sampling)[0].text
         finally:
             model.train(training)
+
+
+def _is_sampled(run: Path, step: int) -> bool:
+    samples = run / "samples.jsonl"
+    return samples.exists() and any(row.get("step") == step for row in read_rows(samples))

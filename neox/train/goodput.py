@@ -3,7 +3,10 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from neox.files import read_rows
 
 KINDS = {
     "training": "training",
@@ -24,6 +27,12 @@ class Goodput:
         """`before`: seconds that earlier calls took."""
         self.clock, self.before, self.began = clock, before, clock()
         self.seconds = dict.fromkeys(KINDS, 0.0)
+
+    @classmethod
+    def of(cls, run: Path) -> "Goodput":
+        """That of a run whose earlier calls left their time in its rows, up to the last one that they wrote."""
+        rows = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+        return cls(next((float(row["spent"]) for row in reversed(rows) if "spent" in row), 0.0))
 
     @contextmanager
     def spending(self, kind: str) -> Iterator[None]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from neox.checkpoint import complete_steps, newest_sound, read_step
 from neox.config import Config, load_config
+from neox.files import read_rows
 from neox.options import parse_override
-from neox.runtime import Processes
+from neox.runtime import Processes, launched
 
 
 def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
@@ -70,6 +71,28 @@ def only_writer(run: Path, processes: Processes) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def note_launch(run: Path) -> None:
+    """Note the torchrun job that writes the run, for `begun_by_this_launch`."""
+    if launched():
+        (run / ".launch").write_text(launched())
+
+
+def begun_by_this_launch(run: Path) -> bool:
+    """Whether the torchrun job of this process has begun the run already: then it restarts it, and the run goes on.
+
+    torchrun's count of restarts does not say so: a host that joins a job counts from 0, and a run that was there
+    before is refused by every attempt. A job without a name of its own (`--rdzv-id`) is never the same.
+    """
+    noted = run / ".launch"
+    return launched() not in ("", "none") and noted.is_file() and noted.read_text() == launched()
+
+
+def is_evaluated(run: Path, step: int) -> bool:
+    """Whether the run's rows hold an evaluation after that step."""
+    rows = run / "metrics.jsonl"
+    return rows.exists() and any(row.get("step") == step and "valid_loss" in row for row in read_rows(rows))
 
 
 class StopSignals:

@@ -5,6 +5,7 @@ processes: `neox.parallel.build` gives the parts of it that are here, and the ca
 """
 
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from neox.counts import recomputed_share
 from neox.data import Batch, Loader, build_datasets
 from neox.data.loader import IGNORED
 from neox.data.prefetch import Prefetch
-from neox.files import read_rows, write_atomic
+from neox.files import write_atomic
 from neox.model import GPTNeoX
 from neox.parallel import Layout, build, layout, whole_model
 from neox.runtime import OtherProcessFailed, Processes, joined_processes, local_device, matmul_flops, peak_memory
@@ -42,11 +43,12 @@ from neox.train.metrics import Meter, make_row
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
 from neox.train.profile import Profile
 from neox.train.progress import Progress
-from neox.train.run import StopSignals, only_writer
+from neox.train.run import StopSignals, begun_by_this_launch, is_evaluated, note_launch, only_writer
 from neox.train.schedule import lr_factor
 from neox.train.sinks import Sink, build_sinks
 from neox.train.statistics import copies, norms, update_norms
 from neox.train.trackers import check_trackers
+from neox.train.watch import Watch
 
 Number = float | torch.Tensor
 
@@ -59,6 +61,7 @@ class Result:
     finished: bool  # false where a signal ended the run early; it is saved and can be resumed
     signal: int = 0  # the signal that ended it, 0 for none
     loss: float | None = None  # of the last step of this call, None where it took none
+    seconds: float | None = None  # from SIGTERM until it was saved, None without
 
 
 class Trainer:
@@ -70,7 +73,8 @@ class Trainer:
     constructor and `fit` raise ValueError for a config, data or run directory that cannot be used, `fit` also OSError
     where the disk is full.
 
-    Started by torchrun, all processes of the run make the same calls; rank 0 writes what is written once.
+    Started by torchrun, all processes of the run make the same calls; rank 0 writes what is written once. A run that
+    torchrun begins anew goes on, as with `resume`.
     """
 
     def __init__(
@@ -95,29 +99,33 @@ class Trainer:
 
     def fit(self) -> Result:
         """Train up to `train.steps`, saving as configured; Ctrl-C and SIGTERM save and return early."""
-        with joined_processes(self.config.train.device) as processes:
+        with joined_processes(self.config.train.device, lambda: f", after step {self.step}") as processes:
             self.device = local_device(self.config.train.device)
             self.layout = layout(self.config.parallel, processes, self.device)
             self.quiet = self.quiet or processes.rank > 0
             self.run.mkdir(parents=True, exist_ok=True)
             with only_writer(self.run, processes):
+                self.resume = bool(processes.largest(self.resume or begun_by_this_launch(self.run)))
                 # Looked at under the lock: a run that another process has just finished must not be begun again.
                 if not self.resume and (complete_steps(self.run) or (self.run / "metrics.jsonl").exists()):
                     raise ValueError(
                         f"{self.run}: holds a run: continue it with `neox train resume={self.run}`, "
                         "or choose another out="
                     )
-                self.goodput = Goodput(_seconds_before(self.run) if self.resume else 0.0)
-                with self.goodput.spending("starting"):
-                    self._build()
-                # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
-                with (
-                    StopSignals(self.quiet) as signals,
-                    self.saver,
-                    self.prefetch,
-                    remembered_allocations(self.device),
-                ):
-                    return self._loop(signals)
+                if not processes.rank:
+                    note_launch(self.run)
+                self.goodput = Goodput.of(self.run) if self.resume else Goodput()
+                with Watch(self.config.train, self.run, processes) as self.watch:
+                    with self.goodput.spending("starting"):
+                        self._build()
+                    # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
+                    with (
+                        StopSignals(self.quiet) as signals,
+                        self.saver,
+                        self.prefetch,
+                        remembered_allocations(self.device),
+                    ):
+                        return self._loop(signals)
 
     @property
     def model(self) -> GPTNeoX:
@@ -140,17 +148,20 @@ class Trainer:
 
     def _loop(self, signals: StopSignals) -> Result:
         config, steps = self.config, self.config.train.steps
-        self._open_sinks()
-        loss = None
+        loss = seconds = None
         profile = Profile(config.train, self.run / "profile", self.device, self.processes.rank, self.quiet)
+        self._open_sinks()
         try:
             with self.goodput.spending("evaluating"):
+                # SIGTERM leaves out what was due after the last step; hooks see for themselves.
+                if self.processes.largest(self.step > 0 and not is_evaluated(self.run, self.step)):
+                    self._evaluate()
                 self._call_hooks()
             if not self.step and is_due(config.checkpoint, 0):
                 self.save()
             meter = Meter(self.device)
             while self.step < steps and not self.stop_signal:
-                updates, started = self.progress.updates, time.perf_counter()
+                updates, began = self.progress.updates, time.perf_counter()
                 with (
                     profile.step(self.step + 1),
                     out_of_memory_explained(config, self.layout, self.run, self.step + 1),
@@ -165,27 +176,32 @@ class Trainer:
                 else:
                     for sink in self.sinks:
                         sink.step(self.step)
+                took = time.perf_counter() - began
+                self.watch.done(self.step, took)
                 if self.progress.updates > updates:
-                    self.goodput.seconds["training"] += time.perf_counter() - started
-                evaluates = config.eval.every and (self.step % config.eval.every == 0 or self.step == steps)
-                with meter.paused(bool(evaluates or self.hooks or is_due(config.checkpoint, self.step))):
+                    self.goodput.seconds["training"] += took
+                saves = self.step == steps or is_due(config.checkpoint, self.step)
+                with meter.paused(bool(saves or self.hooks or self._evaluates())):
                     if self.progress.guard.gives_up:
                         self._rewind()
                         continue
-                    with self.goodput.spending("evaluating"):
-                        if evaluates:
-                            valid = {"step": self.step, "valid_loss": self.validate()}
-                            for sink in self.sinks:
-                                sink.write(valid)
-                        self._call_hooks()
-                    self.saver.poll()
                     # Asked once a step: a signal that comes after this line ends, and saves, the next step.
-                    self.stop_signal = self.processes.largest(max(self.stop_signal, signals.number))
-                    if self.step == steps or self.stop_signal or is_due(config.checkpoint, self.step):
+                    self._ask(signals)
+                    hurry = self.stop_signal == signal.SIGTERM
+                    if not hurry:
+                        self._look(signals)
+                    self.saver.poll()
+                    if saves or self.stop_signal:
                         for sink in self.sinks:
                             # A resumed run drops what is beyond its checkpoint, and could not make up for less.
                             sink.sync()
                         self.save()
+                        self.watch.saved(self.saver.slowest)
+                    if hurry:
+                        self.saver.wait()
+                        seconds = self.watch.since_sigterm()
+                        if self.step == steps:  # no other call would make up for it
+                            self._look(signals)
         finally:
             profile.close()
             self._close_sinks()
@@ -193,7 +209,18 @@ class Trainer:
             self.saver.wait()
         if not self.quiet:
             print(self.goodput.line(), file=sys.stderr)
-        return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else float(loss))
+        return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else float(loss), seconds)
+
+    def _ask(self, signals: StopSignals) -> None:
+        """Whether any process has had a signal to stop; all of them ask together."""
+        self.stop_signal = self.processes.largest(max(self.stop_signal, signals.number))
+
+    def _look(self, signals: StopSignals) -> None:
+        """What is done between two steps to see how the model does."""
+        with self.goodput.spending("evaluating"):
+            if self._evaluate():
+                self._ask(signals)
+            self._call_hooks()
 
     def _open_sinks(self) -> None:
         if not self.processes.rank:
@@ -308,6 +335,18 @@ class Trainer:
         batches = self._microbatches(self.progress.loader, step)
         return [batch.to(self.device) for batch in batches], _valid_tokens(batches)
 
+    def _evaluates(self) -> bool:
+        every = self.config.eval.every
+        return every > 0 and (self.step % every == 0 or self.step == self.config.train.steps)
+
+    def _evaluate(self) -> bool:
+        """Evaluate where the step is one after which that is due; whether it was."""
+        if due := self._evaluates():
+            valid = {"step": self.step, "valid_loss": self.validate()}
+            for sink in self.sinks:
+                sink.write(valid)
+        return due
+
     def validate(self) -> float:
         """Mean loss per token over the first `eval.batches` global batches of the held-out text."""
         if self.valid is None:
@@ -343,7 +382,8 @@ class Trainer:
                 discard(config, self.run)
             if not done:  # before the text is tokenized, which may take long: from now on `resume=` continues
                 self._write_config()
-            files = token_files(config, self.run, quiet=self.quiet)
+            with self.watch.paused():
+                files = token_files(config, self.run, quiet=self.quiet)
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
         datasets = build_datasets(config.data, files.train, files.valid, config.train.seed, samples, not self.quiet)
         self.progress = Progress(config, datasets.train, datasets.fingerprint, self.goodput)
@@ -394,12 +434,6 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):
             for hook in self.hooks:
                 hook(self, self.step)
-
-
-def _seconds_before(run: Path) -> float:
-    """Seconds that earlier calls on a run took, up to the last row that they wrote."""
-    rows = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-    return next((float(row["spent"]) for row in reversed(rows) if "spent" in row), 0.0)
 
 
 def _valid_tokens(batches: list[Batch]) -> int:

@@ -71,3 +71,12 @@ def test_an_error_of_rank_0_is_said_once(tmp_path):
     line = next(line for line in err.splitlines() if line.startswith("neox: error"))
     assert one_line(line + "\n", "no such tokenizer")
     assert err.count("neox: error: ") == 1
+
+
+@pytest.mark.parametrize("wrong", ["train.stepz=2", "parallel.tp=5"])
+def test_a_wrong_option_is_said_once(tmp_path, wrong):
+    process = torchrun(2, *options(tmp_path, f"out={tmp_path / 'run'}", wrong))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode
+    assert err.count("neox: error: ") == 1
+    assert wrong.partition("=")[0] in err

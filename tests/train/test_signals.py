@@ -80,8 +80,7 @@ def test_a_second_interrupt_stops_at_once_and_harms_nothing(tmp_path):
     run = tmp_path / "run"
     options = [*arguments(tmp_path, 6, "run"), "checkpoint.every=2"]
     process = Forked(tmp_path / "log", *options, setup=stuck_after, step=3)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(rows(run)) >= 3, process)
-    time.sleep(0.1)
+    wait_for((run / "stuck").exists, process)
     started = time.monotonic()
     process.send(signal.SIGINT)
     time.sleep(0.2)
@@ -100,13 +99,14 @@ def test_a_second_interrupt_stops_at_once_and_harms_nothing(tmp_path):
 
 
 def stuck_after(step: int) -> None:
-    """The step after this one does not end."""
+    """The step after this one does not end; once it has begun there is a file RUN/stuck."""
     from neox.train import Trainer
 
     plain = Trainer.train_step
 
     def train_step(self):
         if self.step == step:
+            (self.run / "stuck").touch()
             time.sleep(60)
         return plain(self)
 

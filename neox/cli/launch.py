@@ -1,0 +1,84 @@
+"""Several processes on this host, started as torchrun starts them: `neox train` does it where a run needs them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import uuid
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from neox.config import Config, TrainConfig
+
+
+def processes_here(config: Config) -> int:
+    """How many processes a run takes on this host: as many as its parallel axes multiply to; where parallel.dp_shard
+    leaves that open (0), one for each CUDA device.
+
+    Raises ValueError where there are fewer devices than that.
+    """
+    import torch
+
+    from neox.runtime import resolve_device
+
+    parallel = config.parallel
+    named = parallel.pp * parallel.dp_replicate * max(1, parallel.dp_shard) * parallel.cp * parallel.tp
+    if resolve_device(config.train.device).type != "cuda":
+        return named
+    devices = torch.cuda.device_count()
+    if named > devices:
+        raise ValueError(
+            f"parallel: its axes make {named} processes, this host has {devices} CUDA devices: start torchrun on "
+            "several hosts (docs/launching.md), or change parallel"
+        )
+    return named if parallel.dp_shard else devices // named * named
+
+
+def launch(arguments: list[str], number: int, config: TrainConfig) -> int:
+    """`neox ARGUMENTS` in `number` processes; the exit status of the first that failed for good, 0, or 128 + signal.
+
+    When one dies all are started again, up to `train.restarts` times. SIGTERM and Ctrl-C are passed on once; the
+    processes then have `train.grace` seconds, or until a second Ctrl-C, which is passed on too.
+    """
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    # Each process would take all cores. What the user has set stays.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
+    name = uuid.uuid4().hex
+    # The port is free: it is the system that chooses it. All processes are on this host.
+    meeting = RendezvousParameters("c10d", "localhost:0", name, min_nodes=1, max_nodes=1, local_addr="localhost")
+    spec = WorkerSpec(
+        role="train",
+        local_world_size=number,
+        entrypoint=sys.executable,
+        args=("-m", "neox", *arguments),
+        rdzv_handler=get_rendezvous_handler(meeting),
+        max_restarts=config.restarts,
+        local_addr="localhost",
+    )
+
+    class Agent(LocalElasticAgent):
+        def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+            while True:
+                try:
+                    return super()._shutdown(death_sig, timeout)
+                except SignalException as again:  # a second one, while the processes act on the first
+                    death_sig = again.sigval
+
+    # The processes end themselves when their grace is over; only one that cannot is killed.
+    agent = Agent(spec, DefaultLogsSpecs(), shutdown_timeout=int(config.grace) + 5)
+    try:
+        result = agent.run()
+    except SignalException as caught:
+        return 128 + int(caught.sigval)
+    finally:
+        spec.rdzv_handler.shutdown()
+    if not result.is_failed():
+        return 0
+    status = min(result.failures.values(), key=lambda failure: failure.timestamp).exitcode
+    return status if status > 0 else 128 - status
