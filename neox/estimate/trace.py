@@ -141,7 +141,11 @@ def _step(config: Config, place: "Layout", count: int) -> Trace:
         parameters = [parameter for part in parts for parameter in part.parameters()]
         with ledger.during("activations"):
             batches = [
-                Batch(*torch.zeros(2, size, length, dtype=torch.int64), torch.arange(length).repeat(size, 1))
+                Batch(
+                    torch.zeros(size, length, dtype=torch.int64),
+                    torch.zeros(size, length, dtype=torch.int64),
+                    torch.arange(length).repeat(size, 1),
+                )
                 for size in sizes
             ]
             for part in parts:

@@ -50,7 +50,8 @@ class Recorder(TorchDispatchMode):
         name = function._schema.name
         kind = next((KINDS[word] for word in KINDS if word in name), None)
         if name.startswith(("c10d::", "_c10d_functional::")) and kind:
-            tensors, group = [], ""
+            tensors: list[torch.Tensor] = []
+            group = ""
             for value in (*args, *(kwargs or {}).values(), result):
                 for item in value if isinstance(value, list | tuple) else [value]:
                     tensors += item if isinstance(item, list) else [item] if isinstance(item, torch.Tensor) else []
