@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox.config import Config, load_config
 from neox.data import Batch
+from neox.estimate.traffic import Recorder, Traffic
 from neox.model import GPTNeoX
-from neox.parallel import Layout, build, layout
-from neox.parallel.mesh import AXES
+from neox.parallel import build, layout
 from neox.runtime import Processes
 from neox.train import cross_entropy
 
@@ -42,57 +41,6 @@ SHAPE = (
     "loss_chunk=32",
     "device=cpu",
 )
-KINDS = {
-    "allreduce": "all-reduce",
-    "allgather": "all-gather",
-    "all_gather": "all-gather",
-    "reduce_scatter": "reduce-scatter",
-    "send": "send",
-}
-Traffic = Counter[tuple[str, str]]
-"""(axis, collective) -> bytes sent."""
-
-
-class Recorder(TorchDispatchMode):
-    """Notes each collective inside: axis, kind, and the bytes of the largest tensor that it reads or writes."""
-
-    def __init__(self, place: Layout) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, str, int]] = []
-        self.axes = {"": ("world", dist.get_world_size())}
-        for axis in AXES:
-            if mesh := place.axis(axis):
-                self.axes[mesh.get_group().group_name] = axis, mesh.size()
-        if place.mesh is not None and place.size("cp") > 1:
-            flat = place.mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
-            self.axes.setdefault(flat.get_group().group_name, ("dp_shard x cp", flat.size()))
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        name = function._schema.name
-        kind = next((KINDS[word] for word in KINDS if word in name), None)
-        if name.startswith(("c10d::", "_c10d_functional::")) and kind:
-            tensors, group = [], ""
-            for value in (*args, *(kwargs or {}).values(), result):
-                for item in value if isinstance(value, list | tuple) else [value]:
-                    tensors += item if isinstance(item, list) else [item] if isinstance(item, torch.Tensor) else []
-                if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
-                    group = dist.ProcessGroup.unbox(value).group_name
-                elif isinstance(value, str) and value in self.axes:
-                    group = value
-            axis, size = self.axes.get(group, self.axes[""])
-            largest = max(tensor.numel() * tensor.element_size() for tensor in tensors)
-            share = largest * (size - 1) // size
-            self.calls.append((axis, kind, {"all-reduce": 2 * share, "send": largest}.get(kind, share)))
-        return result
-
-    def traffic(self, least: int = 0) -> Traffic:
-        """Bytes by axis and kind, of messages above `least` bytes."""
-        found: Traffic = Counter()
-        for axis, kind, size in self.calls:
-            if size > least:
-                found[axis, kind] += size
-        return found
 
 
 def run(options: tuple[str, ...]) -> Traffic:
@@ -108,7 +56,7 @@ def run(options: tuple[str, ...]) -> Traffic:
     batches = [Batch(tokens, tokens, torch.arange(T).expand(B, -1))] * MICROBATCHES
     with Recorder(place) as recorder:
         forward_backward(batches, 1.0)
-    return recorder.traffic(least=16)
+    return recorder.traffic()
 
 
 def tensor_parallel(config: Config) -> Traffic:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from neox.cache import KVCache
 from neox.config import ModelConfig
@@ -115,13 +116,16 @@ def recomputed(
     A compiler decides this by itself, and a distributed tensor's address says nothing: both keep the result. Under
     activation checkpointing it is not `wanted`: it would hold on to what the checkpoint lets go.
     """
-    if not wanted or torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(result) is not Tensor:
+    distributed = is_traceable_wrapper_subclass(result)
+    if not wanted or torch.compiler.is_compiling() or not torch.is_grad_enabled() or distributed:
         return nullcontext()
-    address, size = result.data_ptr(), result.numel()
+    # The storage's identity: a rehearsal's tensors (neox.estimate) have no address.
+    storage, size = result.untyped_storage()._cdata, result.numel()
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        is_result = type(saved) is Tensor and saved.numel() == size and saved.data_ptr() == address
-        return saved.shape if is_result else saved
+        if is_traceable_wrapper_subclass(saved) or saved.numel() != size:
+            return saved
+        return saved.shape if saved.untyped_storage()._cdata == storage else saved
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         return packed if isinstance(packed, Tensor) else function(argument).view(packed)

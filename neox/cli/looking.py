@@ -10,21 +10,58 @@ from neox.cli.verb import UsageError, Verb, resolve
 
 
 def show(targets: list[str], options: list[str]) -> None:
-    """Show a config and what it costs: parameters, FLOPs, memory, notes on the record.
+    """Show a config and what it costs: parameters, FLOPs, memory, a plan for many GPUs.
 
-    neox show [PRESET] [FILE.toml ...] [key=value ...]
+    neox show [PRESET] [FILE.toml ...] [key=value ...] [gpu=NAME] [gpus=N] [network=GB/s]
 
     Without anything, lists the presets. Later files win over earlier ones, key=value over files.
+    Where parallel.* asks for several processes, each pipeline stage is rehearsed without a GPU, in
+    about a minute: memory, bytes sent, and with gpu= the time of a step, an estimate.
+
+    Options:
+      gpu=NAME       a100-40gb, a100-80gb, h100 or h200
+      gpus=N         propose layouts on N of them, best first, and plan the best one
+      network=GB/s   of a GPU to other hosts, one way, where it is not what the vendor's hosts have
 
     Examples:
       neox show
       neox show neox-20b
       neox show pythia-160m train.micro_batch_size=8 dtype=bf16
-      neox show recipe.toml
+      neox show neox-20b parallel.tp=2 parallel.pp=4 parallel.dp_shard=12 gpu=a100-40gb
+      neox show pythia-6.9b dtype=bf16 gpus=16 gpu=h100
     """
     from neox import estimate
+    from neox.estimate import layouts
 
-    print(estimate.show(resolve(targets, options)) if targets or options else estimate.table())
+    own, rest = _taken(options, ("gpu", "gpus", "network"))
+    if not targets and not options:
+        print(estimate.table())
+        return
+    for key in ("gpus", "network"):
+        if key in own and not re.fullmatch(r"[1-9]\d*" if key == "gpus" else r"\d+\.?\d*", own[key]):
+            raise ValueError(f"{key}={own[key]}: must be a number above 0")
+    if "gpu" not in own and own:
+        raise UsageError(f"{' and '.join(own)} also needs gpu=, the name of the GPU")
+    config = resolve(targets, rest)
+    print(estimate.show(config))
+    if "gpu" not in own and layouts.processes(config) == 1:
+        return
+    from neox.estimate.hardware import gpu
+    from neox.estimate.plan import plan
+    from neox.estimate.propose import propose
+
+    name = own.get("gpu")
+    device = gpu(name, float(own.get("network", 0))) if name else None
+    if name and device and "gpus" in own:
+        print("", propose(config, int(own["gpus"]), name, device), sep="\n")
+    else:
+        print("", plan(config, name, device), sep="\n")
+
+
+def _taken(options: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """The options with these keys, which are the verb's own, and the others."""
+    own = dict(option.split("=", 1) for option in options if option.partition("=")[0] in keys)
+    return own, [option for option in options if option.partition("=")[0] not in keys]
 
 
 def inspect(targets: list[str], options: list[str]) -> int | None:

@@ -1,0 +1,110 @@
+"""The plan of a run on many processes: what each pipeline stage holds and sends, and what a step takes."""
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from neox.config import Config
+from neox.counts import train_flops_per_token
+from neox.estimate.hardware import COMPUTE, GPU, HOST, LINK, USABLE, StepTime, bubble, stage_flops, step_time
+from neox.estimate.layouts import microbatches, processes
+from neox.estimate.page import _bytes
+from neox.estimate.trace import Trace, trace
+from neox.parallel.pipeline import layers_of_stages, stages_of_rank
+
+KINDS = ("weights", "copies", "gradients", "optimizer", "activations", "received", "logits", "working")
+"""As `neox.estimate.ledger` says, without its imports."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place along the axis pp: what the processes there have and do."""
+
+    stages: list[int]
+    layers: int
+    head: bool
+    trace: Trace
+    reused: bool  # the rehearsal is that of another place between the ends
+
+
+def rehearsed(config: Config) -> list[Place]:
+    """Rehearse the first, the second and the last place of the pipeline, each in a process of its own.
+
+    The second one stands for all between the ends: of these it keeps the most microbatches in flight.
+    """
+    pp, world = config.parallel.pp, processes(config)
+    chosen = sorted({0, min(1, pp - 1), pp - 1})
+    if sys.stderr.isatty() or pp > 1:
+        print(f"rehearsing {len(chosen)} of {world} processes ...", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1)) as pool:
+        found = dict(zip(chosen, pool.map(lambda at: trace(config, at * (world // pp)), chosen), strict=True))
+    layers = layers_of_stages(config) if pp > 1 else [range(config.model.num_hidden_layers)]
+    places = []
+    for at in range(pp):
+        stages = stages_of_rank(config.parallel, at)
+        count = sum(len(layers[stage]) for stage in stages)
+        places.append(Place(stages, count, len(layers) - 1 in stages, found[at if at in found else 1], at not in found))
+    return places
+
+
+def slowest(config: Config, device: GPU, places: list[Place]) -> StepTime:
+    times = [step_time(config, device, p.layers, p.head, p.trace.parameters, p.trace.traffic) for p in places]
+    return max(times, key=lambda time: time.total)
+
+
+def plan(config: Config, name: str | None = None, device: GPU | None = None) -> str:
+    """The plan as text of at most 120 columns; with a `device`, what a step takes on it."""
+    return render(config, rehearsed(config), name, device)
+
+
+def render(config: Config, places: list[Place], name: str | None = None, device: GPU | None = None) -> str:
+    parallel = config.parallel
+    axes = " x ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items() if axis in _AXES and size > 1)
+    lines = [
+        f"Plan: {processes(config)} processes ({axes or 'one'}), {microbatches(config)} microbatches of "
+        f"{config.train.micro_batch_size} a step, zero={parallel.zero}, {config.train.dtype}, "
+        f"checkpointing {config.train.activation_checkpointing}",
+        "",
+        "Peak memory of a process by kind, bytes of tensors, rehearsed (* as the stage before it, which holds more)",
+        f"  {'stage':<8}{'layers':>7}{'parameters':>13}" + "".join(f"{kind:>12}" for kind in KINDS) + f"{'peak':>9}",
+    ]
+    for place in places:
+        held = "".join(f"{_bytes(place.trace.memory.get(kind, 0)):>12}" for kind in KINDS)
+        label = ",".join(map(str, place.stages)) + "*" * place.reused
+        lines.append(f"  {label:<8}{place.layers:>7}{place.trace.parameters:>13,}{held}{_bytes(place.trace.peak):>9}")
+    lines += ["", "Bytes that a process sends in a step, counted"]
+    messages = sorted({message for place in places for message in place.trace.traffic})
+    for axis, kind in messages:
+        sent = "  ".join(f"{_bytes(place.trace.traffic.get((axis, kind), 0)):>9}" for place in places)
+        lines.append(f"  {axis:<14}{kind:<16}{sent}")
+    if not messages:
+        lines.append("  none")
+    lines += ["", f"Pipeline: {parallel.schedule}, idle {bubble(config):.1%} of a step" if parallel.pp > 1 else ""]
+    if device:
+        lines += estimate(config, places, name or "", device)
+    return "\n".join(line for line in lines if line is not None)
+
+
+def estimate(config: Config, places: list[Place], name: str, device: GPU) -> list[str]:
+    """Lines on the time of a step and whether it fits, each marked as an estimate."""
+    time, world = slowest(config, device, places), processes(config)
+    tokens = config.train.global_batch_size * config.data.seq_length
+    needed = train_flops_per_token(config.model, config.data.seq_length) * tokens
+    executed = sum(stage_flops(config, place.layers, place.head, causal=False) for place in places) * (
+        world // len(places)
+    )
+    peak, room = max(place.trace.peak for place in places), device.memory * USABLE
+    return [
+        f"Estimate on {name}: not measured; assumes {COMPUTE:.0%} of peak FLOP/s in compute, {LINK:.0%} of the links, "
+        f"{HOST} GPUs a host",
+        f"  step {time.total:.3g} s = compute {time.compute:.3g} + tensor messages {time.tensor:.3g} + pipeline wait "
+        f"{time.wait:.3g} + data messages {time.data:.3g} + update {time.update:.3g}",
+        f"  {tokens / time.total:,.0f} tokens/s, {needed / time.total / world / 1e12:.0f} TFLOP/s a GPU that the model "
+        f"needs, {executed / time.total / world / 1e12:.0f} with what is computed again",
+        f"  memory: {_bytes(peak)} of {_bytes(device.memory)}, of which {USABLE:.0%} are taken to be usable: "
+        + ("fits" if peak <= room else f"does not fit, {_bytes(peak - room)} too much"),
+    ]
+
+
+_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
