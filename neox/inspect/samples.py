@@ -36,9 +36,7 @@ class SampleHook:
             return
         model = trainer.whole_model()
         if model is not None:  # on rank 0
-            row = {"step": step, "prompt": self.prompt, "text": self._text(model)}
-            for sink in trainer.sinks:
-                sink.sample(row)
+            trainer.sinks.sample({"step": step, "prompt": self.prompt, "text": self._text(model)})
 
     def _begin(self, trainer: Trainer) -> None:
         file = trainer.run / "tokenizer.json"

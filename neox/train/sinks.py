@@ -35,13 +35,37 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def build_sinks(config: Config, run: Path, first_step: int, quiet: bool = False) -> list[Sink]:
+class Sinks(list[Sink]):
+    """Several as one."""
+
+    def step(self, step: int) -> None:
+        for sink in self:
+            sink.step(step)
+
+    def write(self, row: Row) -> None:
+        for sink in self:
+            sink.write(row)
+
+    def sample(self, row: Row) -> None:
+        for sink in self:
+            sink.sample(row)
+
+    def sync(self) -> None:
+        for sink in self:
+            sink.sync()
+
+    def close(self) -> None:
+        for sink in self:
+            sink.close()
+
+
+def build_sinks(config: Config, run: Path, first_step: int, quiet: bool = False) -> Sinks:
     """The sinks that a config names, of a run that goes on after `first_step`. On rank 0 only.
 
     Raises OSError where the run's own files cannot be written. A tracker that fails, now or later, says so in one line
     and is left out from then on (one that is not installed has been missed before: `trackers.check_trackers`).
     """
-    sinks: list[Sink] = [JsonlSink(run, first_step)]
+    sinks = Sinks([JsonlSink(run, first_step)])
     say: Callable[[str], None] = _say
     if not quiet:
         console = ConsoleSink(first_step, config.train.steps)

@@ -28,13 +28,13 @@ from neox.checkpoint import (
 )
 from neox.config import Config
 from neox.counts import recomputed_share
-from neox.data import Batch, Loader, build_datasets
-from neox.data.loader import IGNORED
+from neox.data import Loader, build_datasets
 from neox.data.prefetch import Prefetch
 from neox.files import write_atomic
 from neox.model import GPTNeoX
 from neox.parallel import Layout, build, layout, whole_model
 from neox.runtime import OtherProcessFailed, Processes, joined_processes, local_device, matmul_flops, peak_memory
+from neox.train.batches import Batches
 from neox.train.corpus import check_named, discard, token_files
 from neox.train.goodput import Goodput
 from neox.train.loss import cross_entropy
@@ -45,7 +45,7 @@ from neox.train.profile import Profile
 from neox.train.progress import Progress
 from neox.train.run import StopSignals, begun_by_this_launch, is_evaluated, note_launch, only_writer
 from neox.train.schedule import lr_factor
-from neox.train.sinks import Sink, build_sinks
+from neox.train.sinks import Sinks, build_sinks
 from neox.train.statistics import copies, norms, update_norms
 from neox.train.trackers import check_trackers
 from neox.train.watch import Watch
@@ -91,7 +91,7 @@ class Trainer:
         check_named(config)
         check_trackers(config)
         self.progress: Progress
-        self.sinks: list[Sink] = []  # of the call of `fit` that is under way, on rank 0: a hook may write to them
+        self.sinks = Sinks()  # of the call of `fit` that is under way, on rank 0: a hook may write to them
         self.stop_signal = 0
         self.news: dict[str, Any] = {}  # for the row of the next step
 
@@ -139,8 +139,8 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Steps done."""
-        return self.progress.step
+        """Steps done; 0 until `fit` knows."""
+        return self.progress.step if hasattr(self, "progress") else 0
 
     @property
     def processes(self) -> Processes:
@@ -171,11 +171,9 @@ class Trainer:
                 meter.step()
                 if self._logged(self.step) or more.keys() & {"left_out", "rewound_from"}:
                     row = self._row(float(loss), float(norm), lr, *meter.take()) | more | self.saver.take_timings()
-                    for sink in self.sinks:
-                        sink.write(row)
+                    self.sinks.write(row)
                 else:
-                    for sink in self.sinks:
-                        sink.step(self.step)
+                    self.sinks.step(self.step)
                 took = time.perf_counter() - began
                 self.watch.done(self.step, took)
                 if self.progress.updates > updates:
@@ -192,9 +190,8 @@ class Trainer:
                         self._look(signals)
                     self.saver.poll()
                     if saves or self.stop_signal:
-                        for sink in self.sinks:
-                            # A resumed run drops what is beyond its checkpoint, and could not make up for less.
-                            sink.sync()
+                        # A resumed run drops what is beyond its checkpoint, and could not make up for less.
+                        self.sinks.sync()
                         self.save()
                         self.watch.saved(self.saver.slowest)
                     if hurry:
@@ -204,7 +201,7 @@ class Trainer:
                             self._look(signals)
         finally:
             profile.close()
-            self._close_sinks()
+            self.sinks.close()
         with self.goodput.spending("saving"):
             self.saver.wait()
         if not self.quiet:
@@ -225,10 +222,6 @@ class Trainer:
     def _open_sinks(self) -> None:
         if not self.processes.rank:
             self.sinks = build_sinks(self.config, self.run, self.step, self.quiet)
-
-    def _close_sinks(self) -> None:
-        for sink in self.sinks:
-            sink.close()
 
     def train_step(self) -> tuple[Number, Number, float, dict[str, Any]]:
         """One optimizer step: its mean loss per token, the gradient norm before clipping, the learning rate, and what
@@ -301,7 +294,7 @@ class Trainer:
         with self.processes.first_alone():
             if not self.processes.rank:
                 set_aside_after(self.run, step_folder(self.run, to))
-        self._close_sinks()
+        self.sinks.close()
         progress.move(*load_newest(self.run, self.parts, self.optimizers, self.processes))
         # All that is kept of the way that led astray.
         progress.loader, progress.guard.rewinds = loader, [*rewinds, (left, self.step)]
@@ -317,24 +310,6 @@ class Trainer:
     def _logged(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step in (1, self.config.train.steps)
 
-    def _microbatches(self, loader: Loader, step: int) -> list[Batch]:
-        """This rank's microbatches of a step. Raises ValueError where they hold what is no token of the model."""
-        size, vocab = self.config.train.micro_batch_size, self.config.model.vocab_size
-        batches = list(loader.microbatches(step, size, self.layout.dp_rank, self.layout.dp_size))
-        for batch in batches:
-            for token in (int(batch.tokens.max()), int(batch.labels.max()), int(batch.tokens.min())):
-                if not 0 <= token < vocab and token != IGNORED:
-                    raise ValueError(
-                        f"the data holds token {token}, model.vocab_size is {vocab}: raise it, or prepare the data "
-                        "again"
-                    )
-        return batches
-
-    def _on_device(self, step: int) -> tuple[list[Batch], int]:
-        """A step's microbatches, on their way to the device, and how many tokens of them take part in the loss."""
-        batches = self._microbatches(self.progress.loader, step)
-        return [batch.to(self.device) for batch in batches], _valid_tokens(batches)
-
     def _evaluates(self) -> bool:
         every = self.config.eval.every
         return every > 0 and (self.step % every == 0 or self.step == self.config.train.steps)
@@ -342,9 +317,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate where the step is one after which that is due; whether it was."""
         if due := self._evaluates():
-            valid = {"step": self.step, "valid_loss": self.validate()}
-            for sink in self.sinks:
-                sink.write(valid)
+            self.sinks.write({"step": self.step, "valid_loss": self.validate()})
         return due
 
     def validate(self) -> float:
@@ -355,9 +328,9 @@ class Trainer:
             part.eval()
         wanted = self.config.eval.batches * self.config.train.global_batch_size
         # One batch of as many windows as there are: a short text is not read twice.
-        batches = self._microbatches(Loader(self.valid, min(wanted, self.valid.num_windows)), 0)
+        batches, tokens = self.batches(Loader(self.valid, min(wanted, self.valid.num_windows)), 0)
         total = self.forward_backward(batches, 1.0, backward=False)
-        return total.item() / self.layout.sum_over_data(_valid_tokens(batches))
+        return total.item() / self.layout.sum_over_data(tokens)
 
     def whole_model(self) -> GPTNeoX | None:
         """The model in one piece on rank 0, None elsewhere: what a hook may run. All processes call it together."""
@@ -388,7 +361,8 @@ class Trainer:
         datasets = build_datasets(config.data, files.train, files.valid, config.train.seed, samples, not self.quiet)
         self.progress = Progress(config, datasets.train, datasets.fingerprint, self.goodput)
         self.valid = datasets.valid
-        self.prefetch = Prefetch(self._on_device, config.train.steps, self.device)
+        self.batches = Batches(config, self.layout, self.device)
+        self.prefetch = Prefetch(lambda step: self.batches(self.progress.loader, step), config.train.steps, self.device)
         self.parts, self.forward_backward = build(config, self.layout, self._head_loss)
         self.optimizers = build_optimizers(self.parts, config.optim)
         fill_state(self.optimizers)
@@ -434,7 +408,3 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):
             for hook in self.hooks:
                 hook(self, self.step)
-
-
-def _valid_tokens(batches: list[Batch]) -> int:
-    return sum(int((batch.labels != IGNORED).sum()) for batch in batches)
