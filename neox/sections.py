@@ -251,7 +251,7 @@ class TrainConfig(Section):
     spike_sigma: float = Field(default=0.0, ge=0)
     """Leave out the update of a step whose loss or gradient norm is so many standard deviations above the mean of the
     last updates; 0 = only where one of them is not finite. 6 is usual."""
-    spike_window: Annotated[int, Field(ge=2)] = 128
+    spike_window: Positive = 128
     """Updates that mean and standard deviation are taken over."""
     rewind_after: Positive = 10
     """Updates left out in a row after which the run goes back to its last good checkpoint, and past their data."""

@@ -12,12 +12,12 @@
 set -euo pipefail
 
 # All hosts see the run directory. resume=auto: the job begins the run, and goes on with it each time it is requeued.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / SLURM_GPUS_ON_NODE))
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # seconds: more than train.grace
 
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" --max-restarts=3 \
-    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$first:29500" \
+    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="${hosts%%$'\n'*}:29500" \
     -m neox train neox-20b data.train=data/pile out=runs/20b resume=auto train.grace=100 \
     parallel.pp=4 parallel.tp=2 "$@"

@@ -283,7 +283,7 @@ def test_a_plan_counts_from_the_command_line_only(tmp_path):
         file.write_text(named.to_toml())
     (step / "checksums.json").unlink()  # as format 2 left it: without digests that would find the change
     state = step / "state.json"
-    state.write_text(state.read_text().replace('"format_version": 3', '"format_version": 2'))
+    state.write_text(state.read_text().replace('"format_version": 4', '"format_version": 2'))
     with pytest.raises(ValueError, match=r"config.toml: parallel.plan is 'trap:plan', which is code"):
         run_config(tmp_path / "run")
     assert run_config(tmp_path / "run", ["plan=none"]).parallel.plan is None
