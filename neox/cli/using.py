@@ -30,7 +30,12 @@ def generate(targets: list[str], options: list[str]) -> None:
       top_p=1.0         sample from the most likely tokens that hold this probability
       min_p=0.0         sample from tokens at least this fraction as likely as the most likely one
       repetition_penalty=1.0   above 1, tokens that the text holds already become less likely
+      presence_penalty=0.0     taken from the logits of tokens that the output holds already
+      frequency_penalty=0.0    the same, for each time that it does
+      logit_bias=TABLE  added to the logits of tokens, by text or id: '{" the" = -100, 262 = 5}'
       stop=TEXT         end before this text; several: stop='["\\n\\n", "Q:"]'
+      stop_tokens=LIST  end before one of these tokens: stop_tokens='[187, 535]'
+      stop_at_eod=true  false: go on after an end-of-document token
       logprobs=none     record log-probabilities, and those of so many alternatives; with out=
       seed=1234         the same seed gives the same text; the next sample draws with the next one
       slots=8           sequences that run at a time
