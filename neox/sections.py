@@ -433,6 +433,12 @@ class GenerateConfig(Section):
     """End at one of these tokens (ids), which is then left out."""
     stop_at_eod: bool = True
     """End at the end-of-document token, which is then left out; false goes on to max_tokens."""
+    json_schema: OptionalStr = None
+    """The output is JSON of this schema: a file, or the schema itself, {...}; none = any text."""
+    regex: OptionalStr = None
+    """The output as a whole matches this regular expression; none = any text."""
+    grammar: OptionalStr = None
+    """The output follows the grammar in this file, in llguidance's dialect of Lark; none = any text."""
     logprobs: OptionalInt = Field(default=None, ge=0)
     """Record each token's log-probability and those of this many alternatives; none = record nothing."""
     n: Positive = 1

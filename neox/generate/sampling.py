@@ -4,15 +4,17 @@ The order is that of Hugging Face transformers, with OpenAI's two penalties afte
 them. Shapes: V vocab.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from neox.config import GenerateConfig
+from neox.generate.grammar import OPTIONS, Constraint, check, read
 from neox.tokenizer import Tokenizer
 
 
@@ -34,11 +36,16 @@ class Sampling:
     frequency_penalty: float = 0.0  # the same for each time that the output holds the token
     logit_bias: Mapping[int | str, float] = field(default_factory=dict)  # added to logits: by id, or text of one token
     stop_tokens: Sequence[int] = ()  # end at one of these, which is then left out
+    json_schema: str | Mapping[str, Any] | None = None  # the output is JSON that validates
+    regex: str | None = None  # the output as a whole matches
+    grammar: str | None = None  # the output is a sentence of this grammar, in llguidance's dialect of Lark
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
         object.__setattr__(self, "logit_bias", {_token_key(key): float(bias) for key, bias in self.logit_bias.items()})
+        if isinstance(self.json_schema, Mapping):
+            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
         for name, good, rule in (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 or more"),
@@ -54,12 +61,31 @@ class Sampling:
         ):
             if not good:
                 raise ValueError(f"generate.{name} = {getattr(self, name)} must be {rule}")
+        given = [option for option in OPTIONS if getattr(self, option) is not None]
+        if len(given) > 1:
+            raise ValueError(f"generate.{given[0]} and generate.{given[1]}: give one of them")
+        if self.constraint:
+            if not self.stop_at_eod:
+                raise ValueError(f"generate.stop_at_eod = false: what generate.{given[0]} asks for ends there")
+            check(*self.constraint)
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """The option that says which output is allowed, and what it says."""
+        return next(((option, text) for option in OPTIONS if (text := getattr(self, option)) is not None), None)
 
     @classmethod
     def of(cls, config: GenerateConfig) -> "Sampling":
-        """The sampling options of a config's section `generate`."""
-        options = config.model_dump(exclude={"n", "slots"})
-        return cls(**options | {"logit_bias": dict(config.logit_bias)})
+        """The sampling options of a config's section `generate`. Raises ValueError, also for files that it names."""
+        options = config.model_dump(exclude={"n", "slots"}) | {"logit_bias": dict(config.logit_bias)}
+        source = ""
+        for option in OPTIONS:
+            if options[option] is not None:
+                options[option], source = read(option, options[option])
+        try:
+            return cls(**options)
+        except ValueError as error:
+            raise ValueError(f"{error} ({source})" if source else str(error)) from None
 
     def ends(self, token: int, eod: int | None) -> Literal["eod", "stop"] | None:
         """Why a sequence ends at `token`, which is then no part of it; none where it goes on."""
@@ -129,10 +155,11 @@ class Sampler:
     ) -> None:
         """`usable` is how many rows of the vocabulary stand for tokens; padding rows beyond are never drawn.
 
-        Raises ValueError where an option names what is no token, or names it by text and there is no tokenizer.
+        Raises ValueError where an option names what is no token, or needs a tokenizer that is not there.
         """
         self.sampling, self.usable = sampling, usable
         self.generator = torch.Generator().manual_seed(sampling.seed)
+        self._constraint = Constraint(*sampling.constraint, tokenizer) if sampling.constraint else None
         self._past: dict[str, Tensor] = {}  # what `distribution` needs to know of the sequence, by argument
         if sampling.repetition_penalty != 1:
             self._past["seen"] = torch.zeros(usable, dtype=torch.bool)
@@ -160,10 +187,16 @@ class Sampler:
         return token
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Probabilities [usable] of the next token for logits [V]. Raises ValueError where they are no numbers."""
+        """Probabilities [usable] of the next token for logits [V].
+
+        Raises ValueError where the logits are no numbers, and where a grammar lets nothing follow.
+        """
         logits = logits[: self.usable]
         if not logits.max() < math.inf:  # also false for nan
             raise ValueError("the model's logits are not finite: try dtype=fp32, or its weights are damaged")
+        if self._constraint:
+            allowed = self._constraint.allowed()[: self.usable].to(logits.device)
+            logits = logits.masked_fill(~allowed, -math.inf)
         self._past = {name: tensor.to(logits.device) for name, tensor in self._past.items()}
         return distribution(logits, self.sampling, **self._past)
 
@@ -173,6 +206,8 @@ class Sampler:
             self._past["seen"][token] = True
         if "counts" in self._past:
             self._past["counts"][token] += 1
+        if self._constraint:
+            self._constraint.take(token)
 
 
 def _token(key: int | str, usable: int, tokenizer: Tokenizer | None) -> int:
