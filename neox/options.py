@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterable
 from datetime import date, time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -95,16 +95,17 @@ def parse_override(text: str) -> tuple[str, str, Any]:
 
 
 def _literal(raw: str, annotation: Any, text: str) -> Any:
+    wants_list = get_origin(annotation) is tuple
     try:
         table = tomllib.loads(f"value = {raw}")
         value = table["value"] if len(table) == 1 else raw
     except (ValueError, RecursionError):  # the first also for an integer of more digits than Python reads
-        if raw.startswith("[") and raw.endswith("]"):
+        if wants_list and raw.startswith("[") and raw.endswith("]"):
             raise ConfigError(f'{text}: not a list; its texts need quotes, as in \'["a", "b"]\'') from None
         return raw
-    # A directory may be called 2024-01-01, or 7: where text is wanted, what was typed is the text.
+    # A directory may be called 2024-01-01, or 7, a regex [1]: where text is wanted, what was typed is the text.
     wants_text = annotation is str or str in get_args(annotation)
-    if isinstance(value, date | time) or (wants_text and not isinstance(value, str | list)):
+    if isinstance(value, date | time) or (wants_text and not isinstance(value, (str, list) if wants_list else str)):
         return raw
     return value
 

@@ -19,12 +19,21 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def _pairs(value: Any) -> Any:
+    """A table as the pairs that it holds, for a section can be hashed; `to_toml` makes lists of two of them."""
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if not isinstance(pairs, list | tuple):
+        raise ValueError('must be a table such as {" the" = -100, 262 = 5}')
+    return tuple(_listed(pair) for pair in pairs)
+
+
 OptionalInt = Annotated[int | None, BeforeValidator(_none)]
 OptionalFloat = Annotated[float | None, BeforeValidator(_none)]
 OptionalStr = Annotated[str | None, BeforeValidator(_none)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 Weights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed)]
+Biases = Annotated[tuple[tuple[str, Annotated[float, Field(ge=-100, le=100)]], ...], BeforeValidator(_pairs)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -442,8 +451,24 @@ class GenerateConfig(Section):
     """Sample from tokens at least this fraction as likely as the likeliest; 0 = from all."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Above 1, tokens of the prompt and of the output so far become less likely; 1 = off."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken from the logits of tokens that the output holds already."""
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken from the logits of a token for each time that the output holds it already."""
+    logit_bias: Biases = ()
+    """Added to the logits of tokens, each by its id or by a text that is one token: {" the" = -100, 262 = 5}."""
     stop: Strings = ()
     """End before the first of these texts in the output."""
+    stop_tokens: Annotated[tuple[NotNegative, ...], BeforeValidator(_listed)] = ()
+    """End at one of these tokens (ids), which is then left out."""
+    stop_at_eod: bool = True
+    """End at the end-of-document token, which is then left out; false goes on to max_tokens."""
+    json_schema: OptionalStr = None
+    """The output is JSON of this schema: a file, or the schema itself, {...}; none = any text."""
+    regex: OptionalStr = None
+    """The output as a whole matches this regular expression; none = any text."""
+    grammar: OptionalStr = None
+    """The output follows the grammar in this file, in llguidance's dialect of Lark; none = any text."""
     logprobs: OptionalInt = Field(default=None, ge=0)
     """Record each token's log-probability and those of this many alternatives; none = record nothing."""
     n: Positive = 1

@@ -205,10 +205,11 @@ class Tokenizer:
         self._check(id)
         if skip_special and id in self._special:
             return b""
-        return self._token_bytes[id]
+        return self.bytes_of_tokens[id]
 
     @cached_property
-    def _token_bytes(self) -> list[bytes]:
+    def bytes_of_tokens(self) -> list[bytes]:
+        """What each id adds to a text, nothing where it stands for no token. Raises ValueError as `token_bytes`."""
         if not isinstance(self._inner.decoder, decoders.ByteLevel):
             raise ValueError("the tokenizer is not byte-level (its decoder is not ByteLevel): it cannot be streamed")
         # A token with a character outside the byte alphabet, such as an added run of spaces, stands for itself.

@@ -52,7 +52,7 @@ def test_every_option_is_described_and_strictly_typed(section, key, field):
         float: ["0.5", True, math.nan, math.inf, [0.5]],
         bool: [1, 0, "true", "yes"],
         str: [3, True, 1.5],
-    }.get(kind(field), [object(), {}, 3.7])
+    }.get(kind(field), [object(), 3.7, {"a": {}}])
     for value in wrong:
         with pytest.raises(ConfigError, match=rf"^{section}\.{key}") as caught:
             SECTIONS[section](**{key: value})
@@ -175,6 +175,7 @@ def test_who_names_the_preset(toml):
         ("tokenizer.path=none", "tokenizer", "path", None),
         ("intermediate_size=none", "model", "intermediate_size", None),
         ("dtype=bf16", "train", "dtype", "bf16"),
+        ('logit_bias={" the" = -100, 262 = 5}', "generate", "logit_bias", ((" the", -100.0), ("262", 5.0))),
     ],
 )
 def test_override_values(text, section, key, value):
@@ -238,6 +239,9 @@ def test_any_override_gives_a_config_or_one_line(key, value):
         ("betas=[0.9]", "optim.betas[1]: is missing"),
         ("dtype=fp8", "train.dtype: must be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
         ("top_p=0", "generate.top_p: must be greater than 0"),
+        ("stop_tokens=[-1]", "generate.stop_tokens[0]: must be greater than or equal to 0, got -1"),
+        ("logit_bias=x", 'generate.logit_bias: must be a table such as {" the" = -100, 262 = 5} (from logit_bias=x)'),
+        ("logit_bias={a = 101}", "generate.logit_bias[0][1]: must be less than or equal to 100, got 101"),
         ("out=", "log.out: must have at least 1 character"),
         ("data.train=[a, b]", "not a list; its texts need quotes"),
         ("hidden_size=130", "model.hidden_size: 130 does not split into 4 heads (from hidden_size=130)"),
@@ -340,8 +344,12 @@ def configs(draw) -> Config:
                 value = st.none() | value
         elif key == "betas":
             value = st.tuples(unit, unit)
-        elif key in ("local_layers", "weights", "stage_layers"):
+        elif key in ("local_layers", "weights", "stage_layers", "json_schema", "regex", "grammar"):
             continue
+        elif key == "logit_bias":
+            value = st.dictionaries(words, st.floats(-100, 100), max_size=3)
+        elif key == "stop_tokens":
+            value = st.lists(not_negative, max_size=3)
         elif choices[-1] is Ellipsis:
             value = st.lists(words, max_size=3)
         else:

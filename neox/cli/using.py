@@ -30,7 +30,15 @@ def generate(targets: list[str], options: list[str]) -> None:
       top_p=1.0         sample from the most likely tokens that hold this probability
       min_p=0.0         sample from tokens at least this fraction as likely as the most likely one
       repetition_penalty=1.0   above 1, tokens that the text holds already become less likely
+      presence_penalty=0.0     taken from the logits of tokens that the output holds already
+      frequency_penalty=0.0    the same, for each time that it does
+      logit_bias=TABLE  added to the logits of tokens, by text or id: '{" the" = -100, 262 = 5}'
       stop=TEXT         end before this text; several: stop='["\\n\\n", "Q:"]'
+      stop_tokens=LIST  end before one of these tokens: stop_tokens='[187, 535]'
+      stop_at_eod=true  false: go on after an end-of-document token
+      json_schema=FILE  the output is JSON of this schema; the schema itself too: '{"type": ...}'
+      regex=PATTERN     the output as a whole matches
+      grammar=FILE      the output follows this grammar (Lark, as llguidance reads it)
       logprobs=none     record log-probabilities, and those of so many alternatives; with out=
       seed=1234         the same seed gives the same text; the next sample draws with the next one
       slots=8           sequences that run at a time
@@ -42,6 +50,7 @@ def generate(targets: list[str], options: list[str]) -> None:
       neox generate EleutherAI/pythia-160m prompt='Once upon a time' temperature=0
       neox generate runs/first prompts=prompts.txt out=answers.jsonl n=4 top_p=0.9
       neox generate runs/first prompt= n=100 out=samples.jsonl
+      neox generate runs/first prompt='Colour: ' json_schema='{"enum": ["red", "green"]}'
     """
     from neox.config import load_config
     from neox.options import parse_override
@@ -84,10 +93,10 @@ def generate(targets: list[str], options: list[str]) -> None:
     # Loading may take minutes: what is wrong with the files is said before.
     prompt = sys.stdin.read() if own.get("prompt") == "-" else own.get("prompt")
     prompts = read_prompts(own["prompts"]) if "prompts" in own else [(prompt or "", "")]
+    sampling = Sampling.of(config)
     if out:
         refuse_existing(out)
     engine = Engine(*load(targets[0], own.get("device", "auto"), own.get("dtype")), slots=config.slots)
-    sampling = Sampling.of(config)
     if out:
         try:
             count = write_completions(engine, prompts, sampling, out, config.n)

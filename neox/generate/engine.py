@@ -23,7 +23,7 @@ Prompt = str | Sequence[int]
 @dataclass(frozen=True)
 class TokenLogprob:
     """How likely the model found a token: natural logarithms over the full vocabulary, padding rows included, before
-    the repetition penalty, the temperature and every filter."""
+    bias, penalties, temperature and every filter."""
 
     token: int
     logprob: float
@@ -34,9 +34,9 @@ class TokenLogprob:
 class Completion:
     """What followed a prompt."""
 
-    tokens: list[int]  # all that were drawn, those of a stop string too; not the end-of-document token that ended it
+    tokens: list[int]  # all that were drawn, those of a stop string too; not the end-of-document or stop token
     text: str  # up to the stop string, if one came; empty without a tokenizer
-    finish_reason: str  # "stop" at a stop string, "eod" at the end-of-document token, "length" at max_tokens or context
+    finish_reason: str  # "stop": a stop string or token; "eod": end-of-document token; "length": max_tokens or context
     logprobs: list[TokenLogprob] | None = None  # one for each of `tokens`, where Sampling.logprobs asks for them
 
 
@@ -45,7 +45,7 @@ class Event:
     """A step of one sequence."""
 
     number: int  # of its prompt, from 0
-    token: int | None  # the token drawn; none when the end-of-document token ended the sequence
+    token: int | None  # the token drawn; none when the end-of-document or a stop token ended the sequence
     text: str  # the text that has become certain: whole characters, no part of a stop string
     done: Completion | None  # on the last event of the sequence
 
@@ -141,7 +141,8 @@ class Engine:
         tokens = self.encode(prompt)
         limit = min(len(tokens) + sampling.max_tokens, self.model.config.max_position_embeddings)
         text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer and (stream or sampling.stop) else None
-        return _Row(number, tokens, limit, Sampler(sampling, self.usable, tokens), text)
+        sampler = Sampler(sampling, self.usable, tokens, self.tokenizer)
+        return _Row(number, tokens, limit, sampler, text)
 
     @torch.inference_mode()
     def _decode(self, waiting: deque[_Row]) -> Iterator[Event]:
@@ -172,8 +173,8 @@ class Engine:
         """Draw the next token of a row from logits [V]."""
         sampling = row.sampler.sampling
         token = row.sampler(logits)
-        if sampling.stop_at_eod and token == self.eod:
-            return self._end(row, "eod", None, "")
+        if reason := sampling.ends(token, self.eod):
+            return self._end(row, reason, None, "")
         row.new.append(token)
         if sampling.logprobs is not None:
             row.logprobs.append(self._logprob(token, logits, sampling.logprobs))

@@ -1,6 +1,7 @@
 """Prompts at a terminal: one in, its continuation out, each on its own."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -80,4 +81,4 @@ def _command(config: GenerateConfig, line: str) -> GenerateConfig:
 
 def _spelled(value: object) -> str:
     """An option's value as it is typed."""
-    return "[" + ", ".join(f'"{text}"' for text in value) + "]" if isinstance(value, tuple) else str(value)
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

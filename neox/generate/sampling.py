@@ -1,16 +1,21 @@
-"""From logits to a token: repetition penalty, temperature, top-k, top-p, min-p, reproducible by seed.
+"""From logits to a token: bias, penalties, temperature, top-k, top-p, min-p, reproducible by seed.
 
-The filters and their order are those of Hugging Face transformers. Shapes: V vocab.
+The order is that of Hugging Face transformers, with OpenAI's two penalties after the repetition penalty, where vLLM has
+them. Shapes: V vocab.
 """
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from neox.config import GenerateConfig
+from neox.generate.grammar import OPTIONS, Constraint, check, read
+from neox.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,20 @@ class Sampling:
     min_p: float = 0.0  # sample from tokens at least this fraction as likely as the most likely one
     stop: Sequence[str] = ()  # end before the first of these strings in the output
     logprobs: int | None = None  # record each token's log-probability and those of so many alternatives
+    presence_penalty: float = 0.0  # taken from the logits of tokens that the output holds already
+    frequency_penalty: float = 0.0  # the same for each time that the output holds the token
+    logit_bias: Mapping[int | str, float] = field(default_factory=dict)  # added to logits: by id, or text of one token
+    stop_tokens: Sequence[int] = ()  # end at one of these, which is then left out
+    json_schema: str | Mapping[str, Any] | None = None  # the output is JSON that validates
+    regex: str | None = None  # the output as a whole matches
+    grammar: str | None = None  # the output is a sentence of this grammar, in llguidance's dialect of Lark
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+        object.__setattr__(self, "logit_bias", {_token_key(key): float(bias) for key, bias in self.logit_bias.items()})
+        if isinstance(self.json_schema, Mapping):
+            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
         for name, good, rule in (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 or more"),
@@ -39,14 +55,48 @@ class Sampling:
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("stop", all(self.stop), "strings that are not empty"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "none, or 0 or more"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"),
+            ("logit_bias", all(-100 <= bias <= 100 for bias in self.logit_bias.values()), "-100 to 100 for each token"),
         ):
             if not good:
                 raise ValueError(f"generate.{name} = {getattr(self, name)} must be {rule}")
+        given = [option for option in OPTIONS if getattr(self, option) is not None]
+        if len(given) > 1:
+            raise ValueError(f"generate.{given[0]} and generate.{given[1]}: give one of them")
+        if self.constraint:
+            if not self.stop_at_eod:
+                raise ValueError(f"generate.stop_at_eod = false: what generate.{given[0]} asks for ends there")
+            check(*self.constraint)
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """The option that says which output is allowed, and what it says."""
+        return next(((option, text) for option in OPTIONS if (text := getattr(self, option)) is not None), None)
 
     @classmethod
     def of(cls, config: GenerateConfig) -> "Sampling":
-        """The sampling options of a config's section `generate`."""
-        return cls(**config.model_dump(exclude={"n", "slots"}))
+        """The sampling options of a config's section `generate`. Raises ValueError, also for files that it names."""
+        options = config.model_dump(exclude={"n", "slots"}) | {"logit_bias": dict(config.logit_bias)}
+        source = ""
+        for option in OPTIONS:
+            if options[option] is not None:
+                options[option], source = read(option, options[option])
+        try:
+            return cls(**options)
+        except ValueError as error:
+            raise ValueError(f"{error} ({source})" if source else str(error)) from None
+
+    def ends(self, token: int, eod: int | None) -> Literal["eod", "stop"] | None:
+        """Why a sequence ends at `token`, which is then no part of it; none where it goes on."""
+        if self.stop_at_eod and token == eod:
+            return "eod"
+        return "stop" if token in self.stop_tokens else None
+
+
+def _token_key(key: int | str) -> int | str:
+    # JSON and TOML have no keys but strings: digits are an id there, as in OpenAI's API.
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else key
 
 
 def penalized(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
@@ -57,15 +107,28 @@ def penalized(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
-    """Probabilities [V] that a token is drawn with from logits [V], in float32; `seen` (bool [V]) are penalized.
+def distribution(
+    logits: Tensor,
+    sampling: Sampling,
+    seen: Tensor | None = None,
+    counts: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Probabilities [V] that a token is drawn with from logits [V], in float32.
 
-    Repetition penalty, temperature, top-k, top-p, min-p, in this order. Ties at the border of top-k are kept; top-p
-    keeps a token while the ones before it hold less than p; min-p looks at what top-p left.
+    `seen` (bool [V]) are the tokens of prompt and output, `counts` ([V]) how often the output holds each, `bias` ([V])
+    is Sampling.logit_bias. In this order: bias, repetition penalty, frequency and presence penalty (OpenAI's API
+    reference, "Frequency and presence penalties": logit - counts * frequency - (counts > 0) * presence), temperature,
+    top-k, top-p, min-p. Ties at the border of top-k are kept; top-p keeps a token while the ones before it hold less
+    than p; min-p looks at what top-p left.
     """
     logits = logits.float()
+    if bias is not None:
+        logits = logits + bias
     if seen is not None:
         logits = penalized(logits, sampling.repetition_penalty, seen)
+    if counts is not None:
+        logits = logits - counts * sampling.frequency_penalty - (counts > 0) * sampling.presence_penalty
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), logits.numel()).float()
     # The largest becomes 0 first and the divisor stays a normal float32, so that no temperature overflows.
@@ -87,23 +150,32 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
 class Sampler:
     """Draws the tokens of one sequence with its own random stream, so that its neighbours in a batch do not matter."""
 
-    def __init__(self, sampling: Sampling, usable: int, prompt: Sequence[int] = ()) -> None:
-        """`usable` is how many rows of the vocabulary stand for tokens; padding rows beyond are never drawn."""
+    def __init__(
+        self, sampling: Sampling, usable: int, prompt: Sequence[int] = (), tokenizer: Tokenizer | None = None
+    ) -> None:
+        """`usable` is how many rows of the vocabulary stand for tokens; padding rows beyond are never drawn.
+
+        Raises ValueError where an option names what is no token, or needs a tokenizer that is not there.
+        """
         self.sampling, self.usable = sampling, usable
         self.generator = torch.Generator().manual_seed(sampling.seed)
-        self.seen: Tensor | None = None
+        self._constraint = Constraint(*sampling.constraint, tokenizer) if sampling.constraint else None
+        self._past: dict[str, Tensor] = {}  # what `distribution` needs to know of the sequence, by argument
         if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros(usable, dtype=torch.bool)
-            self.seen[[token for token in prompt if token < usable]] = True
+            self._past["seen"] = torch.zeros(usable, dtype=torch.bool)
+            self._past["seen"][[token for token in prompt if token < usable]] = True
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self._past["counts"] = torch.zeros(usable)
+        if sampling.logit_bias:
+            self._past["bias"] = torch.zeros(usable)
+            for key, bias in sampling.logit_bias.items():
+                self._past["bias"][_token(key, usable, tokenizer)] += bias
+        for token in sampling.stop_tokens:
+            _check_token("stop_tokens", token, usable)
 
     def __call__(self, logits: Tensor) -> int:
-        """The next token for logits [V]. ValueError where they are no numbers."""
-        logits = logits[: self.usable]
-        if not logits.max() < math.inf:  # also false for nan
-            raise ValueError("the model's logits are not finite: try dtype=fp32, or its weights are damaged")
-        if self.seen is not None:
-            self.seen = self.seen.to(logits.device)
-        probabilities = distribution(logits, self.sampling, self.seen)
+        """The next token for logits [V], which the sequence then holds. Raises ValueError as `probabilities` does."""
+        probabilities = self.probabilities(logits)
         if self.sampling.temperature == 0:
             token = int(probabilities.argmax())
         else:
@@ -111,6 +183,49 @@ class Sampler:
             # argmax of p / Exp(1) is distributed as p (the exponential race); zero-probability tokens never win it.
             noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
             token = int((probabilities / noise).argmax())
-        if self.seen is not None:
-            self.seen[token] = True
+        self.take(token)
         return token
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities [usable] of the next token for logits [V].
+
+        Raises ValueError where the logits are no numbers, and where a grammar lets nothing follow.
+        """
+        logits = logits[: self.usable]
+        if not logits.max() < math.inf:  # also false for nan
+            raise ValueError("the model's logits are not finite: try dtype=fp32, or its weights are damaged")
+        if self._constraint:
+            allowed = self._constraint.allowed()[: self.usable].to(logits.device)
+            logits = logits.masked_fill(~allowed, -math.inf)
+        self._past = {name: tensor.to(logits.device) for name, tensor in self._past.items()}
+        return distribution(logits, self.sampling, **self._past)
+
+    def take(self, token: int) -> None:
+        """The sequence goes on with `token`."""
+        if "seen" in self._past:
+            self._past["seen"][token] = True
+        if "counts" in self._past:
+            self._past["counts"][token] += 1
+        if self._constraint:
+            self._constraint.take(token)
+
+
+def _token(key: int | str, usable: int, tokenizer: Tokenizer | None) -> int:
+    """The token that a key of Sampling.logit_bias means."""
+    if isinstance(key, str):
+        if tokenizer is None:
+            raise ValueError(f"generate.logit_bias: {key!r} needs a tokenizer: this model was loaded without one")
+        tokens = tokenizer.encode(key)
+        if len(tokens) != 1:
+            raise ValueError(
+                f"generate.logit_bias: {key!r} is {len(tokens)} tokens {tokens}: give their ids, or a text that is one "
+                "token (a space before a word belongs to it)"
+            )
+        key = tokens[0]
+    _check_token("logit_bias", key, usable)
+    return key
+
+
+def _check_token(option: str, token: int, usable: int) -> None:
+    if not 0 <= token < usable:
+        raise ValueError(f"generate.{option}: {token} is no token: they are 0 to {usable - 1}")

@@ -136,6 +136,8 @@ def test_a_file_whose_header_was_cut_begins_again(engine, whole, partial, tmp_pa
         ({"prompts": PROMPTS[:2]}, "prompts"),
         ({"n": 3}, "n"),
         ({"sampling": replace(SAMPLING, temperature=0.8, stop="x")}, "temperature, stop"),
+        ({"sampling": replace(SAMPLING, logit_bias={3: 1}, stop_tokens=(5,))}, "logit_bias, stop_tokens"),
+        ({"sampling": replace(SAMPLING, regex="[a-z]*")}, "regex"),
         ({"engine": "another"}, "model"),
     ],
 )

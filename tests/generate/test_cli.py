@@ -35,6 +35,14 @@ def test_one_prompt_is_printed_with_its_continuation(engine, generate, monkeypat
     assert generate("prompt=-", "max_tokens=9", "seed=3", "top_p=0.9")[:2] == (0, f"the quick{text}\n")
 
 
+def test_the_end_of_document_token_ends_the_text_or_not(generate):
+    """With a bias that makes it certain: nothing, or its spelling so often."""
+    asked = ["prompt=the", "max_tokens=3", "logit_bias={0 = 100}"]
+    assert generate(*asked)[:2] == (0, "the\n")
+    assert generate(*asked, "stop_at_eod=false")[:2] == (0, f"the{3 * '<|endoftext|>'}\n")
+    assert generate(*asked, "stop_at_eod=false", "stop_tokens=[0]")[:2] == (0, "the\n")
+
+
 def test_several_samples_are_printed_one_after_another(engine, generate):
     status, out, _ = generate("prompt=", "n=2", "max_tokens=9", "stop=e")
     first, second = (engine.generate("", Sampling(max_tokens=9, seed=seed, stop="e"))[0] for seed in (1234, 1235))
@@ -97,6 +105,13 @@ def test_an_interrupt_says_how_to_go_on(generate, tmp_path, monkeypatch):
         (["prompt=a", "repetition_penalty=0"], 1, "generate.repetition_penalty: must be greater than 0"),
         (["prompt=a", "stop="], 1, "generate.stop: a stop text must not be empty"),
         (["prompt=a", "logprobs=-1"], 1, "generate.logprobs: must be greater than or equal to 0"),
+        (["prompt=a", 'logit_bias={"the quick" = 1}'], 1, "generate.logit_bias: 'the quick' is 2 tokens ["),
+        (["prompt=a", "logit_bias=3"], 1, 'generate.logit_bias: must be a table such as {" the" = -100, 262 = 5}'),
+        (["prompt=a", "stop_tokens=[999]"], 1, "generate.stop_tokens: 999 is no token: they are 0 to"),
+        (["prompt=a", "regex=a("], 1, "generate.regex: character 2: unclosed group"),
+        (["prompt=a", 'json_schema={"type": "x"}'], 1, "generate.json_schema: Invalid type: x (at #)"),
+        (["prompt=a", "grammar=absent.lark"], 1, "generate.grammar: absent.lark: No such file or directory; give a"),
+        (["prompt=a", "regex=a", "json_schema={}"], 1, "generate.json_schema and generate.regex: give one of them"),
         (["prompt=a", "n=0"], 1, "generate.n: must be greater than 0"),
         (["prompt=a", "slots=0"], 1, "generate.slots: must be greater than 0"),
         (["prompts=absent.txt", "out=c.jsonl"], 1, "absent.txt: no such file"),

@@ -101,9 +101,13 @@ def test_commands_change_options(engine, talk):
         engine, ("the", replace(SAMPLING, temperature=0.0)), ("the", changed), ("fox", replace(changed, seed=9))
     )
     assert err == ""
-    out, _, _ = talk("/stop [\"a b\", 'c']", "/help")
+    out, _, _ = talk("/stop [\"a b\", 'c']", '/logit_bias {" the" = -1}', "/regex [a-c]+", "/stop_tokens [3]", "/help")
     assert out.startswith(HELP)
     assert '  /stop ["a b", "c"]\n' in out
+    assert '  /logit_bias [[" the", -1.0]]\n' in out
+    assert "  /regex [a-c]+\n" in out
+    assert "  /stop_tokens [3]\n" in out
+    assert "  /json_schema none\n" in out
     assert "  /temperature 1.0\n" in out
     assert "slots" not in out
 

@@ -10,6 +10,7 @@ from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -31,11 +32,20 @@ def mask(tokens: list[int], size: int) -> torch.Tensor:
     return torch.zeros(size, dtype=torch.bool).index_fill_(0, torch.tensor(tokens, dtype=torch.long), True)
 
 
+biases = st.dictionaries(st.integers(0, 39), st.floats(-100, 100), max_size=5)
+
+
+def bias_row(biases: dict[int, float], size: int) -> torch.Tensor:
+    return torch.tensor([biases.get(token, 0.0) for token in range(size)])
+
+
 @settings(max_examples=100, deadline=None)
-@given(seed=st.integers(0, 10_000), seen=st.lists(st.integers(0, 39), max_size=50), **options)
-def test_distribution_equals_transformers(seed, seen, temperature, top_k, top_p, min_p, repetition_penalty):
+@given(seed=st.integers(0, 10_000), seen=st.lists(st.integers(0, 39), max_size=50), bias=biases, **options)
+def test_distribution_equals_transformers(seed, seen, bias, temperature, top_k, top_p, min_p, repetition_penalty):
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(seed)) * 3
     before = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(repetition_penalty)])
+    if bias:
+        before.insert(0, SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()]))
     before.append(TemperatureLogitsWarper(temperature))
     if top_k:
         before.append(TopKLogitsWarper(top_k))
@@ -50,7 +60,7 @@ def test_distribution_equals_transformers(seed, seen, temperature, top_k, top_p,
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    found = distribution(logits[0], sampling, mask(seen, 40))
+    found = distribution(logits[0], sampling, mask(seen, 40), bias=bias_row(bias, 40))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -58,20 +68,102 @@ def test_distribution_equals_transformers(seed, seen, temperature, top_k, top_p,
 def test_the_order_is_that_of_transformers_generate(penalty):
     """Its own scores after all processors, which `generate` puts in order itself, at each of 30 steps."""
     asked = {"temperature": 1.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": penalty}
+    biases = {5: 3.0, 44: -2.0, 90: 4.0}
     prompt = [5, 9, 5, 44]
     torch.manual_seed(1)
     out = theirs().generate(
         torch.tensor([prompt]), do_sample=True, max_new_tokens=30, eos_token_id=None, pad_token_id=0,
-        return_dict_in_generate=True, output_scores=True, output_logits=True, **asked
+        return_dict_in_generate=True, output_scores=True, output_logits=True,
+        sequence_bias=[[[token], bias] for token, bias in biases.items()], **asked
     )  # fmt: skip
     tokens = out.sequences[0].tolist()
     survivors = set()
     for step, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
-        found = distribution(logits[0], Sampling(**asked), mask(tokens[: len(prompt) + step], 97))
+        seen = mask(tokens[: len(prompt) + step], 97)
+        found = distribution(logits[0], Sampling(**asked), seen, bias=bias_row(biases, 97))
         torch.testing.assert_close(found, scores[0].softmax(-1), atol=1e-6, rtol=1e-5)
         survivors.add(int((found > 0).sum()))
     assert len(survivors) >= 3
     assert max(survivors) < 20  # the filters after top-k were at work too
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    prompt=st.lists(st.integers(0, 15), max_size=10),
+    output=st.lists(st.integers(0, 11), max_size=30),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    repetition=st.floats(0.2, 3),
+    temperature=st.floats(0.1, 3),
+    bias=st.dictionaries(st.integers(0, 11), st.floats(-10, 10), max_size=4),
+)
+def test_penalties_are_openais_formula_in_the_order_described(
+    seed, prompt, output, presence, frequency, repetition, temperature, bias
+):
+    """Token by token in double precision; of 16 rows 12 stand for tokens, and prompts do not count for OpenAI's."""
+    logits = torch.randn(16, generator=torch.Generator().manual_seed(seed)) * 3
+    sampling = Sampling(
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        repetition_penalty=repetition,
+        temperature=temperature,
+        logit_bias=bias,
+    )
+    sampler = Sampler(sampling, 12, prompt)
+    for token in output:
+        sampler.take(token)
+    scores = []
+    for token, logit in enumerate(logits.tolist()[:12]):
+        score = logit + bias.get(token, 0.0)
+        if token in prompt or token in output:
+            score = score / repetition if score > 0 else score * repetition
+        score -= output.count(token) * frequency + (token in output) * presence
+        scores.append(score / temperature)
+    expected = torch.tensor(scores, dtype=torch.float64).softmax(-1).float()
+    torch.testing.assert_close(sampler.probabilities(logits), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_drawn_counts_and_the_prompt_does_not():
+    logits = torch.tensor([3.0, 2.5, 0.0])
+    greedy = Sampling(temperature=0, frequency_penalty=0.4)
+    sampler = Sampler(greedy, 3, prompt=[0, 0, 0])
+    assert [sampler(logits) for _ in range(4)] == [0, 0, 1, 0]  # 3.0, 2.6, then 2.2 against 2.5, 2.2 against 2.1
+    sampler = Sampler(Sampling(temperature=0, presence_penalty=0.4), 3, prompt=[0, 0, 0])
+    assert [sampler(logits) for _ in range(3)] == [0, 0, 0]  # once only: 2.6 stays above 2.5
+
+
+def test_bias_names_tokens_by_id_or_by_text(trained_tokenizer):
+    """A text that is one token, an id, and an id as JSON spells it; at 100 and -100 nothing else is left."""
+    (word,) = trained_tokenizer.encode(" quick")
+    other = word + 1
+    logits = torch.zeros(trained_tokenizer.vocab_size)
+    for bias in ({" quick": 100}, {word: 100}, {str(word): 100.0}, {other: -100, " quick": 50}):
+        sampler = Sampler(Sampling(logit_bias=bias), trained_tokenizer.vocab_size, tokenizer=trained_tokenizer)
+        assert {sampler(logits) for _ in range(20)} == {word}
+    banned = Sampling(logit_bias=dict.fromkeys(range(4), -100))
+    drawn = Sampler(banned, 6)
+    assert {drawn(torch.zeros(6)) for _ in range(50)} == {4, 5}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"logit_bias": {"quick brown": 1}}, r"logit_bias: 'quick brown' is \d+ tokens \[.*\]: give their ids"),
+        ({"logit_bias": {"": 1}}, r"generate.logit_bias: '' is 0 tokens"),
+        ({"logit_bias": {400: 1}}, "generate.logit_bias: 400 is no token: they are 0 to 399"),
+        ({"logit_bias": {-1: 1}}, "generate.logit_bias: -1 is no token"),
+        ({"stop_tokens": [3, 400]}, "generate.stop_tokens: 400 is no token: they are 0 to 399"),
+    ],
+)
+def test_what_is_no_token_is_refused(trained_tokenizer, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(Sampling(**wrong), 400, tokenizer=trained_tokenizer)
+
+
+def test_a_bias_by_text_needs_a_tokenizer():
+    with pytest.raises(ValueError, match="' the' needs a tokenizer: this model was loaded without one"):
+        Sampler(Sampling(logit_bias={" the": 1}), 10)
 
 
 def test_draws_follow_the_distribution():
@@ -92,14 +184,19 @@ def test_draws_follow_the_distribution():
     usable=st.integers(1, 16),
     prompt=st.lists(st.integers(0, 15), max_size=8),
     greedy=st.booleans(),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    banned=st.booleans(),
     **options,
 )
-def test_padding_rows_are_never_drawn(seed, usable, prompt, greedy, **asked):
+def test_padding_rows_are_never_drawn(seed, usable, prompt, greedy, banned, **asked):
     """However likely they are, in every mode, and also where a prompt holds one."""
     logits = torch.randn(16, generator=torch.Generator().manual_seed(seed))
     logits[usable:] = 50.0
     if greedy:
         asked["temperature"] = 0.0
+    if banned:  # all that may be drawn
+        asked["logit_bias"] = dict.fromkeys(range(usable), -100)
     sampler = Sampler(Sampling(seed=seed, **asked), usable, prompt)
     assert max(sampler(logits) for _ in range(10)) < usable
 
@@ -153,6 +250,10 @@ def test_the_seed_decides():
         {"stop": ["a", ""]},
         {"stop": ""},
         {"logprobs": -1},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": math.nan},
+        {"logit_bias": {3: 101}},
+        {"logit_bias": {" the": -math.inf}},
     ],
 )
 def test_senseless_values_are_refused(wrong):
@@ -170,3 +271,5 @@ def test_the_config_has_the_same_options_with_the_same_defaults():
 
     assert Sampling.of(GenerateConfig()) == Sampling()
     assert Sampling.of(GenerateConfig(min_p=0.2, stop=("x",), n=3)) == Sampling(min_p=0.2, stop="x")
+    given = GenerateConfig(logit_bias={" the": -1, "262": 2}, stop_tokens=[7], stop_at_eod=False)
+    assert Sampling.of(given) == Sampling(logit_bias={" the": -1.0, 262: 2.0}, stop_tokens=(7,), stop_at_eod=False)
