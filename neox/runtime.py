@@ -6,11 +6,17 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: ~/.cache/neox, or below XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neox"
 
 
 class OtherProcessFailed(RuntimeError):
