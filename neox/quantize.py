@@ -117,14 +117,14 @@ def quantize(model: GPTNeoX, kind: Kind) -> GPTNeoX:
         elif isinstance(module, nn.Embedding) and not (tied and name == "embed_in"):
             model.set_submodule(name, replace(module, kind, name))
     if tied and isinstance(model.embed_out, PackedLinear):
-        model.embed_in = TiedEmbedding(model.embed_out)  # type: ignore[assignment]
+        model.embed_in = TiedEmbedding(model.embed_out)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     return model.requires_grad_(False).eval()
 
 
 def choose(dtype: torch.dtype, seconds: float = 1.0) -> Choice:
-    """The fastest kind on this machine that loses nothing of weights stored in `dtype`; measures for about `seconds`."""
+    """The fastest kind here that loses nothing of weights stored in `dtype`; measures for about `seconds`."""
     if not kernels.compiled():
         return Choice("fp32", "the compiled kernels are absent: plain float32 products are the fastest exact ones")
     names: dict[torch.dtype, Kind] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -133,11 +133,10 @@ def choose(dtype: torch.dtype, seconds: float = 1.0) -> Choice:
     best = max(speeds, key=lambda one: speeds[one])
     size = kernels.FLOATS[best].itemsize
     share = speeds[best] * size / machine.read_speed(seconds / 3)
-    text = (
-        f"loses nothing of {dtype} weights; reads {speeds[best] * size / 1e9:.1f} GB/s, {share:.0%} of this machine's"
-    )
+    speed = f"{speeds[best] * size / 1e9:.1f} GB/s, {share:.0%} of this machine's read speed"
+    text = f"loses nothing of {str(dtype).removeprefix('torch.')} weights; {speed}"
     if best != "fp32":
-        text += f", {speeds[best] / speeds['fp32']:.1f} times as many weights a second as fp32"
+        text += f"; {speeds[best] / speeds['fp32']:.1f} times as many weights a second as fp32"
     return Choice(best, text)
 
 

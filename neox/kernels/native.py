@@ -1,4 +1,4 @@
-"""The C kernels: compiled on first use where there is a compiler, kept in the cache folder, checked before they count."""
+"""The C kernels: compiled on first use where there is a compiler, and kept in the cache folder."""
 
 import ctypes
 import functools
@@ -31,7 +31,7 @@ class NoKernels(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None with one line on stderr that says why; a processor they are not for gets no line."""
+    """The compiled kernels, or None: with a line on stderr, once, unless it is the processor that they are not for."""
     flags = target()
     if flags is None:
         return None
@@ -117,6 +117,8 @@ def linear(
     """y [M, outputs] for x [M, K]; all tensors contiguous, on the CPU, of the types that layout.py says."""
     rows, inputs = x.shape
     y = torch.empty(rows, outputs)
+    if y.numel() == 0:
+        return y
     scratch = torch.empty(loaded.neox_scratch(kind, rows, inputs), dtype=torch.uint8)
     loaded.neox_linear(
         kind,
