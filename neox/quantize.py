@@ -4,7 +4,7 @@
     fp32        fp32          fp32          as they are    nothing; the kernels make rows independent of their batch
     fp16        fp16          fp16          fp16           nothing where the weights are float16's own
     bf16        bf16          bf16          bf16           nothing where the weights are bfloat16's own
-    int8        int8          int8          16 bits        see docs/generation.md
+    int8        int8          int8          16 bits        see docs/weights.md
     int4        int4          int8          16 bits
 
 A tied head reads the embedding's own 16 bits. Norms and biases are float32, as are the activations between the layers;

@@ -24,9 +24,7 @@ compiled_only = pytest.mark.skipif(native.target() is None, reason="a processor 
 
 def product(packed: kernels.Packed, x: Tensor, bias: Tensor | None = None, flags: tuple[str, ...] = ()) -> Tensor:
     """By the compiled kernels, for the instruction set of `flags` (this processor's best)."""
-    library = native.load(flags or HERE[0])
-    kind = kernels.KINDS.index(packed.kind)
-    return native.linear(library, kind, x, packed.weights, packed.scales, bias, packed.outputs)
+    return native.linear(native.load(flags or HERE[0]), x, packed, bias)
 
 
 def random(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
@@ -60,6 +58,27 @@ def test_the_product_is_that_of_the_stored_weight(shape, kind, seed, flags):
     y = product(packed, x, bias, flags)
     assert_close(y, packed, x, bias)
     assert torch.equal(product(packed, x, None, flags) + bias, y) or kind in ("int8",)  # int8 adds it in one rounding
+
+
+@compiled_only
+@settings(max_examples=40, deadline=None)
+@given(shape=SHAPES, kind=st.sampled_from(kernels.KINDS), seed=st.integers(0, 99), flags=st.sampled_from(HERE or [()]))
+def test_compiled_packing_stores_what_plain_torch_does(shape, kind, seed, flags):
+    _, outputs, inputs = shape
+    weight = random(outputs, inputs, seed=seed, std=10.0 ** (seed % 7 - 5))
+    weight[0, : inputs // 2] = 0.0
+    weight[outputs // 2] = 0.0
+    plain, packed = (layout.allocate(kind, outputs, inputs) for _ in range(2))
+    layout.pack_rows(weight, plain)
+    native.pack_rows(native.load(flags), weight, packed)
+    if kind == "int4":  # of two scales that err alike, either may be taken
+        differ = (plain.scales != packed.scales).sum()
+        assert differ <= 1 + plain.scales.numel() // 1000
+        errors = [(kernels.unpack(one) - weight).norm() for one in (plain, packed)]
+        assert abs(errors[0] - errors[1]) <= 1e-5 * errors[0]
+    if kind != "int4" or not differ:
+        assert torch.equal(plain.weights, packed.weights)
+        assert plain.scales is None or torch.equal(plain.scales, packed.scales)
 
 
 @settings(max_examples=25, deadline=None)

@@ -13,6 +13,7 @@ from neox.estimate import weight_bytes
 from neox.generate import Engine, Sampling
 from neox.kernels import layout
 from neox.model import GPTNeoX
+from neox.quickstart.corpus import build_corpus
 from tests import tiny
 
 FAMILIES = pytest.mark.parametrize("flags", [{}, tiny.GPT_J, tiny.GPT_NEO], ids=["neox", "gpt-j", "gpt-neo"])
@@ -155,3 +156,35 @@ def test_the_choice_is_measured():
     kind, why = quantize.choose(torch.float16, seconds=0.3)
     assert kind in ("fp16", "fp32")
     assert "GB/s" in why or not kernels.compiled()
+
+
+@pytest.mark.slow
+def test_perplexity_of_a_trained_model():
+    """Bytes of the quickstart's corpus, a minute of training: what storing costs on text that was held out.
+
+    A model trained for longer loses more to 4 bits; docs/weights.md has such figures.
+    """
+    corpus, length = build_corpus(), 128
+    train, held_out = (torch.tensor(list(part)) for part in (corpus.train_bytes[:4_000_000], corpus.heldout_bytes))
+    shape = {"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = GPTNeoX(ModelConfig(**shape, max_position_embeddings=length)).initialize(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(120):
+        starts = torch.randint(len(train) - length, (16, 1), generator=generator)
+        rows = train[starts + torch.arange(length)]
+        F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.inference_mode()
+    def perplexity(model: GPTNeoX) -> float:
+        rows = held_out[: 200 * length].view(-1, length)
+        return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).exp().item()
+
+    plain = perplexity(model.eval())
+    assert plain < 20  # it has learned: 256 before
+    cost = {kind: perplexity(quantize.quantize(copy.deepcopy(model), kind)) / plain - 1 for kind in kernels.KINDS}
+    bounds = {"fp32": 1e-6, "fp16": 2e-4, "bf16": 1e-3, "int8": 3e-3, "int4": 2e-2}
+    assert all(abs(cost[kind]) < bound for kind, bound in bounds.items()), cost
+    assert cost["int4"] != 0 != cost["int8"]

@@ -9,19 +9,8 @@ the largest, without that promise and slower.
 from torch import Tensor
 from torch.nn import functional as F
 
-from neox.kernels import native
-from neox.kernels.layout import (
-    FLOATS,
-    KINDS,
-    LANES,
-    Kind,
-    Packed,
-    checked,
-    pack,
-    round_activations,
-    unpack,
-    unpacked_chunks,
-)
+from neox.kernels import layout, native
+from neox.kernels.layout import FLOATS, KINDS, LANES, Kind, Packed, checked, unpack
 
 __all__ = [
     "FLOATS",
@@ -43,23 +32,36 @@ def compiled() -> bool:
     return native.library() is not None
 
 
+def pack(weight: Tensor, kind: Kind, name: str = "a weight") -> Packed:
+    """Store weight [N, K], of any floating type, on the CPU. Temporary memory: float32 copies of 512 rows.
+
+    Raises ValueError naming the weight where a value is not finite, or does not fit float16.
+    """
+    loaded, packed = native.library(), layout.allocate(kind, *weight.shape)
+    for first, part in layout.chunks(packed):
+        rows = weight[first : first + part.outputs].detach().cpu().float().contiguous()
+        checked(rows, kind, name)
+        if loaded is None:
+            layout.pack_rows(rows, part)
+        else:
+            native.pack_rows(loaded, rows, part)
+    return packed
+
+
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """y [..., N], of x's type, for x [..., K] and a float32 bias [N]. No gradient passes."""
     loaded = native.library() if x.device.type == "cpu" else None
     rows = x.detach().reshape(-1, packed.inputs).float().contiguous()
-    if loaded is None:
-        y = plain_linear(rows, packed, bias)
-    else:
-        y = native.linear(loaded, KINDS.index(packed.kind), rows, packed.weights, packed.scales, bias, packed.outputs)
+    y = plain_linear(rows, packed, bias) if loaded is None else native.linear(loaded, rows, packed, bias)
     return y.view(*x.shape[:-1], packed.outputs).to(x.dtype)
 
 
 def plain_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """The same in plain torch, x [M, K] float32: the kernels' definition, and what stands in for them."""
     if packed.kind not in FLOATS:
-        x = round_activations(x)
+        x = layout.round_activations(x)
     y = x.new_empty(x.shape[0], packed.outputs)
-    for first, rows in unpacked_chunks(packed):
-        part = None if bias is None else bias[first : first + len(rows)]
-        y[:, first : first + len(rows)] = F.linear(x, rows, part)
+    for first, part in layout.chunks(packed):
+        own = None if bias is None else bias[first : first + part.outputs]
+        y[:, first : first + part.outputs] = F.linear(x, layout.unpack_rows(part), own)
     return y

@@ -24,8 +24,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order of the C source
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LANES, GROUP = 16, 128
 CHUNK = 512  # outputs that are packed or unpacked at a time: their float32 copies are all the memory it takes
-# Shares of the group's largest magnitude that -8 stands for. What is beyond 7 / 8 on the other side is cut off.
-CANDIDATES = (1.0, 0.93, 0.86, -1.0, -0.93, -0.86)
+# The scales that a group of 4 bits tries, in units of its largest magnitude: -8 stands for that, or a little less, at
+# the one end or the other; what lies further out is cut off.
+CANDIDATES = tuple(share / -8 for share in (1.0, 0.93, 0.86, -1.0, -0.93, -0.86))
 
 
 class Packed(NamedTuple):
@@ -38,39 +39,69 @@ class Packed(NamedTuple):
     scales: Tensor | None  # None for the float kinds
 
 
-def pack(weight: Tensor, kind: Kind, name: str = "a weight") -> Packed:
-    """Store weight [N, K], of any floating type, on the CPU. Temporary memory: a few float32 copies of 512 rows.
+def allocate(kind: Kind, outputs: int, inputs: int) -> Packed:
+    """A weight of zeros."""
+    panels, groups = -(-outputs // LANES), -(-inputs // GROUP)
+    if kind == "int8":
+        return Packed(
+            kind, outputs, inputs, torch.zeros(panels, 32 * groups, LANES, 4, dtype=torch.int8), torch.zeros(outputs)
+        )
+    if kind == "int4":
+        weights = torch.full((panels, 16 * groups, LANES, 4), 0x88, dtype=torch.uint8)
+        return Packed(kind, outputs, inputs, weights, torch.zeros(panels, groups, LANES, dtype=torch.bfloat16))
+    return Packed(kind, outputs, inputs, torch.zeros(panels, inputs, LANES, dtype=FLOATS[kind]), None)
 
-    Raises ValueError naming the weight where a value is not finite, or does not fit float16.
-    """
-    parts = [_pack_rows(rows.detach().float(), kind, name) for rows in weight.split(CHUNK)]
-    weights = torch.cat([part[0] for part in parts])
-    scales = torch.cat([part[1] for part in parts if part[1] is not None]) if kind.startswith("int") else None
-    return Packed(kind, weight.shape[0], weight.shape[1], weights, scales)
+
+def chunk(packed: Packed, first: int) -> Packed:
+    """The part of `packed` with CHUNK outputs from `first` on, which begins a panel: the same memory."""
+    count = min(CHUNK, packed.outputs - first)
+    panels = slice(first // LANES, first // LANES + -(-count // LANES))
+    scales = packed.scales
+    if scales is not None:
+        scales = scales[first : first + count] if packed.kind == "int8" else scales[panels]
+    return Packed(packed.kind, count, packed.inputs, packed.weights[panels], scales)
+
+
+def chunks(packed: Packed) -> Iterator[tuple[int, Packed]]:
+    """(first output, part) of all parts in order: few enough rows that their float32 copies are little memory."""
+    return ((first, chunk(packed, first)) for first in range(0, packed.outputs, CHUNK))
+
+
+def pack_rows(rows: Tensor, into: Packed) -> None:
+    """Store float32 rows, all finite, in a packed weight of as many outputs."""
+    kind = into.kind
+    if kind in FLOATS:
+        into.weights.copy_(_panels(_padded(rows.to(FLOATS[kind]), LANES, 1)).transpose(1, 2))
+        return
+    assert into.scales is not None
+    if kind == "int8":
+        into.scales.copy_(rows.abs().amax(1) / 127)
+        whole = (rows / into.scales[:, None]).nan_to_num(0.0).round().to(torch.int8)  # a row of zeros stays one
+        into.weights.copy_(_by_panel(_padded(whole, LANES, GROUP)))
+        return
+    codes, scales = _four_bits(_padded(rows, LANES, GROUP).unflatten(1, (-1, GROUP)))
+    halves = _by_panel(codes.flatten(1)).unflatten(1, (-1, 2))  # [P, 16 G, 2, 16, 4]
+    into.weights.copy_(halves[:, :, 0] | halves[:, :, 1] << 4)
+    into.scales.copy_(_panels(scales).transpose(1, 2))
 
 
 def unpack(packed: Packed) -> Tensor:
     """The weight [N, K] in float32 that the kernels compute with."""
-    return torch.cat([rows for _, rows in unpacked_chunks(packed)])
+    return torch.cat([unpack_rows(part) for _, part in chunks(packed)])
 
 
-def unpacked_chunks(packed: Packed) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first output, float32 rows) of `unpack`, at most CHUNK outputs at a time."""
-    panels = CHUNK // LANES
-    for first in range(0, packed.weights.shape[0], panels):
-        weights, start = packed.weights[first : first + panels], first * LANES
-        count = min(CHUNK, packed.outputs - start)
-        if packed.kind == "int8":
-            assert packed.scales is not None
-            rows = _by_output(weights)[:count] * packed.scales[start : start + count, None]
-        elif packed.kind == "int4":
-            assert packed.scales is not None
-            halves = torch.stack((weights & 15, weights >> 4), dim=2).to(torch.int8) - 8  # [P, 16 G, 2, 16, 4]
-            scales = packed.scales[first : first + panels].transpose(1, 2).reshape(-1, packed.scales.shape[1], 1)
-            rows = (_by_output(halves.flatten(1, 2)).unflatten(1, (-1, GROUP)) * scales.float()).flatten(1)[:count]
-        else:
-            rows = weights.transpose(1, 2).flatten(0, 1)[:count].float()
-        yield start, rows[:, : packed.inputs]
+def unpack_rows(packed: Packed) -> Tensor:
+    """As `unpack`, of a part."""
+    if packed.kind in FLOATS:
+        return packed.weights.transpose(1, 2).flatten(0, 1)[: packed.outputs].float()
+    assert packed.scales is not None
+    if packed.kind == "int8":
+        rows = _by_output(packed.weights)[: packed.outputs] * packed.scales[:, None]
+    else:
+        halves = torch.stack((packed.weights & 15, packed.weights >> 4), dim=2).to(torch.int8) - 8
+        scales = packed.scales.transpose(1, 2).reshape(-1, packed.scales.shape[1], 1).float()
+        rows = (_by_output(halves.flatten(1, 2)).unflatten(1, (-1, GROUP)) * scales).flatten(1)[: packed.outputs]
+    return rows[:, : packed.inputs]
 
 
 def round_activations(x: Tensor) -> Tensor:
@@ -98,27 +129,13 @@ def checked(weight: Tensor, kind: Kind, name: str) -> Tensor:
     return stored
 
 
-def _pack_rows(rows: Tensor, kind: Kind, name: str) -> tuple[Tensor, Tensor | None]:
-    stored = checked(rows, kind, name)
-    if kind in FLOATS:
-        return _panels(_padded(stored, LANES, 1)).transpose(1, 2).contiguous(), None
-    if kind == "int8":
-        scales = rows.abs().amax(1) / 127
-        whole = (rows / scales[:, None]).nan_to_num(0.0).round().to(torch.int8)  # a row of zeros stays one
-        return _by_panel(_padded(whole, LANES, GROUP)), scales
-    groups = _padded(rows, LANES, GROUP).unflatten(1, (-1, GROUP))
-    codes, scales = _four_bits(groups)
-    halves = _by_panel(codes.flatten(1)).unflatten(1, (-1, 2))  # [P, 16 G, 2, 16, 4]
-    return halves[:, :, 0] | halves[:, :, 1] << 4, _panels(scales).transpose(1, 2).contiguous()
-
-
 def _four_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Codes 0 .. 15 (uint8) and scales (bfloat16, [N, G]) of groups [N, G, 128]."""
     largest = groups.abs().amax(-1)
     best = torch.full_like(largest, torch.inf)
     chosen = torch.zeros_like(largest, dtype=torch.bfloat16)
     for share in CANDIDATES:
-        scale = (largest * (share / 8)).bfloat16()
+        scale = (largest * share).bfloat16()
         error = (_rounded(groups, scale) * scale[..., None].float() - groups).square_().sum(-1)
         better = error < best
         best, chosen = error.where(better, best), scale.where(better, chosen)
@@ -126,7 +143,8 @@ def _four_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(groups: Tensor, scale: Tensor) -> Tensor:
-    return (groups / scale[..., None].float()).nan_to_num_(0.0).round_().clamp_(-8, 7)
+    inverse = (1 / scale.float()).nan_to_num(0.0, posinf=0.0, neginf=0.0)
+    return (groups * inverse[..., None]).clamp_(-8, 7).round_()
 
 
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -12,8 +12,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from neox import machine, runtime
+from neox.kernels.layout import CANDIDATES, KINDS, Packed
 
 SOURCE = Path(__file__).with_name("panels.c")
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
@@ -69,6 +71,14 @@ def load(flags: tuple[str, ...], folder: Path | None = None) -> ctypes.CDLL:
     loaded.neox_scratch.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     loaded.neox_linear.restype = None
     loaded.neox_linear.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 3, ctypes.c_int)
+    loaded.neox_pack.restype = None
+    loaded.neox_pack.argtypes = (
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 3,
+        *[ctypes.c_int64] * 2,
+        ctypes.c_void_p,
+        *[ctypes.c_int] * 2,
+    )
     return loaded
 
 
@@ -105,32 +115,40 @@ def _run(command: list[str]) -> str:
         raise NoKernels(f"{command[0]} took longer than five minutes over the kernels") from None
 
 
-def linear(
-    loaded: ctypes.CDLL,
-    kind: int,
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    scales: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    outputs: int,
-) -> torch.Tensor:
-    """y [M, outputs] for x [M, K]; all tensors contiguous, on the CPU, of the types that layout.py says."""
-    rows, inputs = x.shape
-    y = torch.empty(rows, outputs)
+def linear(loaded: ctypes.CDLL, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """y [M, N] for x [M, K]; float32, contiguous and on the CPU, as is the bias."""
+    rows, kind = len(x), KINDS.index(packed.kind)
+    y = torch.empty(rows, packed.outputs)
     if y.numel() == 0:
         return y
-    scratch = torch.empty(loaded.neox_scratch(kind, rows, inputs), dtype=torch.uint8)
+    scratch = torch.empty(loaded.neox_scratch(kind, rows, packed.inputs), dtype=torch.uint8)
     loaded.neox_linear(
         kind,
         x.data_ptr(),
-        weights.data_ptr(),
-        None if scales is None else scales.data_ptr(),
+        packed.weights.data_ptr(),
+        None if packed.scales is None else packed.scales.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         scratch.data_ptr(),
         rows,
-        outputs,
-        inputs,
+        packed.outputs,
+        packed.inputs,
         torch.get_num_threads(),
     )
     return y
+
+
+def pack_rows(loaded: ctypes.CDLL, rows: Tensor, into: Packed) -> None:
+    """As layout.pack_rows; contiguous, on the CPU. Sums of squares are added in another order than there."""
+    shares = torch.tensor(CANDIDATES)
+    loaded.neox_pack(
+        KINDS.index(into.kind),
+        rows.data_ptr(),
+        into.weights.data_ptr(),
+        None if into.scales is None else into.scales.data_ptr(),
+        into.outputs,
+        into.inputs,
+        shares.data_ptr(),
+        len(shares),
+        torch.get_num_threads(),
+    )

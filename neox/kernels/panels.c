@@ -21,6 +21,12 @@ enum { LANES = 16, GROUP = 128, BLOCK = 256, QUADS = GROUP / 4, AHEAD = 1024 };
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
+INLINE float as_float(int32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
+INLINE int32_t as_bits(float value) { int32_t bits; memcpy(&bits, &value, 4); return bits; }
+
+/* Adding it rounds a small value to a whole number, halves to even, and leaves that in the low bits. */
+#define ROUNDER 12582912.0f /* 3 * 2^22 */
+
 /* ---- 16 floats and 16 integers, on either instruction set -------------------------------------------------------- */
 
 #ifdef __AVX512VNNI__
@@ -40,6 +46,7 @@ INLINE void store(float *to, floats v) { _mm512_storeu_ps(to, v); }
 INLINE floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
 INLINE floats multiply(floats a, floats b) { return _mm512_mul_ps(a, b); }
 INLINE floats fused(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE floats within(floats low, floats v, floats high) { return _mm512_min_ps(_mm512_max_ps(v, low), high); }
 INLINE floats from_fp16(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
 INLINE floats from_bf16(const uint16_t *from) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
@@ -50,7 +57,9 @@ INLINE floats to_floats(integers v) { return _mm512_cvtepi32_ps(v); }
 
 /* The instruction multiplies unsigned by signed bytes: weights are shifted by OFFSET, sums start at -OFFSET sum(x). */
 INLINE int offset(int kind) { return kind == INT8 ? 128 : 8; }
-INLINE integers weights8(const uint8_t *from) { return _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(-128)); }
+INLINE integers weights8(const uint8_t *from) {
+    return _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(-128));
+}
 INLINE integers low4(const uint8_t *from) { return _mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(15)); }
 INLINE integers high4(const uint8_t *from) {
     return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(from), 4), _mm512_set1_epi8(15));
@@ -82,6 +91,9 @@ INLINE floats multiply(floats a, floats b) { return (floats){_mm256_mul_ps(a.a, 
 INLINE floats fused(floats a, floats b, floats c) {
     return (floats){_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)};
 }
+INLINE floats within(floats low, floats v, floats high) {
+    return (floats){_mm256_min_ps(_mm256_max_ps(v.a, low.a), high.a), _mm256_min_ps(_mm256_max_ps(v.b, low.b), high.b)};
+}
 INLINE floats from_fp16(const uint16_t *from) {
     const __m128i *half = (const __m128i *)from;
     return (floats){_mm256_cvtph_ps(_mm_loadu_si128(half)), _mm256_cvtph_ps(_mm_loadu_si128(half + 1))};
@@ -109,12 +121,15 @@ INLINE integers low4(const uint8_t *from) {
 INLINE integers high4(const uint8_t *from) {
     integers w = weights8(from);
     __m256i mask = _mm256_set1_epi8(15);
-    return (integers){_mm256_and_si256(_mm256_srli_epi16(w.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), mask)};
+    return (integers){_mm256_and_si256(_mm256_srli_epi16(w.a, 4), mask),
+                      _mm256_and_si256(_mm256_srli_epi16(w.b, 4), mask)};
 }
 INLINE __m256i widened(__m256i sum, __m256i pairs) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-INLINE __m256i signed_pairs(__m256i w, __m256i x) { return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)); }
+INLINE __m256i signed_pairs(__m256i w, __m256i x) {
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
 INLINE integers dot8(integers sum, integers w, integers x) {
     return (integers){widened(sum.a, signed_pairs(w.a, x.a)), widened(sum.b, signed_pairs(w.b, x.b))};
 }
@@ -248,9 +263,6 @@ INLINE void tile(int kind, int r, const product *a, int64_t first, int64_t start
     }
 }
 
-INLINE float as_float(int32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
-INLINE int32_t as_bits(float value) { int32_t bits; memcpy(&bits, &value, 4); return bits; }
-
 /* ---- all of it --------------------------------------------------------------------------------------------------- */
 
 /* One group of k of one tile: x beside each other for the tile's rows, rounded where the kind asks for it. */
@@ -270,8 +282,7 @@ static void arrange(int kind, const product *a, const float *x, int64_t first, i
         memcpy(bits, row, width * sizeof(float));
         for (int k = 0; k < GROUP; k++) most = (bits[k] & INT32_MAX) > most ? bits[k] & INT32_MAX : most;
         float largest = most < 0x7f800000 ? as_float(most) : NAN, inverse = most ? 127 / largest : 0;
-        /* Adding 3 * 2^22 rounds to a whole number, halves to even, and leaves it in the low bits. */
-        for (int k = 0; k < GROUP; k++) whole[k] = (int8_t)as_bits(as_float(bits[k]) * inverse + 12582912.0f);
+        for (int k = 0; k < GROUP; k++) whole[k] = (int8_t)as_bits(as_float(bits[k]) * inverse + ROUNDER);
         for (int k = 0; k < GROUP; k++) sum += whole[k];
         for (int64_t q = 0; q < QUADS; q++) memcpy(to + q * r, whole + 4 * q, 4);
         a->steps[first * a->groups + g * r + i] = largest / 127;
@@ -329,6 +340,90 @@ void neox_linear(int kind, const float *x, const void *weights, const void *scal
             int64_t start = chunk * side, count = a.panels - start < side ? a.panels - start : side;
             for (int64_t first = 0; first < rows; first += height)
                 tiles_of[kind](&a, rows - first < height ? rows - first : height, first, start, count);
+        }
+    }
+}
+
+/* ---- packing: what layout.py defines, for the finite rows of a weight -------------------------------------------- */
+
+INLINE float largest_of(const float *values, int64_t count) {
+    int32_t most = 0;
+    for (int64_t k = 0; k < count; k++) {
+        int32_t bits = as_bits(values[k]) & INT32_MAX;
+        most = bits > most ? bits : most;
+    }
+    return as_float(most);
+}
+
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits = (uint32_t)as_bits(value);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE floats four_bits(const float *values, float inverse) {
+    floats code = within(spread(-8), multiply(load(values), spread(inverse)), spread(7));
+    return add(add(code, spread(ROUNDER)), spread(-ROUNDER));
+}
+
+/* Codes of one group of a row; returns the scale, bfloat16: of the candidates the one with the least squared error. */
+static uint16_t pack_group(const float *values, const float *shares, int candidates, uint8_t *codes) {
+    const float largest = largest_of(values, GROUP);
+    float least = INFINITY, best = 0;
+    uint16_t chosen = 0;
+    for (int c = 0; c < candidates; c++) {
+        uint16_t stored = to_bf16(largest * shares[c]);
+        float scale = as_float((int32_t)((uint32_t)stored << 16)), inverse = isfinite(1 / scale) ? 1 / scale : 0;
+        floats sum = zeros();
+        for (int k = 0; k < GROUP; k += LANES) {
+            floats error = fused(four_bits(values + k, inverse), spread(-scale), load(values + k));
+            sum = fused(error, error, sum);
+        }
+        float lanes[LANES], error = 0;
+        store(lanes, sum);
+        for (int i = 0; i < LANES; i++) error += lanes[i];
+        if (error < least) least = error, best = inverse, chosen = stored;
+    }
+    for (int k = 0; k < GROUP; k += LANES) {
+        float lanes[LANES];
+        store(lanes, four_bits(values + k, best));
+        for (int i = 0; i < LANES; i++) codes[k + i] = (uint8_t)((int)lanes[i] + 8);
+    }
+    return chosen;
+}
+
+/* `count` rows of a weight from a panel's start on, of `inputs` values; `shares` are what int4 tries. */
+void neox_pack(int kind, const float *rows, void *weights, void *scales, int64_t count, int64_t inputs,
+               const float *shares, int candidates, int threads) {
+    const int64_t groups = (inputs + GROUP - 1) / GROUP, quads = groups * QUADS;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < count; row++) {
+        const float *from = rows + row * inputs;
+        const int64_t panel = row / LANES, lane = row % LANES;
+        if (kind == FP16) {
+            uint16_t *to = (uint16_t *)weights + panel * inputs * LANES + lane;
+            for (int64_t k = 0; k < inputs; k++) to[k * LANES] = _cvtss_sh(from[k], _MM_FROUND_TO_NEAREST_INT);
+        } else if (kind == BF16) {
+            uint16_t *to = (uint16_t *)weights + panel * inputs * LANES + lane;
+            for (int64_t k = 0; k < inputs; k++) to[k * LANES] = to_bf16(from[k]);
+        } else if (kind == FP32) {
+            float *to = (float *)weights + panel * inputs * LANES + lane;
+            for (int64_t k = 0; k < inputs; k++) to[k * LANES] = from[k];
+        } else if (kind == INT8) {
+            int8_t *to = (int8_t *)weights + (panel * quads * LANES + lane) * 4;
+            const float scale = largest_of(from, inputs) / 127;
+            ((float *)scales)[row] = scale;
+            for (int64_t k = 0; k < inputs; k++)
+                to[k / 4 * LANES * 4 + k % 4] = scale > 0 ? (int8_t)as_bits(from[k] / scale + ROUNDER) : 0;
+        } else {
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t left = inputs - g * GROUP, at = panel * groups + g;
+                float values[GROUP] = {0};
+                uint8_t codes[GROUP], *to = (uint8_t *)weights + (at * QUADS / 2 * LANES + lane) * 4;
+                memcpy(values, from + g * GROUP, (left < GROUP ? left : GROUP) * sizeof(float));
+                ((uint16_t *)scales)[at * LANES + lane] = pack_group(values, shares, candidates, codes);
+                for (int k = 0; k < GROUP; k += 8)
+                    for (int i = 0; i < 4; i++) to[k / 8 * LANES * 4 + i] = codes[k + i] | codes[k + 4 + i] << 4;
+            }
         }
     }
 }
