@@ -97,8 +97,9 @@ def replace(module: nn.Module, kind: Kind, name: str = "the module") -> nn.Modul
         return module
     if isinstance(module, nn.Linear):
         return PackedLinear(kernels.pack(module.weight, kind, f"{name}.weight"), module.bias)
-    weight = kernels.checked(module.weight.detach(), _sixteen(module.weight, kind), f"{name}.weight")
-    return StoredEmbedding(weight)
+    sixteen = _sixteen(module.weight, kind)
+    kernels.check(module.weight, sixteen, f"{name}.weight")
+    return StoredEmbedding(module.weight.detach().to(kernels.FLOATS[sixteen]))
 
 
 @torch.no_grad()

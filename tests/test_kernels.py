@@ -135,7 +135,7 @@ def test_a_row_depends_on_no_other_row_nor_on_threads(kind):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for rows in range(1, 71) if threads == 2 else (1, 9, 70):
+            for rows in range(1, 71) if threads == 1 else (1, 9, 70):
                 assert torch.equal(product(packed, x[:rows].contiguous(), bias), alone[:rows]), (rows, threads)
                 assert torch.equal(product(packed, x[70 - rows :].contiguous(), bias), alone[70 - rows :])
     finally:
@@ -245,13 +245,13 @@ def test_two_processes_compile_at_once_and_a_damaged_file_is_made_again(tmp_path
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", PRODUCT]
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = {process.communicate(timeout=120)[0] for process in both}
+    said = {process.communicate(timeout=300)[0] for process in both}
     assert len(said) == 1
     (file,) = (tmp_path / "neox").iterdir()  # and no temporary one beside it
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]):
         file.write_bytes(damaged)
         assert not native._is_whole(file)
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
     assert {again.stdout} == said
     assert native._is_whole(file)

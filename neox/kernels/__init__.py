@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from neox.kernels import layout, native
-from neox.kernels.layout import FLOATS, KINDS, LANES, Kind, Packed, checked, unpack
+from neox.kernels.layout import FLOATS, KINDS, LANES, Kind, Packed, check, unpack
 
 __all__ = [
     "FLOATS",
@@ -18,7 +18,7 @@ __all__ = [
     "LANES",
     "Kind",
     "Packed",
-    "checked",
+    "check",
     "compiled",
     "linear",
     "pack",
@@ -33,14 +33,14 @@ def compiled() -> bool:
 
 
 def pack(weight: Tensor, kind: Kind, name: str = "a weight") -> Packed:
-    """Store weight [N, K], of any floating type, on the CPU. Temporary memory: float32 copies of 512 rows.
+    """Store weight [N, K], of any floating type, on the CPU. Temporary memory: float32 copies of a few rows.
 
     Raises ValueError naming the weight where a value is not finite, or does not fit float16.
     """
     loaded, packed = native.library(), layout.allocate(kind, *weight.shape)
     for first, part in layout.chunks(packed):
         rows = weight[first : first + part.outputs].detach().cpu().float().contiguous()
-        checked(rows, kind, name)
+        check(rows, kind, name)
         if loaded is None:
             layout.pack_rows(rows, part)
         else:

@@ -16,7 +16,7 @@
 #include <string.h>
 
 enum { FP32, FP16, BF16, INT8, INT4 };
-enum { LANES = 16, GROUP = 128, BLOCK = 256, QUADS = GROUP / 4, AHEAD = 1024 };
+enum { LANES = 16, GROUP = 128, BLOCK = 256, QUADS = GROUP / 4, AHEAD = 2048 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
