@@ -69,15 +69,19 @@ def nvidia_driver() -> str | None:
 
 
 def read_speed(seconds: float) -> float:
-    """Best bytes/s of a matrix times a vector, which reads weights as writing a token does, all threads."""
+    """Best bytes/s at which all threads read memory: by a matrix times a vector, or a sum, whichever is better.
+
+    Writing a token reads weights as the former does, but there are libraries that do not reach the memory's speed so.
+    """
     import torch
 
     # A GiB, because servers have caches of half that; less where memory is short.
     rows = max(1, min(2**30, available_ram() // 8) // (4096 * 4))
     deadline = time.perf_counter() + seconds
     matrix, vector, out = torch.ones(rows, 4096), torch.ones(4096), torch.empty(rows)
-    left = deadline - time.perf_counter()
-    return matrix.numel() * 4 / _best_seconds(lambda: torch.mv(matrix, vector, out=out), left)
+    left = (deadline - time.perf_counter()) / 2
+    best = min(best_seconds(lambda: torch.mv(matrix, vector, out=out), left), best_seconds(matrix.sum, left))
+    return matrix.numel() * 4 / best
 
 
 def write_speed(folder: Path, seconds: float) -> float:
@@ -102,7 +106,7 @@ def write_speed(folder: Path, seconds: float) -> float:
         raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
-def _best_seconds(work: Callable[[], object], seconds: float) -> float:
+def best_seconds(work: Callable[[], object], seconds: float) -> float:
     """Shortest time of `work` over at least two calls and about `seconds` of them; the first one warms up."""
     end = time.perf_counter() + seconds
     best, calls = math.inf, 0

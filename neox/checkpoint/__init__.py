@@ -64,10 +64,10 @@ def load(
 ) -> tuple[GPTNeoX, Tokenizer | None]:
     """Model and tokenizer from a Hugging Face folder, a run directory (its newest step), a step folder or a hub id.
 
-    `source` may end in @REVISION for a hub id. `transform(name, linear)` gives what takes the place of each linear
-    layer; it is called while the next ones are still on the disk. The tokenizer is None where the folder has none.
-    dtype None: float32 on a CPU, the stored type elsewhere. A run's damaged steps are passed over, each with a line on
-    stderr. Raises CheckpointError (a ValueError) that says what is wrong with which file.
+    `source` may end in @REVISION for a hub id. `transform(name, layer)` gives what takes the place of each linear
+    layer and embedding; it is called while the next ones are still on the disk. The tokenizer is None where the folder
+    has none. dtype None: float32 on a CPU, the stored type elsewhere. A run's damaged steps are passed over, each with
+    a line on stderr. Raises CheckpointError (a ValueError) that says what is wrong with which file.
     """
     folder = find(source)
     if (folder / "config.json").exists():

@@ -89,8 +89,9 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
 
 
-Transform = Callable[[str, torch.nn.Linear], torch.nn.Module]
-"""(name, linear layer) -> what takes its place, or the layer itself: weights are quantized while they are loaded."""
+Transform = Callable[[str, torch.nn.Module], torch.nn.Module]
+"""(name, nn.Linear or nn.Embedding) -> what takes its place, or the layer itself: how weights are packed while they are
+loaded. A head and an embedding that share a weight are left alone."""
 
 
 def load_huggingface(
@@ -98,8 +99,8 @@ def load_huggingface(
 ) -> GPTNeoX:
     """The model of a Hugging Face folder, in evaluation mode.
 
-    `transform` is called with each linear layer as soon as its weights are there: memory then holds what it made of
-    the layers before, and one layer as it was stored. dtype None keeps the stored one on an accelerator and takes
+    `transform` is called with each layer as soon as its weights are there: memory then holds what it made of the
+    layers before, and one layer as it was stored. dtype None keeps the stored one on an accelerator and takes
     float32 on a CPU, where 16-bit products are slow.
     Raises CheckpointError naming the tensors that are missing, left over or of another shape, or the file that is cut.
     """
@@ -142,10 +143,8 @@ def load_huggingface(
                 pieces = parts.pop(name)
                 module = _assign(model, name, families.fuse(config, [pieces[piece] for piece in group]))
                 if transform:
-                    transform_linear(model, module, transform)
+                    transform_layer(model, module, transform)
     model.tie()
-    if transform and config.tie_word_embeddings:
-        transform_linear(model, "embed_out", transform)
     return model.eval()
 
 
@@ -155,11 +154,13 @@ def _assign(model: GPTNeoX, name: str, value: Tensor) -> str:
     return module
 
 
-def transform_linear(model: GPTNeoX, name: str, transform: Transform) -> None:
-    """Transform the module `name` if it is a linear layer that is complete; a tied head is not, before it is tied."""
-    linear = model.get_submodule(name)
-    if isinstance(linear, torch.nn.Linear) and not any(p.is_meta for p in linear.parameters()):
-        model.set_submodule(name, transform(name, linear))
+def transform_layer(model: GPTNeoX, name: str, transform: Transform) -> None:
+    """Put in place of the module `name` what `transform` makes of it, if it is of those kinds and complete."""
+    module = model.get_submodule(name)
+    tied = model.config.tie_word_embeddings and name in ("embed_in", "embed_out")
+    wanted = isinstance(module, torch.nn.Linear | torch.nn.Embedding) and not tied
+    if wanted and not any(parameter.is_meta for parameter in module.parameters()):
+        model.set_submodule(name, transform(name, module))
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from neox.checkpoint import checksums
 from neox.checkpoint.checksums import Checksums, DamagedCheckpoint
-from neox.checkpoint.huggingface import CheckpointError, Transform, read_json, transform_linear
+from neox.checkpoint.huggingface import CheckpointError, Transform, read_json, transform_layer
 from neox.config import Config, ModelConfig, load_config, without_code
 from neox.model import GPTNeoX
 from neox.runtime import OtherProcessFailed, Processes
@@ -413,5 +413,5 @@ def load_native(
         reader.read(values)
         module.to(dtype)
         if transform:
-            transform_linear(model, name, transform)
+            transform_layer(model, name, transform)
     return model.eval()

@@ -16,13 +16,16 @@ from tests.tiny import GPT_J, GPT_NEO, ours, tokens
 class Halved(nn.Module):
     """Stands for any other way to hold a layer: its weights in 16 bits."""
 
-    def __init__(self, name: str, linear: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear | nn.Embedding) -> None:
         super().__init__()
-        self.name, self.shape = name, tuple(linear.weight.shape)
-        self.register_buffer("weight", linear.weight.detach().half())
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().half())
+        bias = getattr(layer, "bias", None)
+        self.looked_up = isinstance(layer, nn.Embedding)
+        self.register_buffer("weight", layer.weight.detach().half())
+        self.register_buffer("bias", None if bias is None else bias.detach().half())
 
     def forward(self, x):
+        if self.looked_up:
+            return nn.functional.embedding(x, self.weight).float()
         return nn.functional.linear(x, self.weight.float(), None if self.bias is None else self.bias.float())
 
 
@@ -47,11 +50,16 @@ def test_every_linear_layer_is_given_once_with_its_weights(tmp_path, kind, flags
     def transform(name, linear):
         assert torch.equal(linear.weight, model.get_submodule(name).weight)
         seen.append(name)
-        return Halved(name, linear)
+        return Halved(linear)
 
     loaded, _ = load(folder, transform=transform)
-    assert sorted(seen) == sorted(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    assert not any(isinstance(module, nn.Linear) for module in loaded.modules())
+    tied = ("embed_in", "embed_out") if model.config.tie_word_embeddings else ()
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+    assert sorted(seen) == sorted(layers - set(tied))
+    left = {name for name, module in loaded.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+    assert left == set(tied)
+    if tied:
+        assert loaded.embed_in.weight is loaded.embed_out.weight
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids), model(ids), rtol=1e-6, atol=1e-6)
 

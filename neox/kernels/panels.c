@@ -1,0 +1,429 @@
+/* y[M, N] = x[M, K] @ W[N, K]^T (+ bias), x and y float32, W in panels of 16 output rows (see layout.py).
+
+   One lane of a vector is one output. An output's sum runs over k in the same order whatever M, N and the number of
+   threads, so a row of y depends, bit for bit, on its row of x alone:
+     float kinds: blocks of BLOCK values of k, one fused multiply-add after another inside a block, blocks in order;
+     int8, int4:  groups of GROUP values of k, exact in integers, then one fused multiply-add a group, in order.
+   Rows of x go in tiles of up to ROWS; tiles change which outputs share a loaded weight, never the order of a sum.
+   In the integer kinds x is rounded to 8 bits with a scale a row and group.
+
+   Compiled for AVX-512 VNNI, or for AVX2, FMA and F16C. Reading weights is what decoding costs: 16 rows by 16 columns
+   are one load or a few, and the next ones are asked for ahead. */
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { FP32, FP16, BF16, INT8, INT4 };
+enum { LANES = 16, GROUP = 128, BLOCK = 256, QUADS = GROUP / 4, AHEAD = 2048 };
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+INLINE float as_float(int32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
+INLINE int32_t as_bits(float value) { int32_t bits; memcpy(&bits, &value, 4); return bits; }
+
+/* Adding it rounds a small value to a whole number, halves to even, and leaves that in the low bits. */
+#define ROUNDER 12582912.0f /* 3 * 2^22 */
+
+/* ---- 16 floats and 16 integers, on either instruction set -------------------------------------------------------- */
+
+#ifdef __AVX512VNNI__
+
+enum { ROWS = 12 };
+INLINE int most_rows(int kind) { return ROWS; }
+/* Panels side by side for r rows: as many sums as fit the 32 registers beside the weights, enough to hide latency. */
+INLINE int side_by_side(int kind, int r) { return r <= (kind == INT4 ? 4 : 6) ? 4 : 2; }
+
+typedef __m512 floats;
+typedef __m512i integers;
+
+INLINE floats zeros(void) { return _mm512_setzero_ps(); }
+INLINE floats spread(float value) { return _mm512_set1_ps(value); }
+INLINE floats load(const float *from) { return _mm512_loadu_ps(from); }
+INLINE void store(float *to, floats v) { _mm512_storeu_ps(to, v); }
+INLINE floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
+INLINE floats multiply(floats a, floats b) { return _mm512_mul_ps(a, b); }
+INLINE floats fused(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE floats within(floats low, floats v, floats high) { return _mm512_min_ps(_mm512_max_ps(v, low), high); }
+INLINE floats from_fp16(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
+INLINE floats from_bf16(const uint16_t *from) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+INLINE integers spread_integer(int32_t value) { return _mm512_set1_epi32(value); }
+INLINE floats to_floats(integers v) { return _mm512_cvtepi32_ps(v); }
+
+/* The instruction multiplies unsigned by signed bytes: weights are shifted by OFFSET, sums start at -OFFSET sum(x). */
+INLINE int offset(int kind) { return kind == INT8 ? 128 : 8; }
+INLINE integers weights8(const uint8_t *from) {
+    return _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(-128));
+}
+INLINE integers low4(const uint8_t *from) { return _mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(15)); }
+INLINE integers high4(const uint8_t *from) {
+    return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(from), 4), _mm512_set1_epi8(15));
+}
+/* As the intrinsic, which makes gcc 12 copy every sum to and fro. */
+INLINE integers dot8(integers sum, integers w, integers x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+}
+INLINE integers dot4(integers sum, integers low, integers high, integers even, integers odd) {
+    return dot8(dot8(sum, low, even), high, odd);
+}
+
+#else
+
+enum { ROWS = 6 };
+INLINE int most_rows(int kind) { return kind >= INT8 ? 4 : ROWS; }
+INLINE int side_by_side(int kind, int r) { return kind >= INT8 ? (r == 1 ? 2 : 1) : r == 1 ? 4 : r <= 3 ? 2 : 1; }
+
+typedef struct { __m256 a, b; } floats;
+typedef struct { __m256i a, b; } integers;
+
+INLINE floats zeros(void) { return (floats){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+INLINE floats spread(float value) { return (floats){_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+INLINE floats load(const float *from) { return (floats){_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+INLINE void store(float *to, floats v) { _mm256_storeu_ps(to, v.a), _mm256_storeu_ps(to + 8, v.b); }
+INLINE floats add(floats a, floats b) { return (floats){_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
+INLINE floats multiply(floats a, floats b) { return (floats){_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+INLINE floats fused(floats a, floats b, floats c) {
+    return (floats){_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)};
+}
+INLINE floats within(floats low, floats v, floats high) {
+    return (floats){_mm256_min_ps(_mm256_max_ps(v.a, low.a), high.a), _mm256_min_ps(_mm256_max_ps(v.b, low.b), high.b)};
+}
+INLINE floats from_fp16(const uint16_t *from) {
+    const __m128i *half = (const __m128i *)from;
+    return (floats){_mm256_cvtph_ps(_mm_loadu_si128(half)), _mm256_cvtph_ps(_mm_loadu_si128(half + 1))};
+}
+INLINE __m256 shifted(const __m128i *from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)), 16));
+}
+INLINE floats from_bf16(const uint16_t *from) {
+    return (floats){shifted((const __m128i *)from), shifted((const __m128i *)from + 1)};
+}
+INLINE integers spread_integer(int32_t value) { return (integers){_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+INLINE floats to_floats(integers v) { return (floats){_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+
+/* Products of unsigned by signed bytes are added in pairs of 16 bits: |w| <= 127 and |x| <= 127 cannot overflow there,
+   nor can four nibbles. */
+INLINE int offset(int kind) { return kind == INT8 ? 0 : 8; }
+INLINE integers weights8(const uint8_t *from) {
+    return (integers){_mm256_loadu_si256((const __m256i *)from), _mm256_loadu_si256((const __m256i *)from + 1)};
+}
+INLINE integers low4(const uint8_t *from) {
+    integers w = weights8(from);
+    __m256i mask = _mm256_set1_epi8(15);
+    return (integers){_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};
+}
+INLINE integers high4(const uint8_t *from) {
+    integers w = weights8(from);
+    __m256i mask = _mm256_set1_epi8(15);
+    return (integers){_mm256_and_si256(_mm256_srli_epi16(w.a, 4), mask),
+                      _mm256_and_si256(_mm256_srli_epi16(w.b, 4), mask)};
+}
+INLINE __m256i widened(__m256i sum, __m256i pairs) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+INLINE __m256i signed_pairs(__m256i w, __m256i x) {
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
+INLINE integers dot8(integers sum, integers w, integers x) {
+    return (integers){widened(sum.a, signed_pairs(w.a, x.a)), widened(sum.b, signed_pairs(w.b, x.b))};
+}
+INLINE __m256i nibble_pairs(__m256i low, __m256i high, __m256i even, __m256i odd) {
+    return _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
+}
+INLINE integers dot4(integers sum, integers low, integers high, integers even, integers odd) {
+    return (integers){widened(sum.a, nibble_pairs(low.a, high.a, even.a, odd.a)),
+                      widened(sum.b, nibble_pairs(low.b, high.b, even.b, odd.b))};
+}
+
+#endif
+
+enum { SIDE = 4 }; /* the most that side_by_side gives */
+
+/* ---- one tile: r rows of x by p panels --------------------------------------------------------------------------- */
+
+typedef struct {
+    const void *weights;
+    const void *scales; /* int8: float [N]; int4: bfloat16 [panel, group, 16]; else unused */
+    const float *bias;  /* [N], or null */
+    float *y;           /* [M, N] */
+    int64_t rows, outputs, inputs, groups, panels;
+    /* x by tiles. Float kinds: values [k, row]; integer kinds: values [quad of k, row] of four bytes. */
+    void *values;
+    float *steps;  /* [tile][group, row]: what one integer stands for */
+    int32_t *sums; /* [tile][group, row]: of the integers */
+} product;
+
+INLINE int64_t panel_bytes(int kind, const product *a) {
+    switch (kind) {
+        case FP32: return a->inputs * LANES * 4;
+        case FP16: case BF16: return a->inputs * LANES * 2;
+        case INT8: return a->groups * GROUP * LANES;
+        default: return a->groups * GROUP * LANES / 2;
+    }
+}
+
+INLINE floats read_weights(int kind, const void *from, int64_t k) {
+    const char *at = (const char *)from + k * LANES * (kind == FP32 ? 4 : 2);
+    _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+    return kind == FP32 ? load((const float *)at)
+         : kind == FP16 ? from_fp16((const uint16_t *)at) : from_bf16((const uint16_t *)at);
+}
+
+INLINE void float_sums(int kind, int r, int p, const product *a, const void **panel, int64_t first, floats *total) {
+    const float *x = (const float *)a->values + first * a->inputs;
+    for (int64_t from = 0; from < a->inputs; from += BLOCK) {
+        int64_t to = from + BLOCK < a->inputs ? from + BLOCK : a->inputs;
+        floats sum[ROWS][SIDE];
+        UNROLL for (int i = 0; i < r; i++) UNROLL for (int j = 0; j < p; j++) sum[i][j] = zeros();
+        for (int64_t k = from; k < to; k++) {
+            floats w[SIDE];
+            UNROLL for (int j = 0; j < p; j++) w[j] = read_weights(kind, panel[j], k);
+            UNROLL for (int i = 0; i < r; i++) {
+                floats value = spread(x[k * r + i]);
+                UNROLL for (int j = 0; j < p; j++) sum[i][j] = fused(value, w[j], sum[i][j]);
+            }
+        }
+        UNROLL for (int i = 0; i < r; i++) UNROLL for (int j = 0; j < p; j++)
+            total[i * p + j] = add(total[i * p + j], sum[i][j]);
+    }
+}
+
+INLINE void integer_sums(int kind, int r, int p, const product *a, const void **panel, const uint16_t **scales,
+                         int64_t first, floats *total) {
+    const int32_t *x = (const int32_t *)a->values + first * a->groups * QUADS;
+    for (int64_t g = 0; g < a->groups; g++) {
+        integers sum[ROWS][SIDE];
+        const int64_t side = first * a->groups + g * r;
+        UNROLL for (int i = 0; i < r; i++) {
+            integers start = spread_integer(-offset(kind) * a->sums[side + i]);
+            UNROLL for (int j = 0; j < p; j++) sum[i][j] = start;
+        }
+        for (int64_t q = g * QUADS; q < (g + 1) * QUADS; q += kind == INT8 ? 1 : 2) {
+            integers low[SIDE], high[SIDE];
+            UNROLL for (int j = 0; j < p; j++) {
+                const uint8_t *at = (const uint8_t *)panel[j] + q * LANES * (kind == INT8 ? 4 : 2);
+                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+                low[j] = kind == INT8 ? weights8(at) : low4(at);
+                if (kind == INT4) high[j] = high4(at);
+            }
+            UNROLL for (int i = 0; i < r; i++) {
+                integers even = spread_integer(x[q * r + i]);
+                if (kind == INT8) {
+                    UNROLL for (int j = 0; j < p; j++) sum[i][j] = dot8(sum[i][j], low[j], even);
+                } else {
+                    integers odd = spread_integer(x[(q + 1) * r + i]);
+                    UNROLL for (int j = 0; j < p; j++) sum[i][j] = dot4(sum[i][j], low[j], high[j], even, odd);
+                }
+            }
+        }
+        UNROLL for (int j = 0; j < p; j++) {
+            floats scale = zeros();
+            if (kind == INT4) scale = from_bf16(scales[j] + g * LANES);
+            UNROLL for (int i = 0; i < r; i++) {
+                floats value = to_floats(sum[i][j]);
+                if (kind == INT4) value = multiply(value, scale);
+                total[i * p + j] = fused(value, spread(a->steps[side + i]), total[i * p + j]);
+            }
+        }
+    }
+}
+
+/* Rows first .. first + r - 1 of y for `count` <= p panels from `panel` on. */
+INLINE void tile(int kind, int r, const product *a, int64_t first, int64_t start, int64_t count) {
+    const int p = side_by_side(kind, r);
+    const void *panel[SIDE];
+    const uint16_t *scales[SIDE];
+    floats total[ROWS * SIDE];
+    for (int j = 0; j < p; j++) {
+        int64_t number = start + (j < count ? j : 0); /* beyond the last one: the first again, and not stored */
+        panel[j] = (const char *)a->weights + number * panel_bytes(kind, a);
+        scales[j] = (const uint16_t *)a->scales + number * a->groups * LANES;
+    }
+    for (int i = 0; i < r * p; i++) total[i] = zeros();
+    if (kind >= INT8) integer_sums(kind, r, p, a, panel, scales, first, total);
+    else float_sums(kind, r, p, a, panel, first, total);
+    for (int j = 0; j < p && j < count; j++) {
+        int64_t column = (start + j) * LANES, width = a->outputs - column < LANES ? a->outputs - column : LANES;
+        float bias[LANES] = {0}, scale[LANES] = {0};
+        if (a->bias) memcpy(bias, a->bias + column, width * sizeof(float));
+        if (kind == INT8) memcpy(scale, (const float *)a->scales + column, width * sizeof(float));
+        for (int i = 0; i < r; i++) {
+            float *to = a->y + (first + i) * a->outputs + column, whole[LANES];
+            floats value = total[i * p + j];
+            value = kind == INT8 ? fused(value, load(scale), load(bias)) : add(value, load(bias));
+            if (width == LANES) store(to, value);
+            else store(whole, value), memcpy(to, whole, width * sizeof(float));
+        }
+    }
+}
+
+/* ---- all of it --------------------------------------------------------------------------------------------------- */
+
+/* One group of k of one tile: x beside each other for the tile's rows, rounded where the kind asks for it. */
+static void arrange(int kind, const product *a, const float *x, int64_t first, int64_t r, int64_t g) {
+    int64_t from = g * GROUP, width = a->inputs - from < GROUP ? a->inputs - from : GROUP;
+    for (int64_t i = 0; i < r; i++) {
+        const float *row = x + (first + i) * a->inputs + from;
+        if (kind < INT8) {
+            float *to = (float *)a->values + first * a->inputs + from * r + i;
+            for (int64_t k = 0; k < width; k++) to[k * r] = row[k];
+            continue;
+        }
+        int32_t *to = (int32_t *)a->values + (first * a->groups + g * r) * QUADS + i;
+        /* As integers, magnitudes compare alike, with infinity and nan above all numbers. */
+        int32_t bits[GROUP] = {0}, most = 0, sum = 0;
+        int8_t whole[GROUP] = {0};
+        memcpy(bits, row, width * sizeof(float));
+        for (int k = 0; k < GROUP; k++) most = (bits[k] & INT32_MAX) > most ? bits[k] & INT32_MAX : most;
+        float largest = most < 0x7f800000 ? as_float(most) : NAN, inverse = most ? 127 / largest : 0;
+        for (int k = 0; k < GROUP; k++) whole[k] = (int8_t)as_bits(as_float(bits[k]) * inverse + ROUNDER);
+        for (int k = 0; k < GROUP; k++) sum += whole[k];
+        for (int64_t q = 0; q < QUADS; q++) memcpy(to + q * r, whole + 4 * q, 4);
+        a->steps[first * a->groups + g * r + i] = largest / 127;
+        a->sums[first * a->groups + g * r + i] = sum;
+    }
+}
+
+/* A function a kind: inside, all that decides the loops' shape is constant. */
+#define TILE(kind, r) case r: tile(kind, r, a, first, start, count); return;
+#ifdef __AVX512VNNI__
+#define MORE_TILES(kind) TILE(kind, 7) TILE(kind, 8) TILE(kind, 9) TILE(kind, 10) TILE(kind, 11) TILE(kind, 12)
+#else
+#define MORE_TILES(kind)
+#endif
+#define FOR_KIND(name, kind) \
+    static void name(const product *a, int64_t r, int64_t first, int64_t start, int64_t count) { \
+        switch (r) { \
+            TILE(kind, 1) TILE(kind, 2) TILE(kind, 3) TILE(kind, 4) TILE(kind, 5) TILE(kind, 6) MORE_TILES(kind) \
+        } \
+    }
+FOR_KIND(tile_fp32, FP32)
+FOR_KIND(tile_fp16, FP16)
+FOR_KIND(tile_bf16, BF16)
+FOR_KIND(tile_int8, INT8)
+FOR_KIND(tile_int4, INT4)
+
+/* Bytes of scratch memory that `neox_linear` wants. */
+int64_t neox_scratch(int kind, int64_t rows, int64_t inputs) {
+    int64_t groups = (inputs + GROUP - 1) / GROUP;
+    return kind < INT8 ? rows * inputs * 4 : rows * groups * (GROUP + 8);
+}
+
+void neox_linear(int kind, const float *x, const void *weights, const void *scales, const float *bias, float *y,
+                 void *scratch, int64_t rows, int64_t outputs, int64_t inputs, int threads) {
+    int64_t groups = (inputs + GROUP - 1) / GROUP;
+    product a = {.weights = weights, .scales = scales, .bias = bias, .y = y, .rows = rows, .outputs = outputs,
+                 .inputs = inputs, .groups = groups, .panels = (outputs + LANES - 1) / LANES, .values = scratch};
+    if (kind >= INT8) {
+        a.steps = (float *)((char *)scratch + rows * groups * GROUP);
+        a.sums = (int32_t *)(a.steps + rows * groups);
+    }
+    static void (*const tiles_of[])(const product *, int64_t, int64_t, int64_t, int64_t) = {
+        tile_fp32, tile_fp16, tile_bf16, tile_int8, tile_int4};
+    const int64_t tiles = (rows + most_rows(kind) - 1) / most_rows(kind), height = (rows + tiles - 1) / tiles;
+    const int64_t side = side_by_side(kind, (int)height);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < tiles * groups; unit++) {
+            int64_t first = unit / groups * height, left = rows - first;
+            if (left > 0) arrange(kind, &a, x, first, left < height ? left : height, unit % groups);
+        }
+#pragma omp for schedule(static)
+        for (int64_t chunk = 0; chunk < (a.panels + side - 1) / side; chunk++) {
+            int64_t start = chunk * side, count = a.panels - start < side ? a.panels - start : side;
+            for (int64_t first = 0; first < rows; first += height)
+                tiles_of[kind](&a, rows - first < height ? rows - first : height, first, start, count);
+        }
+    }
+}
+
+/* ---- packing: what layout.py defines, for the finite rows of a weight -------------------------------------------- */
+
+INLINE float largest_of(const float *values, int64_t count) {
+    int32_t most = 0;
+    for (int64_t k = 0; k < count; k++) {
+        int32_t bits = as_bits(values[k]) & INT32_MAX;
+        most = bits > most ? bits : most;
+    }
+    return as_float(most);
+}
+
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits = (uint32_t)as_bits(value);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE floats four_bits(const float *values, float inverse) {
+    floats code = within(spread(-8), multiply(load(values), spread(inverse)), spread(7));
+    return add(add(code, spread(ROUNDER)), spread(-ROUNDER));
+}
+
+/* Codes of one group of a row; returns the scale, bfloat16: of the candidates the one with the least squared error. */
+static uint16_t pack_group(const float *values, const float *shares, int candidates, uint8_t *codes) {
+    const float largest = largest_of(values, GROUP);
+    float least = INFINITY, best = 0;
+    uint16_t chosen = 0;
+    for (int c = 0; c < candidates; c++) {
+        uint16_t stored = to_bf16(largest * shares[c]);
+        float scale = as_float((int32_t)((uint32_t)stored << 16)), inverse = isfinite(1 / scale) ? 1 / scale : 0;
+        floats sum = zeros();
+        for (int k = 0; k < GROUP; k += LANES) {
+            floats error = fused(four_bits(values + k, inverse), spread(-scale), load(values + k));
+            sum = fused(error, error, sum);
+        }
+        float lanes[LANES], error = 0;
+        store(lanes, sum);
+        for (int i = 0; i < LANES; i++) error += lanes[i];
+        if (error < least) least = error, best = inverse, chosen = stored;
+    }
+    for (int k = 0; k < GROUP; k += LANES) {
+        float lanes[LANES];
+        store(lanes, four_bits(values + k, best));
+        for (int i = 0; i < LANES; i++) codes[k + i] = (uint8_t)((int)lanes[i] + 8);
+    }
+    return chosen;
+}
+
+/* `count` rows of a weight from a panel's start on, of `inputs` values; `shares` are what int4 tries. */
+void neox_pack(int kind, const float *rows, void *weights, void *scales, int64_t count, int64_t inputs,
+               const float *shares, int candidates, int threads) {
+    const int64_t groups = (inputs + GROUP - 1) / GROUP, quads = groups * QUADS;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < count; row++) {
+        const float *from = rows + row * inputs;
+        const int64_t panel = row / LANES, lane = row % LANES;
+        if (kind == FP16) {
+            uint16_t *to = (uint16_t *)weights + panel * inputs * LANES + lane;
+            for (int64_t k = 0; k < inputs; k++) to[k * LANES] = _cvtss_sh(from[k], _MM_FROUND_TO_NEAREST_INT);
+        } else if (kind == BF16) {
+            uint16_t *to = (uint16_t *)weights + panel * inputs * LANES + lane;
+            for (int64_t k = 0; k < inputs; k++) to[k * LANES] = to_bf16(from[k]);
+        } else if (kind == FP32) {
+            float *to = (float *)weights + panel * inputs * LANES + lane;
+            for (int64_t k = 0; k < inputs; k++) to[k * LANES] = from[k];
+        } else if (kind == INT8) {
+            int8_t *to = (int8_t *)weights + (panel * quads * LANES + lane) * 4;
+            const float scale = largest_of(from, inputs) / 127;
+            ((float *)scales)[row] = scale;
+            for (int64_t k = 0; k < inputs; k++)
+                to[k / 4 * LANES * 4 + k % 4] = scale > 0 ? (int8_t)as_bits(from[k] / scale + ROUNDER) : 0;
+        } else {
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t left = inputs - g * GROUP, at = panel * groups + g;
+                float values[GROUP] = {0};
+                uint8_t codes[GROUP], *to = (uint8_t *)weights + (at * QUADS / 2 * LANES + lane) * 4;
+                memcpy(values, from + g * GROUP, (left < GROUP ? left : GROUP) * sizeof(float));
+                ((uint16_t *)scales)[at * LANES + lane] = pack_group(values, shares, candidates, codes);
+                for (int k = 0; k < GROUP; k += 8)
+                    for (int i = 0; i < 4; i++) to[k / 8 * LANES * 4 + i] = codes[k + i] | codes[k + 4 + i] << 4;
+            }
+        }
+    }
+}

@@ -1,0 +1,166 @@
+"""Packed weights in place of nn.Linear and nn.Embedding, for running a model on a CPU as fast as its weights are read.
+
+    kind        blocks        head          embeddings     what it costs
+    fp32        fp32          fp32          as they are    nothing; the kernels make rows independent of their batch
+    fp16        fp16          fp16          fp16           nothing where the weights are float16's own
+    bf16        bf16          bf16          bf16           nothing where the weights are bfloat16's own
+    int8        int8          int8          16 bits        see docs/weights.md
+    int4        int4          int8          16 bits
+
+A tied head reads the embedding's own 16 bits. Norms and biases are float32, as are the activations between the layers;
+int8 and int4 round what enters a product to 8 bits with a scale for 128 values of a row.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from neox import kernels, machine
+from neox.kernels import Kind, Packed
+from neox.model import GPTNeoX
+
+LARGEST_FP16 = torch.finfo(torch.float16).max
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear with a packed weight: x [..., inputs] -> [..., outputs], without a backward pass."""
+
+    packed: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+        super().__init__()
+        self.kind, self.out_features, self.in_features = packed.kind, packed.outputs, packed.inputs
+        self.register_buffer("packed", packed.weights)
+        self.register_buffer("scales", packed.scales)
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            raise ValueError("packed weights have no backward pass: load the model without quantizing it to train it")
+        return kernels.linear(x, self.stored, self.bias)
+
+    @property
+    def stored(self) -> Packed:
+        """The weight as kernels take it."""
+        return Packed(self.kind, self.out_features, self.in_features, self.packed, self.scales)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.kind}, bias={self.bias is not None}"
+
+
+class StoredEmbedding(nn.Module):
+    """nn.Embedding kept in 16 bits: token ids -> float32 rows."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight).float()
+
+
+class TiedEmbedding(nn.Module):
+    """The rows of a head's packed weight as an embedding: one copy serves both."""
+
+    packed: Tensor
+
+    def __init__(self, head: PackedLinear) -> None:
+        super().__init__()
+        assert head.kind in kernels.FLOATS
+        self.register_buffer("packed", head.packed)  # [panel, input, 16]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.packed[tokens // kernels.LANES, :, tokens % kernels.LANES].float()
+
+
+class Choice(NamedTuple):
+    """How to store a model's weights on this machine, and why."""
+
+    kind: Kind
+    why: str
+
+
+def replace(module: nn.Module, kind: Kind, name: str = "the module") -> nn.Module:
+    """What takes the place of an nn.Linear or nn.Embedding; it shares no memory with a weight that it packs.
+
+    An embedding takes 16 bits where kind has fewer. fp32 leaves an embedding as it is, and without compiled kernels a
+    linear layer too. Raises ValueError naming the weight where a value is not finite, or does not fit float16.
+    """
+    assert isinstance(module, nn.Linear | nn.Embedding)
+    if kind == "fp32" and (isinstance(module, nn.Embedding) or not kernels.compiled()):
+        return module
+    if isinstance(module, nn.Linear):
+        return PackedLinear(kernels.pack(module.weight, kind, f"{name}.weight"), module.bias)
+    sixteen = _sixteen(module.weight, kind)
+    kernels.check(module.weight, sixteen, f"{name}.weight")
+    return StoredEmbedding(module.weight.detach().to(kernels.FLOATS[sixteen]))
+
+
+def packing(kind: Kind) -> Callable[[str, nn.Module], nn.Module]:
+    """(name, layer) -> the packed layer, for `checkpoint.load(transform=)`; `quantize` does what that leaves."""
+    return lambda name, module: replace(module, kind_of(name, kind), name)
+
+
+def kind_of(name: str, kind: Kind) -> Kind:
+    """How the module `name` is stored in a model of that kind: a head keeps 8 bits where the blocks have 4."""
+    return "int8" if name == "embed_out" and kind == "int4" else kind
+
+
+@torch.no_grad()
+def quantize(model: GPTNeoX, kind: Kind) -> GPTNeoX:
+    """Pack the model's weights in place, a layer at a time; it is returned, and can no longer be trained.
+
+    What is packed already stays: `checkpoint.load(transform=packing(kind))` packs while it reads, and leaves the rest.
+
+    Raises ValueError as `replace` does; the model is then partly packed.
+    """
+    tied = model.config.tie_word_embeddings
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | nn.Embedding) and not (tied and name == "embed_in"):
+            own = _sixteen(module.weight, kind) if tied and name == "embed_out" else kind_of(name, kind)
+            model.set_submodule(name, replace(module, own, name))
+    if tied and isinstance(model.embed_out, PackedLinear):
+        model.embed_in = TiedEmbedding(model.embed_out)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return model.requires_grad_(False).eval()
+
+
+def choose(dtype: torch.dtype, seconds: float = 1.0) -> Choice:
+    """The fastest kind here that loses nothing of weights stored in `dtype`; measures for about `seconds`."""
+    if not kernels.compiled():
+        return Choice("fp32", "the compiled kernels are absent: plain float32 products are the fastest exact ones")
+    names: dict[torch.dtype, Kind] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    kind = names.get(dtype, "fp32")
+    speeds = {one: _weights_per_second(one, seconds / 3) for one in dict.fromkeys((kind, "fp32"))}
+    best = max(speeds, key=lambda one: speeds[one])
+    size = kernels.FLOATS[best].itemsize
+    share = speeds[best] * size / machine.read_speed(seconds / 3)
+    speed = f"{speeds[best] * size / 1e9:.1f} GB/s, {share:.0%} of this machine's read speed"
+    text = f"loses nothing of {str(dtype).removeprefix('torch.')} weights; {speed}"
+    if best != "fp32":
+        text += f"; {speeds[best] / speeds['fp32']:.1f} times as many weights a second as fp32"
+    return Choice(best, text)
+
+
+def _weights_per_second(kind: Kind, seconds: float) -> float:
+    """Weights that a product with one row reads in a second: a matrix that no cache holds."""
+    inputs = 4096
+    panels = min(2**29, machine.available_ram() // 8) // (4 * inputs * kernels.LANES)
+    weights = torch.ones(panels, inputs, kernels.LANES, dtype=kernels.FLOATS[kind])
+    packed, x = Packed(kind, panels * kernels.LANES, inputs, weights, None), torch.ones(1, inputs)
+    return weights.numel() / machine.best_seconds(lambda: kernels.linear(x, packed), seconds)
+
+
+def _sixteen(weight: Tensor, kind: Kind) -> Kind:
+    """The 16-bit kind in which a weight that `kind` does not shrink further is kept."""
+    if kind in kernels.FLOATS:
+        return kind
+    return "bf16" if weight.dtype == torch.bfloat16 or weight.abs().max() > LARGEST_FP16 else "fp16"
