@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from neox.files import sync_folder, temporary_name, write_synced
-from neox.generate.engine import Completion, Engine
+from neox.generate.engine import Engine
+from neox.generate.requests import Completion
 from neox.generate.sampling import Sampling
 
 Record = dict[str, Any]

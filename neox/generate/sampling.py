@@ -27,6 +27,7 @@ class Sampling:
     min_p: float = 0.0  # sample from tokens at least this fraction as likely as the most likely one
     stop: Sequence[str] = ()  # end before the first of these strings in the output
     logprobs: int | None = None  # record each token's log-probability and those of so many alternatives
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens, all but the first
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -39,6 +40,7 @@ class Sampling:
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("stop", all(self.stop), "strings that are not empty"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "none, or 0 or more"),
+            ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "none, or 0 or more"),
         ):
             if not good:
                 raise ValueError(f"generate.{name} = {getattr(self, name)} must be {rule}")

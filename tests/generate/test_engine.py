@@ -90,9 +90,14 @@ def test_what_cannot_be_continued_is_one_clear_line(model):
         Engine(model, cache_bytes=10)
 
 
-def test_cache_bytes_bounds_the_slots(model):
-    row = 2 * 2 * 32 * 64 * 4  # keys and values, layers, hidden, context, bytes
-    assert Engine(model, cache_bytes=3 * row + 1).slots == 3
+def test_what_never_fits_the_cache_is_refused_before_anything_is_computed(model):
+    position = 2 * 2 * 32 * 4  # keys and values, layers, hidden, bytes
+    engine = Engine(model, cache_bytes=32 * position)
+    with pytest.raises(ValueError, match=r"take 33 positions of cache, there are 32: raise cache_bytes[^\n]*$"):
+        engine.generate([[1] * 4, [1] * 20], Sampling(max_tokens=14))
+    assert engine.stats.misses == 0
+    assert not engine.busy
+    assert len(engine.generate([1] * 20, Sampling(max_tokens=13, stop_at_eod=False))[0].tokens) == 13
 
 
 @pytest.mark.parametrize("penalty", [1.5, 2.0, 3.0])
