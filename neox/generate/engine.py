@@ -5,7 +5,8 @@ decodes, pieces of prompts. What sequences have in common is computed once (`pre
 `schedule.py`. Shapes: N packed tokens, R rows of logits, C hidden, V vocab.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from neox import machine
 from neox.cache import BLOCK, KVCache, KVPool, Span
 from neox.generate.invariant import row_tile
-from neox.generate.prefix import CacheStats, PrefixTree
+from neox.generate.prefix import PrefixTree, Stats
 from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, TokenLogprob
 from neox.generate.sampling import Sampler, Sampling
 from neox.generate.schedule import Scheduler
@@ -23,6 +24,7 @@ from neox.model import GPTNeoX
 from neox.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+Guess = Callable[[Sequence[list[int]], int], list[list[int]]]  # from sequences, at most so many tokens after each
 QUERIES = 4  # attention rounds rows of a multiple of so many queries alike
 
 
@@ -36,6 +38,9 @@ class Engine:
     With `invariant` what a request gets does not depend on what runs beside it, on what the cache holds, or on where
     its prompt was cut: bit for bit on a CPU in fp32. Steps of few tokens are then filled up to a number of rows that is
     rounded alike (`invariant.row_tile`). Default: on a CPU.
+
+    `guess` proposes up to `guess_tokens` tokens that may follow a sequence (`speculate.py`); a step verifies them along
+    with the last one. Tokens come out as without it, several a step where guesses are right: see `stats`.
     """
 
     def __init__(
@@ -46,7 +51,10 @@ class Engine:
         cache_bytes: int | None = None,
         budget: int = 256,
         invariant: bool | None = None,
+        guess: Guess | None = None,
+        guess_tokens: int = 7,
     ) -> None:
+        self.guess, self.guess_tokens = guess, guess_tokens
         self.model, self.tokenizer, self.slots = model.eval(), tokenizer, slots
         config, self.weight = model.config, next(model.parameters())
         one = KVPool.block_bytes(config, self.weight.dtype)
@@ -68,7 +76,7 @@ class Engine:
         self.usable = min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size
 
     @property
-    def stats(self) -> CacheStats:
+    def stats(self) -> Stats:
         """What the cache saved and what it had to give up, since the engine was made."""
         return self._scheduler.tree.stats
 
@@ -122,6 +130,7 @@ class Engine:
     def step(self) -> list[Event]:
         """One forward pass, and what came of it."""
         try:
+            self._guess()
             if plan := self._scheduler.plan():
                 self._advance(plan)
         except BaseException:
@@ -238,7 +247,7 @@ class Engine:
             first += count
         logits = self._logits(hidden, [place for own in places for place in own])
         for (request, count), own in zip(plan, places, strict=True):
-            self._scheduler.advance(request, count)
+            self._scheduler.advance(request, count - len(request.draft))
             mine, logits = logits[: len(own)], logits[len(own) :]
             if isinstance(request, Scoring):
                 self._record(request, mine)
@@ -250,7 +259,7 @@ class Engine:
         if self._rows is None:
             self._rows = row_tile(self.model, max(128, self._scheduler.budget))
         spans = [Span(request.table, request.computed, count) for request, count in plan]
-        tokens = [t for request, count in plan for t in request.tokens[request.computed :][:count]]
+        tokens = [t for request, count in plan for t in (request.tokens + request.draft)[request.computed :][:count]]
         tokens += [0] * (-len(tokens) % self._rows)
         cache = KVCache(self._pool, spans, self._window, QUERIES if self._invariant else 1, len(tokens))
         batch = torch.tensor([tokens], device=self.weight.device)
@@ -276,18 +285,43 @@ class Engine:
         if request.wanted == len(request.tokens):
             self._scheduler.remove(request)
 
+    def _guess(self) -> None:
+        """Give those that decode, and have room for it, a draft to verify."""
+        if self.guess is None:
+            return
+        running = [one for one in self._scheduler.running if isinstance(one, Generation) and one.pending == 1]
+        rooms = [min(self.guess_tokens, one.limit - 1 - len(one.tokens)) for one in running]
+        able = [(one, room) for one, room in zip(running, rooms, strict=True) if room > 0]
+        if able:
+            drafts = self.guess([one.tokens for one, _ in able], max(room for _, room in able))
+            for (one, room), draft in zip(able, drafts, strict=True):
+                known = itertools.takewhile(lambda token: token < self.usable, draft[:room])
+                one.draft = list(known)
+
     def _accept(self, request: Generation, logits: Tensor) -> None:
-        """Record the prompt's log-probabilities, and draw after its last token, from logits [R, V] from `wanted` on."""
+        """Record the prompt's log-probabilities, and draw after its last token and after each guess that was drawn.
+
+        Logits [R, V] are those from `wanted` on.
+        """
+        draft, request.draft = request.draft, []
+        accepted = 0
         for own in logits:
             request.wanted += 1
             if request.wanted < len(request.tokens):
                 asked = request.sampler.sampling.prompt_logprobs or 0
                 request.prompt_logprobs.append(self._logprob(request.tokens[request.wanted], own, asked))
-            else:
-                self._draw(request, own)
+                continue
+            token = self._draw(request, own)
+            if request.number not in self._requests or draft[accepted : accepted + 1] != [token]:
+                break
+            accepted += 1
+        self.stats.guessed += len(draft)
+        self.stats.accepted += accepted
+        if accepted and request.number in self._requests:
+            self._scheduler.advance(request, accepted)
 
-    def _draw(self, request: Generation, logits: Tensor) -> None:
-        """Draw the next token of a request from logits [V]."""
+    def _draw(self, request: Generation, logits: Tensor) -> int:
+        """Draw the next token of a request from logits [V]; returns it."""
         sampling = request.sampler.sampling
         try:
             token = request.sampler(logits)
@@ -296,7 +330,7 @@ class Engine:
             raise
         if sampling.stop_at_eod and token == self.eod:
             self._end(request, "eod", None, "")
-            return
+            return token
         request.tokens.append(token)
         if sampling.logprobs is not None:
             request.logprobs.append(self._logprob(token, logits, sampling.logprobs))
@@ -306,6 +340,7 @@ class Engine:
         else:
             request.shown.append(text)
             self._events.append(Event(request.number, token, text, None))
+        return token
 
     def _end(self, request: Generation, reason: str, token: int | None, text: str) -> None:
         del self._requests[request.number]

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 
 @dataclass
-class CacheStats:
-    """What the tree was good for, counted since the engine was made."""
+class Stats:
+    """What sharing and guessing were good for, counted since the engine was made."""
 
     hits: int = 0  # tokens found in the tree
     misses: int = 0  # tokens computed
     evictions: int = 0  # blocks taken from what no running sequence used
     preemptions: int = 0  # times that a running sequence was put back to make room
+    guessed: int = 0  # tokens that were verified
+    accepted: int = 0  # of these, tokens that were drawn
 
 
 class Node:
@@ -37,7 +39,7 @@ class PrefixTree:
     longest ago is evicted first."""
 
     def __init__(self, blocks: int) -> None:
-        self.blocks, self.stats = blocks, CacheStats()
+        self.blocks, self.stats = blocks, Stats()
         self.root = Node((), -1, None)
         self._free = set(range(blocks))
         self._idle = 0  # nodes that no running sequence uses

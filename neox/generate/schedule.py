@@ -56,7 +56,7 @@ class Scheduler:
                 count = min(request.pending, left)
                 left -= count
             if count > 0 and self._make_room(request, count):
-                plan.append((request, count))
+                plan.append((request, min(count, request.pending)))
         return plan
 
     def advance(self, request: Request, count: int) -> None:
@@ -72,7 +72,7 @@ class Scheduler:
     def reset(self) -> None:
         """Start all that runs anew, and with an empty tree, as after an exception that came at any point."""
         for request in reversed(self.running):
-            request.computed, request.nodes, request.table = 0, [], []
+            request.computed, request.nodes, request.table, request.draft = 0, [], [], []
             self.waiting.appendleft(request)
         self.running = []
         stats, self.tree = self.tree.stats, PrefixTree(self.tree.blocks)
@@ -152,6 +152,10 @@ class Scheduler:
         """Blocks for `count` tokens more, the newest requests being put back for them; false if this was the newest."""
         while len(request.table) * BLOCK < request.computed + count:
             if self._own_block(request):
+                continue
+            if request.draft:  # a guess is not worth another's place
+                count -= len(request.draft)
+                request.draft = []
                 continue
             newest = self.running.pop()
             self._release(newest)
