@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neox.cache import BLOCK, KVPool
-from neox.generate import Engine, Sampling, naive_generate
+from neox.generate import Engine, Sampling, naive_generate, prompt_lookup
 from tests.generate.conftest import random_model, small_tokenizer
 from tests.tiny import GPT_J, GPT_NEO
 
@@ -61,10 +61,16 @@ BLOCKS = 6
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(actions=ACTIONS, slots=st.integers(1, 4), budget=st.sampled_from([16, 48]), seed=st.integers(0, 9))
-def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, actions, slots, budget, seed):
+@given(
+    actions=ACTIONS,
+    slots=st.integers(1, 4),
+    budget=st.sampled_from([16, 48]),
+    guess=st.sampled_from([None, prompt_lookup]),
+    seed=st.integers(0, 9),
+)
+def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, actions, slots, budget, guess, seed):
     model, tokenizer = family
-    engine = small_cache(model, tokenizer, BLOCKS, slots=slots, budget=budget)
+    engine = small_cache(model, tokenizer, BLOCKS, slots=slots, budget=budget, guess=guess)
     generator = torch.Generator().manual_seed(seed)
     beginnings = torch.randint(1, tokenizer.vocab_size, (4, 40), generator=generator).tolist()
     asked, seen, done, alive = {}, {}, {}, []
