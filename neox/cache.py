@@ -1,57 +1,146 @@
-"""The key-value cache: data that the engine owns and the model reads and appends to.
+"""The key-value cache: one pool of memory in blocks that sequences share, and what one forward pass does with it.
 
-Shapes: L layers, B rows (one sequence each), H heads, S stored positions, D head_dim, T new tokens.
+Shapes: L layers, H heads, P positions in the pool, D head_dim, N packed tokens, S positions that a group attends to.
 """
 
-import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from neox.config import ModelConfig
 
+BLOCK = 16  # positions a block: also the step of S, which rounding depends on (design D16)
 
-class KVCache:
-    """Keys and values [L, B, H, S, D] of B sequences that advance independently of each other.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-    `extent` is how many positions attention looks at: the engine sets it to the largest position in use plus one before
-    each forward pass, so that short sequences do not pay for the room that was reserved. Positions that a row has not
-    written are never seen, because a query at position p sees keys 0 .. p only.
-    """
+
+class KVPool:
+    """Keys and values [L, H, P, D] of `blocks` blocks. Which block belongs to whom is the owner's business."""
 
     def __init__(
         self,
         config: ModelConfig,
-        rows: int,
-        length: int,
+        blocks: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (config.num_hidden_layers, rows, config.num_attention_heads, length, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.extent = 0
+        shape = (config.num_hidden_layers, config.num_attention_heads, blocks * BLOCK, config.head_dim)
+        # Not zeroed: the system gives memory page by page as it is touched, so a large pool costs what is used of it.
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
 
-    def rows(self, start: int, stop: int) -> "KVCache":
-        """The same memory, rows start .. stop - 1 of it."""
-        view = copy.copy(self)
-        view.keys, view.values = self.keys[:, start:stop], self.values[:, start:stop]
-        return view
+    @staticmethod
+    def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        return 2 * BLOCK * config.num_hidden_layers * config.hidden_size * dtype.itemsize
 
-    def move(self, source: int, target: int) -> None:
-        """Copy what row `source` has stored to row `target`."""
-        if source != target:
-            self.keys[:, target] = self.keys[:, source]
-            self.values[:, target] = self.values[:, source]
+    def clear(self, block: int) -> None:
+        """Zero a block. A masked position has weight zero, and zero times what memory happened to hold may be nan."""
+        place = slice(block * BLOCK, (block + 1) * BLOCK)
+        self.keys[:, :, place] = 0
+        self.values[:, :, place] = 0
 
-    @property
-    def length(self) -> int:
-        """Positions that there is room for."""
-        return self.keys.shape[3]
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` positions of block `source` to block `target`."""
+        for memory in (self.keys, self.values):
+            memory[:, :, target * BLOCK :][:, :, :count] = memory[:, :, source * BLOCK :][:, :, :count]
 
-    def append(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values [B, H, T, D] at positions [B, T]; return all of the layer's, [B, H, extent, D]."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = keys.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer][rows, :, positions] = values.transpose(1, 2).to(self.values.dtype)
-        return self.keys[layer, :, :, : self.extent], self.values[layer, :, :, : self.extent]
+
+@dataclass(frozen=True)
+class Span:
+    """New tokens of one sequence: `count` of them from position `start` on."""
+
+    table: Sequence[int]  # the sequence's blocks, from its first position on
+    start: int
+    count: int
+
+
+class _Group(NamedTuple):
+    """Spans of equal height, attended to together."""
+
+    rows: Tensor  # [b, t]: which packed token is which query; what fills up the height repeats a span's last one
+    blocks: Tensor | slice  # [b, S / BLOCK], or the pool's positions where one sequence lies in a row
+    mask: Tensor  # [b, 1, t, S]
+    local_mask: Tensor | None
+
+
+class KVCache:
+    """The pool as one forward pass sees it: spans of several sequences, packed one after the other in one row.
+
+    Each token attends to its own sequence, up to its own position. Heights are filled up to a multiple of `tile`, which
+    a caller sets so that rounding does not depend on what runs beside. `rows` is how long the row is, padding included.
+    """
+
+    def __init__(self, pool: KVPool, spans: Sequence[Span], window: int = 0, tile: int = 1, rows: int = 0) -> None:
+        self.pool = pool
+        device = pool.keys.device
+        self.extent = max(span.start + span.count for span in spans)
+        self.count = sum(span.count for span in spans)
+        positions, slots = torch.zeros(max(rows, self.count), dtype=torch.long), []
+        together: dict[tuple[int, int], list[tuple[int, Span]]] = {}
+        first = 0
+        for number, span in enumerate(spans):
+            own = torch.arange(span.start, span.start + span.count)
+            positions[first : first + span.count] = own
+            slots.append(torch.tensor(span.table)[own // BLOCK] * BLOCK + own % BLOCK)
+            height = -(-span.count // tile) * tile
+            # What lies in a row in memory is read where it is, by itself; the rest is gathered, as much as fits.
+            together.setdefault((height, number + 1 if _in_a_row(span) else 0), []).append((first, span))
+            first += span.count
+        self.positions = positions[None].to(device)
+        self.slots = torch.cat(slots).to(device)
+        self.groups = [_group(height, members, window, device) for (height, _), members in together.items()]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, local: bool, attention: Attend) -> Tensor:
+        """Store keys and values [1, H, N, D], then the result [1, H, N, D] of `attention` of queries over their own
+        sequences' keys, by groups: (q [b, H, t, D], k, v [b, H, S, D], mask [b, 1, t, S]) -> [b, H, t, D]."""
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        keys[:, self.slots] = k[0, :, : self.count].to(keys.dtype)
+        values[:, self.slots] = v[0, :, : self.count].to(values.dtype)
+        out = torch.zeros_like(q)
+        for group in self.groups:
+            mask = group.local_mask if local and group.local_mask is not None else group.mask
+            queries = q[0][:, group.rows].transpose(0, 1)
+            result = attention(queries, _read(keys, group.blocks), _read(values, group.blocks), mask)
+            out[0][:, group.rows] = result.transpose(0, 1)
+        return out
+
+
+def _visible(span: Span) -> int:
+    """Blocks that the span's last token sees."""
+    return -(-(span.start + span.count) // BLOCK)
+
+
+def _in_a_row(span: Span) -> bool:
+    table = span.table[: _visible(span)]
+    return list(table) == list(range(table[0], table[0] + len(table)))
+
+
+def _group(height: int, members: list[tuple[int, Span]], window: int, device: torch.device) -> _Group:
+    steps = torch.arange(height)
+    offsets = torch.stack([steps.clamp(max=span.count - 1) for _, span in members])
+    rows = offsets + torch.tensor([[first] for first, _ in members])
+    positions = offsets + torch.tensor([[span.start] for _, span in members])
+    longest = max(_visible(span) for _, span in members)
+    blocks: Tensor | slice
+    if len(members) == 1 and _in_a_row(span := members[0][1]):
+        blocks = slice(span.table[0] * BLOCK, (span.table[0] + longest) * BLOCK)
+    else:
+        # A shorter sequence's first block stands in for what it does not have; nothing of it is seen.
+        tables = [list(span.table[: _visible(span)]) for _, span in members]
+        blocks = torch.tensor([table + table[:1] * (longest - len(table)) for table in tables], device=device)
+    distance = positions[:, None, :, None] - torch.arange(longest * BLOCK)
+    mask = distance >= 0
+    local_mask = (mask & (distance < window)).to(device) if window else None
+    return _Group(rows.to(device), blocks, mask.to(device), local_mask)
+
+
+def _read(memory: Tensor, blocks: Tensor | slice) -> Tensor:
+    """Keys or values [b, H, S, D] of one layer's memory [H, P, D]."""
+    if isinstance(blocks, slice):
+        return memory[None, :, blocks]
+    heads, _, width = memory.shape
+    found = memory.view(heads, -1, BLOCK, width).index_select(1, blocks.flatten())
+    return found.view(heads, blocks.shape[0], -1, width).transpose(0, 1)

@@ -47,7 +47,6 @@ class Context(NamedTuple):
     mask: Tensor | None  # which keys each query sees; None: plain causal attention
     local_mask: Tensor | None  # the same for the layers with a local window
     cache: KVCache | None
-    positions: Tensor  # [B, T]
 
 
 def rotary_angles(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -89,8 +88,9 @@ class Attention(nn.Module):
             qkv = rotate(qkv, *context.rotation)
         q, k, v = qkv.unbind(0)  # each [B, H, T, D]
         if context.cache is not None:
-            k, v = context.cache.append(self.layer, k, v, context.positions)  # [B, H, S, D]
-        out = self.attend(q, k, v, context.local_mask if self.local else context.mask)
+            out = context.cache.attend(self.layer, q, k, v, self.local, self.attend)
+        else:
+            out = self.attend(q, k, v, context.local_mask if self.local else context.mask)
         return cast(Tensor, self.dense(out.transpose(1, 2).reshape(B, T, -1)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -230,15 +230,15 @@ class GPTNeoX(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V] for tokens [B, T], or with `head=False` the final hidden states [B, T, C].
 
-        positions [B, T] default to 0 .. T-1. With a cache, its rows are the batch's rows and `positions` says where
-        each token is stored. segments [B, T] numbers the documents of a packed row: attention stays inside one.
-        Cache and segments exclude each other.
+        positions [B, T] default to 0 .. T-1. With a cache the tokens are one packed row [1, N]: the cache says which
+        sequence each continues, keeps its keys and values and attends to what is there. segments [B, T] numbers the
+        documents of a packed row: attention stays inside one. Cache and segments exclude each other.
 
         Raises ValueError for a sequence beyond the model's context.
         """
-        assert cache is None or segments is None, "a cached row holds one document"
+        assert cache is None or segments is None, "a cache has sequences of its own"
         config = self.config
-        longest, limit = max(tokens.shape[1], cache.extent if cache else 0), config.max_position_embeddings
+        longest, limit = cache.extent if cache else tokens.shape[1], config.max_position_embeddings
         if longest > limit:
             raise ValueError(
                 f"a sequence of {longest} tokens exceeds this model's context of {limit}: "
@@ -251,8 +251,8 @@ class GPTNeoX(nn.Module):
         if config.rotary_dim:
             cos, sin = rotary_angles(positions, config.rotary_dim, config.rotary_emb_base)
             rotation = cos.to(x.dtype), sin.to(x.dtype)
-        mask, local_mask = self.masks(config, positions, cache, segments)
-        context = Context(rotation, mask, local_mask, cache, positions)
+        mask, local_mask = (None, None) if cache else self.masks(config, positions, segments)
+        context = Context(rotation, mask, local_mask, cache)
         for layer in self.layers:
             x = layer(x, context)
         if self.final_layer_norm is not None:
@@ -304,26 +304,22 @@ def init_std(config: ModelConfig, name: str) -> float:
 
 
 def attention_masks(
-    config: ModelConfig, positions: Tensor, cache: KVCache | None, segments: Tensor | None
+    config: ModelConfig, positions: Tensor, segments: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Boolean masks [B, 1, T, S], true where a query sees a key: for global layers and for layers with a local window.
+    """Boolean masks [B, 1, T, T], true where a query sees a key: for global layers and for layers with a local window.
 
     None stands for plain causal attention, which has a faster kernel. Query i of a local layer sees keys j with
     i - window < j <= i (GPT-Neo).
     """
     T = positions.shape[1]
-    window = config.local_window if config.local_layers and (cache is not None or config.local_window < T) else 0
-    if cache is None and segments is None and not window:
+    window = config.local_window if config.local_layers and config.local_window < T else 0
+    if segments is None and not window:
         return None, None
-    if cache is not None:
-        query, key = positions, torch.arange(cache.extent, device=positions.device)[None]
-    else:
-        # Without a cache the order inside the row decides; positions may restart at a document's start.
-        query = key = torch.arange(T, device=positions.device)[None]
-    distance = query[:, :, None] - key[:, None, :]  # [B or 1, T, S]
+    # The order inside the row decides; positions may restart at a document's start.
+    order = torch.arange(T, device=positions.device)
+    distance = (order[:, None] - order[None])[None]  # [1, T, T]
     mask = distance >= 0
     if segments is not None:
         mask = mask & (segments[:, :, None] == segments[:, None, :])
-    plain = cache is None and segments is None
-    local_mask = (mask & (distance < window))[:, None] if window else (None if plain else mask[:, None])
-    return (None if plain else mask[:, None]), local_mask
+    local_mask = (mask & (distance < window))[:, None] if window else mask[:, None]
+    return (None if segments is None else mask[:, None]), local_mask

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neox
-from neox.cache import KVCache
+from neox.cache import BLOCK, KVCache, KVPool, Span
 from neox.checkpoint import families
 from neox.config import ModelConfig
 from neox.model import GPTNeoX, init_std, rotary_angles, rotate
@@ -177,12 +177,15 @@ def test_greedy_continuation_agrees_token_for_token(tmp_path, kind):
     ids = tokens(3, 8)
     config = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = reference.generate(ids, attention_mask=torch.ones_like(ids), **config)
-    cache = KVCache(model.config, 3, CONTEXT)
+    pool = KVPool(model.config, 3 * CONTEXT // BLOCK)
+    pool.keys.zero_(), pool.values.zero_()
+    tables = torch.randperm(3 * CONTEXT // BLOCK, generator=torch.Generator().manual_seed(0)).view(3, -1).tolist()
     step, start = ids, 0
     while ids.shape[1] < 38:
-        cache.extent = start + step.shape[1]
-        positions = torch.arange(start, cache.extent).expand(3, -1)
-        start, step = cache.extent, model(step, positions, cache)[:, -1:].argmax(-1)
+        spans = [Span(table, start, step.shape[1]) for table in tables]
+        cache = KVCache(pool, spans, model.config.local_window)
+        logits = model(step.reshape(1, -1), cache.positions, cache).view(3, step.shape[1], -1)
+        start, step = start + step.shape[1], logits[:, -1:].argmax(-1)
         ids = torch.cat((ids, step), dim=1)
     assert ids.tolist() == expected.tolist()
 
@@ -223,33 +226,37 @@ def test_packed_documents_do_not_see_each_other(flags, lengths, seed):
 @FAMILIES
 @settings(max_examples=8, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     chunks=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    room=st.integers(0, 7),
+    tile=st.sampled_from([1, 4]),
+    padding=st.integers(0, 5),
+    scattered=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_a_cache_filled_in_chunks_equals_the_full_pass(flags, lengths, chunks, room, seed):
-    """Rows of different lengths advance at their own pace; a row that has less left than the chunk is padded."""
+def test_a_cache_filled_in_chunks_equals_the_full_pass(flags, lengths, chunks, tile, padding, scattered, seed):
+    """Sequences of different lengths, cut differently, packed in one row; in blocks in a row and in blocks anywhere."""
     model = ours(**flags).double()
     rows = [tokens(1, n, seed + i)[0] for i, n in enumerate(lengths)]
-    cache = KVCache(model.config, len(rows), max(lengths) + max(chunks) + room, dtype=torch.float64)
-    cache.keys.fill_(1e6)  # what no row has written must not be seen
-    cache.values.fill_(1e9)
+    each = -(-max(lengths) // BLOCK)
+    pool = KVPool(model.config, each * len(rows), dtype=torch.float64)
+    pool.keys.fill_(1e6)  # what no sequence has written must not be seen
+    pool.values.fill_(1e9)
+    order = torch.arange(each * len(rows))
+    if scattered:
+        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
+    tables = order.view(len(rows), each).tolist()
     done, logits = [0] * len(rows), [[] for _ in rows]
-    for chunk in itertools.cycle(chunks):
-        if all(d == n for d, n in zip(done, lengths, strict=True)):
-            break
-        block = tokens(len(rows), chunk, seed + 7)
-        for i, row in enumerate(rows):
-            part = row[done[i] : done[i] + chunk]
-            block[i, : len(part)] = part
-        positions = torch.tensor(done)[:, None] + torch.arange(chunk)
-        cache.extent = int(positions.max()) + 1
-        out = model(block, positions, cache)
-        for i, row in enumerate(rows):
-            taken = min(chunk, len(row) - done[i])
-            logits[i].append(out[i, :taken])
-            done[i] += taken
+    sizes = itertools.cycle(chunks)
+    while left := [i for i, row in enumerate(rows) if done[i] < len(row)]:
+        counts = [min(next(sizes), len(rows[i]) - done[i]) for i in left]
+        packed = torch.cat([rows[i][done[i] : done[i] + n] for i, n in zip(left, counts, strict=True)])
+        packed = torch.cat((packed, packed.new_zeros(padding)))
+        spans = [Span(tables[i], done[i], n) for i, n in zip(left, counts, strict=True)]
+        cache = KVCache(pool, spans, model.config.local_window, tile, len(packed))
+        out = model(packed[None], cache.positions, cache)[0, : sum(counts)]
+        for i, part in zip(left, out.split(counts), strict=True):
+            logits[i].append(part)
+            done[i] += len(part)
     for i, row in enumerate(rows):
         assert relative(torch.cat(logits[i]), model(row[None])[0]) <= EXACT
 
@@ -317,10 +324,10 @@ def test_a_sequence_beyond_the_context_is_refused():
     model(tokens(1, CONTEXT))
     with pytest.raises(ValueError, match=r"^a sequence of 65 tokens exceeds .* context of 64: [^\n]*$"):
         model(tokens(1, CONTEXT + 1))
-    cache = KVCache(model.config, 1, 2 * CONTEXT)
-    cache.extent = CONTEXT + 1
+    pool = KVPool(model.config, 5)
+    cache = KVCache(pool, [Span(range(5), CONTEXT, 1)])
     with pytest.raises(ValueError, match="a sequence of 65 tokens"):
-        model(tokens(1, 1), torch.tensor([[CONTEXT]]), cache)
+        model(tokens(1, 1), cache.positions, cache)
 
 
 # Initialisation

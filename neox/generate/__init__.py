@@ -1,21 +1,26 @@
 """Generation and scoring: sampling, the naive loop, the cached engine, prompts in bulk and at a terminal."""
 
-from neox.generate.engine import Completion, Engine, Event, TokenLogprob
+from neox.generate.engine import Engine
 from neox.generate.naive import naive_generate
+from neox.generate.requests import Completion, Event, Score, TokenLogprob
 from neox.generate.sampling import Sampler, Sampling, distribution
 from neox.generate.score import bits_per_byte, token_logprobs
+from neox.generate.speculate import DraftModel, prompt_lookup
 from neox.generate.text import TextStream
 
 __all__ = [
     "Completion",
+    "DraftModel",
     "Engine",
     "Event",
     "Sampler",
     "Sampling",
+    "Score",
     "TextStream",
     "TokenLogprob",
     "bits_per_byte",
     "distribution",
     "naive_generate",
+    "prompt_lookup",
     "token_logprobs",
 ]

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from neox.files import sync_folder, temporary_name, write_synced
-from neox.generate.engine import Completion, Engine
+from neox.generate.engine import Engine
+from neox.generate.requests import Completion
 from neox.generate.sampling import Sampling
 
 Record = dict[str, Any]
@@ -173,7 +174,7 @@ def partial_name(out: str | Path) -> Path:
 def _header(engine: Engine, prompts: Sequence[tuple[str, str]], sampling: Sampling, n: int) -> Record:
     """What decides the records, under the names that the user knows."""
     weights = hashlib.sha256()
-    for name, parameter in engine.model.named_parameters():
+    for name, parameter in engine.model.state_dict().items():
         # A few values of each tell two checkpoints apart: a training step changes them all.
         values = parameter.detach().flatten()[:16].double().tolist()
         weights.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), values]).encode())

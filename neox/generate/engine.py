@@ -1,89 +1,89 @@
-"""Generation with a key-value cache: prompts of different lengths decode side by side, each as if it were alone.
+"""Generation and scoring with a key-value cache: requests run side by side, each as if it were alone.
 
-A batch is prefilled row by row and decoded together; a row that ends leaves its slot to the next prompt.
-Shapes: R rows in flight, V vocab.
+Requests join and leave between steps. A step is one forward pass over pending tokens of many: the last one of each that
+decodes, pieces of prompts. What sequences have in common is computed once (`prefix.py`); what runs when is decided in
+`schedule.py`. Shapes: N packed tokens, R rows of logits, C hidden, V vocab.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from neox.cache import KVCache
+from neox import machine
+from neox.cache import BLOCK, KVCache, KVPool, Span
+from neox.generate.invariant import row_tile
+from neox.generate.prefix import PrefixTree, Stats
+from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, TokenLogprob
 from neox.generate.sampling import Sampler, Sampling
+from neox.generate.schedule import Scheduler
 from neox.generate.text import TextStream
 from neox.model import GPTNeoX
 from neox.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """How likely the model found a token: natural logarithms over the full vocabulary, padding rows included, before
-    bias, penalties, temperature and every filter."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]  # the most likely tokens at this place, most likely first; never a padding row
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What followed a prompt."""
-
-    tokens: list[int]  # all that were drawn, those of a stop string too; not the end-of-document or stop token
-    text: str  # up to the stop string, if one came; empty without a tokenizer
-    finish_reason: str  # "stop": a stop string or token; "eod": end-of-document token; "length": max_tokens or context
-    logprobs: list[TokenLogprob] | None = None  # one for each of `tokens`, where Sampling.logprobs asks for them
-
-
-@dataclass(frozen=True)
-class Event:
-    """A step of one sequence."""
-
-    number: int  # of its prompt, from 0
-    token: int | None  # the token drawn; none when the end-of-document or a stop token ended the sequence
-    text: str  # the text that has become certain: whole characters, no part of a stop string
-    done: Completion | None  # on the last event of the sequence
-
-
-@dataclass
-class _Row:
-    """One sequence in flight."""
-
-    number: int
-    prompt: list[int]
-    limit: int  # length at which it ends
-    sampler: Sampler
-    text: TextStream | None
-    ended: bool = False
-    new: list[int] = field(default_factory=list)
-    shown: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.new)
+Guess = Callable[[Sequence[list[int]], int], list[list[int]]]  # from sequences, at most so many tokens after each
+QUERIES = 4  # attention rounds rows of a multiple of so many queries alike
 
 
 class Engine:
-    """Generates from a loaded model. `slots` sequences run at a time; `cache_bytes` bounds their cache instead."""
+    """Generates from a loaded model, and scores with it.
+
+    `slots` sequences run at a time. `cache_bytes` bounds the memory of keys and values, which sequences with a common
+    beginning share and which keeps them for later ones (default: what `slots` sequences take at full context, and at
+    most half of the machine's memory). `budget` is how many tokens a step computes, about.
+
+    With `invariant` what a request gets does not depend on what runs beside it, on what the cache holds, or on where
+    its prompt was cut: bit for bit on a CPU in fp32. Steps of few tokens are then filled up to a number of rows that is
+    rounded alike (`invariant.row_tile`). Default: on a CPU.
+
+    `guess` proposes up to `guess_tokens` tokens that may follow a sequence (`speculate.py`); a step verifies them along
+    with the last one. Tokens come out as without it, several a step where guesses are right: see `stats`.
+    """
 
     def __init__(
-        self, model: GPTNeoX, tokenizer: Tokenizer | None = None, slots: int = 8, cache_bytes: int | None = None
+        self,
+        model: GPTNeoX,
+        tokenizer: Tokenizer | None = None,
+        slots: int = 8,
+        cache_bytes: int | None = None,
+        budget: int = 256,
+        invariant: bool | None = None,
+        guess: Guess | None = None,
+        guess_tokens: int = 7,
     ) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.guess, self.guess_tokens = guess, guess_tokens
+        self.model, self.tokenizer, self.slots = model.eval(), tokenizer, slots
         config, self.weight = model.config, next(model.parameters())
-        row = 2 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings
-        row *= self.weight.element_size()
-        self.slots = slots if cache_bytes is None else cache_bytes // row
-        if self.slots < 1:
-            raise ValueError(f"one sequence at full context needs {row:,} bytes of cache: raise cache_bytes or slots")
+        one = KVPool.block_bytes(config, self.weight.dtype)
+        if cache_bytes is None:
+            full = slots * -(-config.max_position_embeddings // BLOCK)
+            cache_bytes = min(full * one, self._memory() // 2)
+        blocks = cache_bytes // one
+        if blocks < 1:
+            raise ValueError(f"{BLOCK} positions of cache take {one:,} bytes: raise cache_bytes")
+        self._window = config.local_window if config.local_layers else 0
+        self._invariant = self.weight.device.type == "cpu" if invariant is None else invariant
+        self._rows: int | None = None if self._invariant else 1
+        self._pool = KVPool(config, blocks, self.weight.device, self.weight.dtype)
+        self._scheduler = Scheduler(self._pool, PrefixTree(blocks), slots, budget)
+        self._requests: dict[int, Generation] = {}
+        self._submitted = 0
+        self._events: list[Event] = []  # not handed out yet
         self.eod = tokenizer.eod_id if tokenizer else None
         self.usable = min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size
+
+    @property
+    def stats(self) -> Stats:
+        """What the cache saved and what it had to give up, since the engine was made."""
+        return self._scheduler.tree.stats
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self._scheduler.waiting or self._scheduler.running or self._events)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
@@ -102,18 +102,70 @@ class Engine:
     def events(
         self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, stream: bool = True
     ) -> Iterator[Event]:
-        """Every step of every sequence, as it happens.
+        """Every step of every sequence, as it happens; what is not waited for to its end is cancelled.
 
         One `sampling` is for all prompts, and the i-th draws with seed + i; a list has one for each. Without `stream`
         the events carry no text (their completions do), which any tokenizer can be decoded with.
-        Raises ValueError, before anything is computed, for a prompt that leaves no room in the context.
+        Raises ValueError, before anything is computed, for a prompt that leaves no room in the context or the cache.
         """
         if isinstance(sampling, Sampling) or sampling is None:
             base = sampling or Sampling()
             sampling = [replace(base, seed=base.seed + number) for number in range(len(prompts))]
-        pairs = zip(prompts, sampling, strict=True)
-        rows = [self._row(number, prompt, own, stream) for number, (prompt, own) in enumerate(pairs)]
-        return self._decode(deque(rows))
+        requests = [self._generation(*pair, stream) for pair in zip(prompts, sampling, strict=True)]
+        return self._run({request.number: number for number, request in enumerate(requests)}, requests)
+
+    def submit(self, prompt: Prompt, sampling: Sampling | None = None, stream: bool = True) -> int:
+        """Queue a prompt; returns the number that its events will have. Errors as in `events`."""
+        request = self._generation(prompt, sampling or Sampling(), stream)
+        self._start(request)
+        return request.number
+
+    def cancel(self, number: int) -> None:
+        """Forget a request, wherever it stands; it has no more events. Nothing happens if it has ended."""
+        if request := self._requests.pop(number, None):
+            self._scheduler.remove(request)
+        self._events = [event for event in self._events if event.number != number]
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One forward pass, and what came of it."""
+        try:
+            self._guess()
+            if plan := self._scheduler.plan():
+                self._advance(plan)
+        except BaseException:
+            # Wherever it came from, the cache may be half written: what runs is computed anew.
+            self._scheduler.reset()
+            raise
+        events, self._events = self._events, []
+        return events
+
+    def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+        """How likely each (context, continuation) is, in their order; what contexts have in common is computed once.
+
+        Log-probabilities are float32 over the full padded vocabulary; the head runs at the continuation's places only.
+        Raises ValueError, before anything is computed, for an empty context or continuation, for both together if
+        longer than the context and one, and for ids that the model does not have.
+        """
+        scorings = []
+        for number, (context, continuation) in enumerate(requests):
+            try:
+                scorings.append(self._scoring(list(context), list(continuation)))
+            except ValueError as error:
+                raise ValueError(f"request {number}: {error}") from None
+        # Neighbours in the alphabet of tokens share the most, while it is still in the cache.
+        order = sorted(scorings, key=lambda request: request.tokens)
+        try:
+            for request in order:
+                self._scheduler.add(request)
+            for request in order:
+                while request.wanted < len(request.tokens):
+                    self._events = self.step()
+        except BaseException:
+            for request in order:
+                self._scheduler.remove(request)
+            raise
+        return [Score(sum(one.logprobs), one.is_greedy, one.logprobs) for one in scorings]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens that a prompt begins with: an empty one is the start of a document.
@@ -128,90 +180,191 @@ class Engine:
             tokens = [int(token) for token in prompt]
         if not tokens:
             tokens = [self.eod or 0]
-        context, vocab = self.model.config.max_position_embeddings, self.model.config.vocab_size
+        context = self.model.config.max_position_embeddings
         if len(tokens) >= context:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the context {context}: shorten the prompt")
-        if wrong := [token for token in tokens if not 0 <= token < vocab]:
-            raise ValueError(f"the prompt holds token {wrong[0]}, the model has {vocab} rows: another tokenizer's ids?")
+        self._check(tokens, "the prompt")
         return tokens
 
-    def _row(self, number: int, prompt: Prompt, sampling: Sampling, stream: bool) -> _Row:
+    def _check(self, tokens: list[int], what: str) -> None:
+        vocab = self.model.config.vocab_size
+        if wrong := [token for token in tokens if not 0 <= token < vocab]:
+            raise ValueError(f"{what} holds token {wrong[0]}, the model has {vocab} rows: another tokenizer's ids?")
+
+    def _memory(self) -> int:
+        if self.weight.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.weight.device)[0]
+        return machine.available_ram()
+
+    def _generation(self, prompt: Prompt, sampling: Sampling, stream: bool) -> Generation:
         if sampling.stop and self.tokenizer is None:
             raise ValueError("a stop string needs a tokenizer: this model was loaded without one")
         tokens = self.encode(prompt)
         limit = min(len(tokens) + sampling.max_tokens, self.model.config.max_position_embeddings)
         text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer and (stream or sampling.stop) else None
-        sampler = Sampler(sampling, self.usable, tokens, self.tokenizer)
-        return _Row(number, tokens, limit, sampler, text)
+        request = Generation(
+            self._submitted, tokens, limit, Sampler(sampling, self.usable, tokens, self.tokenizer), text
+        )
+        self._scheduler.check(request)
+        self._submitted += 1
+        return request
 
-    @torch.inference_mode()
-    def _decode(self, waiting: deque[_Row]) -> Iterator[Event]:
-        slots = min(self.slots, len(waiting))
-        length = max((row.limit for row in waiting), default=0)
-        cache = KVCache(self.model.config, slots, length, self.weight.device, self.weight.dtype)
-        active: list[_Row] = []  # active[i] owns cache row i
-        while waiting or active:
-            while waiting and len(active) < slots:
-                row = waiting.popleft()
-                view = cache.rows(len(active), len(active) + 1)
-                logits = self._forward(view, [row.prompt], [0])
-                active.append(row)
-                yield self._accept(row, logits[0])
-            for i in reversed(range(len(active))):
-                if active[i].ended:
-                    # The last row moves into the gap, so that the rows in use stay contiguous.
-                    cache.move(len(active) - 1, i)
-                    active[i] = active[-1]
-                    active.pop()
-            if active:
-                view = cache.rows(0, len(active))
-                logits = self._forward(view, [row.new[-1:] for row in active], [row.length - 1 for row in active])
-                for row, own in zip(list(active), logits, strict=True):
-                    yield self._accept(row, own)
+    def _scoring(self, context: list[int], continuation: list[int]) -> Scoring:
+        limit = self.model.config.max_position_embeddings + 1
+        if not context or not continuation:
+            raise ValueError("a context and a continuation have at least one token each")
+        if (length := len(context) + len(continuation)) > limit:
+            raise ValueError(f"{length} tokens, at most {limit} can be scored: cut the context's beginning off")
+        self._check(context + continuation, "it")
+        request = Scoring(context, continuation)
+        self._scheduler.check(request)
+        return request
 
-    def _accept(self, row: _Row, logits: Tensor) -> Event:
-        """Draw the next token of a row from logits [V]."""
-        sampling = row.sampler.sampling
-        token = row.sampler(logits)
+    def _start(self, request: Generation) -> None:
+        self._scheduler.add(request)
+        self._requests[request.number] = request
+
+    def _run(self, numbers: dict[int, int], requests: list[Generation]) -> Iterator[Event]:
+        try:
+            for request in requests:
+                self._start(request)
+            for number in numbers:
+                while number in self._requests:
+                    events = self.step()
+                    self._events = [event for event in events if event.number not in numbers]
+                    for event in events:
+                        if event.number in numbers:
+                            yield replace(event, number=numbers[event.number])
+        finally:
+            for number in numbers:
+                self.cancel(number)
+
+    def _advance(self, plan: list[tuple[Request, int]]) -> None:
+        """Compute what is planned, and draw or record where logits are wanted."""
+        hidden = self._forward(plan)
+        first, places = 0, []
+        for request, count in plan:
+            skipped = max(0, request.wanted - request.computed)
+            places.append(list(range(first + skipped, first + count)))
+            first += count
+        logits = self._logits(hidden, [place for own in places for place in own])
+        for (request, count), own in zip(plan, places, strict=True):
+            self._scheduler.advance(request, count - len(request.draft))
+            mine, logits = logits[: len(own)], logits[len(own) :]
+            if isinstance(request, Scoring):
+                self._record(request, mine)
+            elif isinstance(request, Generation):
+                self._accept(request, mine)
+
+    def _forward(self, plan: list[tuple[Request, int]]) -> Tensor:
+        """The final hidden states [N, C] of the planned tokens of each request, one after the other."""
+        if self._rows is None:
+            self._rows = row_tile(self.model, max(128, self._scheduler.budget))
+        spans = [Span(request.table, request.computed, count) for request, count in plan]
+        tokens = [t for request, count in plan for t in (request.tokens + request.draft)[request.computed :][:count]]
+        tokens += [0] * (-len(tokens) % self._rows)
+        cache = KVCache(self._pool, spans, self._window, QUERIES if self._invariant else 1, len(tokens))
+        batch = torch.tensor([tokens], device=self.weight.device)
+        hidden: Tensor = self.model(batch, positions=cache.positions, cache=cache, head=False)[0]
+        return hidden
+
+    def _logits(self, hidden: Tensor, places: list[int]) -> Tensor:
+        """Logits [R, V] at `places` of hidden states [N, C]."""
+        if not places:
+            return hidden.new_empty(0, self.model.config.vocab_size)
+        assert self._rows is not None, "known since the first pass"
+        padded = places + places[-1:] * (-len(places) % self._rows)
+        logits: Tensor = self.model.embed_out(hidden[padded])
+        return logits[: len(places)]
+
+    def _record(self, request: Scoring, logits: Tensor) -> None:
+        targets = [*request.tokens[request.wanted + 1 :], request.last][: len(logits)]
+        request.wanted += len(logits)
+        logprobs = logits.float().log_softmax(dim=-1)
+        picked = torch.tensor(targets, device=logits.device)
+        request.logprobs += logprobs.gather(1, picked[:, None])[:, 0].tolist()
+        request.is_greedy &= bool((logprobs.argmax(dim=-1) == picked).all())
+        if request.wanted == len(request.tokens):
+            self._scheduler.remove(request)
+
+    def _guess(self) -> None:
+        """Give those that decode, and have room for it, a draft to verify."""
+        if self.guess is None:
+            return
+        running = [one for one in self._scheduler.running if isinstance(one, Generation) and one.pending == 1]
+        rooms = [min(self.guess_tokens, one.limit - 1 - len(one.tokens)) for one in running]
+        able = [(one, room) for one, room in zip(running, rooms, strict=True) if room > 0]
+        if able:
+            drafts = self.guess([one.tokens for one, _ in able], max(room for _, room in able))
+            for (one, room), draft in zip(able, drafts, strict=True):
+                known = itertools.takewhile(lambda token: token < self.usable, draft[:room])
+                one.draft = list(known)
+
+    def _accept(self, request: Generation, logits: Tensor) -> None:
+        """Record the prompt's log-probabilities, and draw after its last token and after each guess that was drawn.
+
+        Logits [R, V] are those from `wanted` on.
+        """
+        draft, request.draft = request.draft, []
+        accepted = 0
+        for own in logits:
+            request.wanted += 1
+            if request.wanted < len(request.tokens):
+                asked = request.sampler.sampling.prompt_logprobs or 0
+                request.prompt_logprobs.append(self._logprob(request.tokens[request.wanted], own, asked))
+                continue
+            token = self._draw(request, own)
+            if request.number not in self._requests or draft[accepted : accepted + 1] != [token]:
+                break
+            accepted += 1
+        self.stats.guessed += len(draft)
+        self.stats.accepted += accepted
+        if accepted and request.number in self._requests:
+            self._scheduler.advance(request, accepted)
+
+    def _draw(self, request: Generation, logits: Tensor) -> int:
+        """Draw the next token of a request from logits [V]; returns it."""
+        sampling = request.sampler.sampling
+        try:
+            token = request.sampler(logits)
+        except ValueError:
+            self.cancel(request.number)  # the others go on
+            raise
         if reason := sampling.ends(token, self.eod):
-            return self._end(row, reason, None, "")
-        row.new.append(token)
+            self._end(request, reason, None, "")
+            return token
+        request.tokens.append(token)
         if sampling.logprobs is not None:
-            row.logprobs.append(self._logprob(token, logits, sampling.logprobs))
-        text = row.text.push(token) if row.text else ""
-        if (row.text and row.text.stopped) or row.length >= row.limit:
-            return self._end(row, "length", token, text)
-        row.shown.append(text)
-        return Event(row.number, token, text, None)
-
-    def _end(self, row: _Row, reason: str, token: int | None, text: str) -> Event:
-        row.ended = True
-        if row.text:
-            text += row.text.finish()
-            if row.text.stopped:
-                reason = "stop"  # found just now, or in what was held back
-            row.shown.append(text)
-            whole = "".join(row.shown)
+            request.logprobs.append(self._logprob(token, logits, sampling.logprobs))
+        text = request.text.push(token) if request.text else ""
+        if (request.text and request.text.stopped) or len(request.tokens) >= request.limit:
+            self._end(request, "length", token, text)
         else:
-            whole = self.tokenizer.decode(row.new) if self.tokenizer else ""
-        logprobs = row.logprobs if row.sampler.sampling.logprobs is not None else None
-        return Event(row.number, token, text, Completion(row.new, whole, reason, logprobs))
+            request.shown.append(text)
+            self._events.append(Event(request.number, token, text, None))
+        return token
+
+    def _end(self, request: Generation, reason: str, token: int | None, text: str) -> None:
+        del self._requests[request.number]
+        self._scheduler.remove(request)
+        new, sampling = request.tokens[request.prompt :], request.sampler.sampling
+        if request.text:
+            text += request.text.finish()
+            if request.text.stopped:
+                reason = "stop"  # found just now, or in what was held back
+            request.shown.append(text)
+            whole = "".join(request.shown)
+        else:
+            whole = self.tokenizer.decode(new) if self.tokenizer else ""
+        logprobs = request.logprobs if sampling.logprobs is not None else None
+        prompt = request.prompt_logprobs if sampling.prompt_logprobs is not None else None
+        self._events.append(Event(request.number, token, text, Completion(new, whole, reason, logprobs, prompt)))
 
     def _logprob(self, token: int, logits: Tensor, alternatives: int) -> TokenLogprob:
         logprobs = logits.float().log_softmax(dim=-1)
         top = logprobs[: self.usable].topk(min(alternatives, self.usable))
         pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         return TokenLogprob(token, logprobs[token].item(), pairs)
-
-    def _forward(self, cache: KVCache, tokens: list[list[int]], starts: list[int]) -> Tensor:
-        """Logits [R, V] after the last of each row's tokens (equally many per row), which begin at `starts`."""
-        device = self.weight.device
-        batch = torch.tensor(tokens, device=device)
-        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(batch.shape[1], device=device)
-        cache.extent = max(starts) + batch.shape[1]
-        hidden = self.model(batch, positions=positions, cache=cache, head=False)
-        logits: Tensor = self.model.embed_out(hidden[:, -1])
-        return logits
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:

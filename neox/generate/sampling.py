@@ -39,6 +39,7 @@ class Sampling:
     json_schema: str | Mapping[str, Any] | None = None  # the output is JSON that validates
     regex: str | None = None  # the output as a whole matches
     grammar: str | None = None  # the output is a sentence of this grammar, in llguidance's dialect of Lark
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens, all but the first
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -58,6 +59,7 @@ class Sampling:
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"),
             ("logit_bias", all(-100 <= bias <= 100 for bias in self.logit_bias.values()), "-100 to 100 for each token"),
+            ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "none, or 0 or more"),
         ):
             if not good:
                 raise ValueError(f"generate.{name} = {getattr(self, name)} must be {rule}")

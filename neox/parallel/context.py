@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from neox.cache import KVCache
 from neox.config import ModelConfig
 from neox.model import Attention, GPTNeoX, attention_masks
 from neox.parallel import collectives
@@ -56,15 +55,14 @@ def split_sequences(model: GPTNeoX, group: ProcessGroup) -> None:
 
 
 def _masks(
-    config: ModelConfig, positions: Tensor, cache: KVCache | None, segments: Tensor | None, group: ProcessGroup
+    config: ModelConfig, positions: Tensor, segments: Tensor | None, group: ProcessGroup
 ) -> tuple[Tensor | None, Tensor | None]:
     """`attention_masks`' rows for own queries, [B, 1, T / n, T]; keys stand in the sequence's order."""
-    assert cache is None, "training alone splits sequences"
     rank, size = group.rank(), group.size()
     order = torch.arange(positions.shape[1] * size, device=positions.device)[None]
     if segments is not None:
         segments = ordered(collectives.gather(segments, 1, group), size, 1)
-    masks = attention_masks(config, order, None, segments)
+    masks = attention_masks(config, order, segments)
     global_mask, local_mask = (None if mask is None else own_slices(mask, rank, size, dim=2) for mask in masks)
     if global_mask is None:
         # A causal kernel wants queries that begin where keys do. Ours sits at the end of the keys that it sees.

@@ -1,0 +1,101 @@
+"""What the engine works on, and what it hands out: requests with how far they are, events, completions and scores."""
+
+from dataclasses import dataclass
+
+from neox.cache import BLOCK
+from neox.generate.prefix import Node
+from neox.generate.sampling import Sampler
+from neox.generate.text import TextStream
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token: natural logarithms over the full vocabulary, padding rows included, before
+    bias, penalties, temperature and every filter."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]  # the most likely tokens at this place, most likely first; never a padding row
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What followed a prompt."""
+
+    tokens: list[int]  # all that were drawn, those of a stop string too; not the end-of-document or stop token
+    text: str  # up to the stop string, if one came; empty without a tokenizer
+    finish_reason: str  # "stop": a stop string or token; "eod": end-of-document token; "length": max_tokens or context
+    logprobs: list[TokenLogprob] | None = None  # one for each of `tokens`, where Sampling.logprobs asks for them
+    # One for each token of the prompt but the first, where Sampling.prompt_logprobs asks for them.
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step of one sequence."""
+
+    number: int  # of its prompt, from 0; as `submit` gave it
+    token: int | None  # the token drawn; none when the end-of-document or a stop token ended the sequence
+    text: str  # the text that has become certain: whole characters, no part of a stop string
+    done: Completion | None  # on the last event of the sequence
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a continuation is after its context."""
+
+    logprob: float  # natural logarithm, the sum over its tokens
+    is_greedy: bool  # whether each of its tokens is the most likely one of all rows, padding included
+    logprobs: list[float]  # of each token
+
+
+class Request:
+    """A sequence to continue, or to score: what is known of it, and how far its keys are in the cache."""
+
+    decodes = True  # grows token by token, once its prompt is through
+
+    def __init__(self, tokens: list[int], limit: int, wanted: int) -> None:
+        self.tokens = tokens
+        self.limit = limit  # length at which it ends
+        self.wanted = wanted  # the first position whose logits are still needed
+        self.draft: list[int] = []  # a guess at what follows, to be computed with the rest
+        self.computed = 0  # positions that the cache holds
+        self.nodes: list[Node] = []  # the blocks that it shares, from the first position on
+        self.table: list[int] = []  # all its blocks
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) + len(self.draft) - self.computed
+
+    @property
+    def missing(self) -> int:
+        """Blocks that it lacks for what is pending."""
+        return max(0, -(-(self.computed + self.pending) // BLOCK) - len(self.table))
+
+    def block(self, number: int) -> list[int]:
+        """Known tokens of a block; fewer than BLOCK in the last."""
+        return self.tokens[number * BLOCK : (number + 1) * BLOCK]
+
+
+class Generation(Request):
+    """A prompt that is continued."""
+
+    def __init__(self, number: int, prompt: list[int], limit: int, sampler: Sampler, text: TextStream | None) -> None:
+        asked = sampler.sampling.prompt_logprobs is not None
+        super().__init__(list(prompt), limit, wanted=0 if asked else len(prompt) - 1)
+        self.number, self.prompt, self.sampler, self.text = number, len(prompt), sampler, text
+        self.shown: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
+
+
+class Scoring(Request):
+    """A context and its continuation, whose last token is predicted but not computed."""
+
+    decodes = False
+
+    def __init__(self, context: list[int], continuation: list[int]) -> None:
+        super().__init__((context + continuation)[:-1], limit=len(context + continuation), wanted=len(context) - 1)
+        self.last = continuation[-1]
+        self.logprobs: list[float] = []
+        self.is_greedy = True
