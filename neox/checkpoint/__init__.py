@@ -6,7 +6,14 @@ import torch
 
 from neox.checkpoint.checksums import DamagedCheckpoint
 from neox.checkpoint.export import convert
-from neox.checkpoint.huggingface import CheckpointError, Transform, find, load_huggingface, save_huggingface
+from neox.checkpoint.huggingface import (
+    CheckpointError,
+    Transform,
+    find,
+    load_huggingface,
+    save_huggingface,
+    stored_dtype,
+)
 from neox.checkpoint.initial import load_initial
 from neox.checkpoint.native import (
     complete_steps,
@@ -51,9 +58,16 @@ __all__ = [
     "set_aside_after",
     "step_folder",
     "step_number",
+    "weights_dtype",
 ]
 
 save = save_huggingface
+
+
+def weights_dtype(source: str | Path) -> torch.dtype:
+    """The type that the weights of what `load` reads are stored in; a run's own are float32."""
+    folder = find(source)
+    return stored_dtype(folder) if (folder / "config.json").exists() else torch.float32
 
 
 def load(

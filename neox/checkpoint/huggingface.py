@@ -238,6 +238,22 @@ def _stream(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
             raise broken(path, error) from None
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type of the first weight of a Hugging Face folder."""
+    from safetensors import safe_open
+
+    config = read_config(folder)
+    for name, path in weight_files(folder).items():
+        if families.canonical(config, name) == families.their_names(config, "embed_in.weight")[0]:
+            if path.suffix != ".safetensors":
+                return read_bin(path)[name].dtype
+            with safe_open(path, "pt") as file:
+                return file.get_slice(name)[:1].dtype
+    raise CheckpointError(
+        f"{folder}: no embedding among its weights: config.json and the weight files do not belong together"
+    )
+
+
 def check_names(folder: Path, config: ModelConfig, wanted: set[str], stored: set[str]) -> None:
     canonical = {families.canonical(config, name) for name in stored}
     missing = sorted(wanted - canonical)

@@ -7,6 +7,9 @@ import sys
 
 from neox.cli.verb import UsageError
 
+MODEL = ("device", "dtype", "weights", "speculate", "draft")
+"""Options of `neox generate` that say how its model is loaded and run."""
+
 
 def generate(targets: list[str], options: list[str]) -> None:
     """Continue prompts with a model: one as you watch, a file of them, or at a terminal.
@@ -42,6 +45,9 @@ def generate(targets: list[str], options: list[str]) -> None:
       logprobs=none     record log-probabilities, and those of so many alternatives; with out=
       seed=1234         the same seed gives the same text; the next sample draws with the next one
       slots=8           sequences that run at a time
+      weights=auto      on a CPU: plain, fp32, fp16, bf16, int8 or int4; auto loses nothing
+      speculate=prompt  guess from the text so far; draft=MODEL lets a smaller model guess: the same
+                        tokens, several a step where guesses are right
       device=auto       cpu, cuda or mps
       dtype=fp32        fp32, bf16 or fp16; default: fp32 on a CPU, the stored type elsewhere
 
@@ -59,7 +65,7 @@ def generate(targets: list[str], options: list[str]) -> None:
     overrides = []
     for option in options:
         key, _, value = option.partition("=")
-        if key in ("prompt", "prompts", "out", "device", "dtype"):
+        if key in ("prompt", "prompts", "out", *MODEL):
             own[key] = value
             continue
         full = key if "." in key else f"generate.{key}"
@@ -84,11 +90,12 @@ def generate(targets: list[str], options: list[str]) -> None:
     if not own.keys() & {"prompt", "prompts"} and not sys.stdin.isatty():
         raise UsageError("generate needs prompt=TEXT or prompts=FILE; it asks for prompts on a terminal only")
 
-    from neox.checkpoint import load
-    from neox.generate import Engine, Sampling
+    from neox.generate import Sampling
     from neox.generate.batch import complete, partial_name, refuse_existing, write_completions
     from neox.generate.interactive import converse
+    from neox.generate.loading import load_engine
     from neox.generate.prompts import read_prompts
+    from neox.generate.rate import Rate
 
     # Loading may take minutes: what is wrong with the files is said before.
     prompt = sys.stdin.read() if own.get("prompt") == "-" else own.get("prompt")
@@ -96,7 +103,7 @@ def generate(targets: list[str], options: list[str]) -> None:
     sampling = Sampling.of(config)
     if out:
         refuse_existing(out)
-    engine = Engine(*load(targets[0], own.get("device", "auto"), own.get("dtype")), slots=config.slots)
+    engine = load_engine(targets[0], **{key: own[key] for key in MODEL if key in own}, slots=config.slots)
     if out:
         try:
             count = write_completions(engine, prompts, sampling, out, config.n)
@@ -108,17 +115,42 @@ def generate(targets: list[str], options: list[str]) -> None:
     elif prompt is None:
         converse(engine, config)
     elif config.n == 1:
-        pieces = engine.stream(prompt, sampling)
-        first = next(pieces, "")
+        rate = Rate(engine)
+        events = engine.events([prompt], [sampling])
+        first = list(itertools.islice(events, 1))
         print(prompt, end="")
-        for piece in itertools.chain([first], pieces):
-            print(piece, end="", flush=True)
+        for event in itertools.chain(first, events):
+            rate.count(event)
+            print(event.text, end="", flush=True)
         print()
+        print(rate.line(), file=sys.stderr)
     else:
         # All of them first: rich's bar would take what is printed meanwhile to stderr.
         for record in list(complete(engine, prompts, sampling, config.n)):
             print(f"== {record['sample'] + 1} of {config.n}, seed {record['seed']}, {record['finish_reason']} ==")
             print(prompt + record["text"])
+
+
+def bench(targets: list[str], options: list[str]) -> None:
+    """Measure a model on this CPU, its weights held in fewer and fewer bits.
+
+    neox bench MODEL [weights=plain,fp16,int8,int4]
+
+    MODEL is what `neox generate` takes. For each way: the weights that a token reads, tokens/s of a
+    prompt of 128 and of writing with one sequence, and the share of the machine's read speed that
+    this uses; then which one weights=auto takes, and why. The model is loaded once for each.
+
+    Examples:
+      neox bench runs/quickstart/hf
+      neox bench EleutherAI/pythia-1.4b weights=int8,int4
+    """
+    plain = dict(option.split("=", 1) for option in options)
+    kinds = plain.pop("weights", "plain,fp32,fp16,bf16,int8,int4").split(",")
+    if len(targets) != 1 or plain:
+        raise UsageError("bench needs one MODEL; its option is weights")
+    from neox.generate.bench import report
+
+    print(report(targets[0], kinds))
 
 
 def convert(targets: list[str], options: list[str]) -> None:
