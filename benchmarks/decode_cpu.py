@@ -178,7 +178,6 @@ def load_transformers(folder, kind):
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
             do_sample=False,
-            eos_token_id=-1,
             pad_token_id=0,
         )
         return out[:, ids.shape[1] :].tolist()

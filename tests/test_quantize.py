@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from neox import kernels, presets, quantize
 from neox.checkpoint import load
-from neox.checkpoint.huggingface import save_huggingface
+from neox.checkpoint import save as save_huggingface
 from neox.config import ModelConfig
 from neox.estimate import weight_bytes
 from neox.generate import Engine, Sampling
@@ -134,6 +134,12 @@ def test_packed_weights_cannot_be_trained():
     model = quantize.quantize(tiny.ours(), "fp16")
     with pytest.raises(ValueError, match="no backward pass"):
         model.layers[0].attention.dense(torch.zeros(1, 32, requires_grad=True))
+
+
+def test_packed_weights_are_not_saved_as_if_they_were_the_model(tmp_path):
+    with pytest.raises(ValueError, match=r"embed_in\.weight is not there as it was trained"):
+        save_huggingface(quantize.quantize(tiny.ours(), "int8"), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_the_choice_is_lossless_and_says_why(monkeypatch):

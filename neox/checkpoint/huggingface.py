@@ -277,6 +277,10 @@ def save_huggingface(
     anything else is left alone with a ValueError. A failed write (full disk) leaves no trace and raises OSError.
     """
     parameters = dict(model.named_parameters())
+    with torch.device("meta"):
+        whole = GPTNeoX(model.config)
+    if absent := [name for name, _ in whole.named_parameters() if name not in parameters]:
+        raise ValueError(f"{absent[0]} is not there as it was trained, but packed: save the model before quantizing it")
     dtype = next(iter(parameters.values())).dtype
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     write_huggingface(model.config, dtype, shapes, lambda name: parameters[name].detach(), path, tokenizer, shard_bytes)
