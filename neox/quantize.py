@@ -12,13 +12,12 @@ int8 and int4 round what enters a product to 8 bits with a scale for 128 values 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neox import kernels, machine
+from neox import kernels
 from neox.kernels import Kind, Packed
 from neox.model import GPTNeoX
 
@@ -80,13 +79,6 @@ class TiedEmbedding(nn.Module):
         return self.packed[tokens // kernels.LANES, :, tokens % kernels.LANES].float()
 
 
-class Choice(NamedTuple):
-    """How to store a model's weights on this machine, and why."""
-
-    kind: Kind
-    why: str
-
-
 def replace(module: nn.Module, kind: Kind, name: str = "the module") -> nn.Module:
     """What takes the place of an nn.Linear or nn.Embedding; it shares no memory with a weight that it packs.
 
@@ -133,30 +125,11 @@ def quantize(model: GPTNeoX, kind: Kind) -> GPTNeoX:
     return model.requires_grad_(False).eval()
 
 
-def choose(dtype: torch.dtype, seconds: float = 1.0) -> Choice:
-    """The fastest kind here that loses nothing of weights stored in `dtype`; measures for about `seconds`."""
-    if not kernels.compiled():
-        return Choice("fp32", "the compiled kernels are absent: plain float32 products are the fastest exact ones")
-    names: dict[torch.dtype, Kind] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-    kind = names.get(dtype, "fp32")
-    speeds = {one: _weights_per_second(one, seconds / 3) for one in dict.fromkeys((kind, "fp32"))}
-    best = max(speeds, key=lambda one: speeds[one])
-    size = kernels.FLOATS[best].itemsize
-    share = speeds[best] * size / machine.read_speed(seconds / 3)
-    speed = f"{speeds[best] * size / 1e9:.1f} GB/s, {share:.0%} of this machine's read speed"
-    text = f"loses nothing of {str(dtype).removeprefix('torch.')} weights; {speed}"
-    if best != "fp32":
-        text += f"; {speeds[best] / speeds['fp32']:.1f} times as many weights a second as fp32"
-    return Choice(best, text)
-
-
-def _weights_per_second(kind: Kind, seconds: float) -> float:
-    """Weights that a product with one row reads in a second: a matrix that no cache holds."""
-    inputs = 4096
-    panels = min(2**29, machine.available_ram() // 8) // (4 * inputs * kernels.LANES)
-    weights = torch.ones(panels, inputs, kernels.LANES, dtype=kernels.FLOATS[kind])
-    packed, x = Packed(kind, panels * kernels.LANES, inputs, weights, None), torch.ones(1, inputs)
-    return weights.numel() / machine.best_seconds(lambda: kernels.linear(x, packed), seconds)
+def lossless(dtype: torch.dtype) -> Kind | None:
+    """The kind that loses nothing of weights stored in `dtype`; None where there are no compiled kernels: torch's own
+    float32 products are the fastest exact ones then."""
+    kinds: dict[torch.dtype, Kind] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    return kinds.get(dtype, "fp32") if kernels.compiled() else None
 
 
 def _sixteen(weight: Tensor, kind: Kind) -> Kind:

@@ -103,10 +103,11 @@ def joined_processes(device: str = "auto", doing: Callable[[], str] = lambda: ""
         dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.world, timeout=PATIENCE)
         yield processes
     except BaseException as error:
+        # Destroying it below would wait for those that have gone, or that still wait for this process.
+        if backend != "gloo" and dist.is_initialized():
+            dist.distributed_c10d._abort_process_group()
         if not (reason := _lost(error)):
             raise
-        if backend != "gloo" and dist.is_initialized():  # destroying it below would wait for those that have gone
-            dist.distributed_c10d._abort_process_group()
         where = f"rank {processes.rank}: another process of the run has gone{doing()}"
         raise OtherProcessLost(f"{where} ({reason})") from error
     finally:

@@ -142,28 +142,12 @@ def test_packed_weights_are_not_saved_as_if_they_were_the_model(tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
-def test_the_choice_is_lossless_and_says_why(monkeypatch):
-    monkeypatch.setattr(quantize.machine, "read_speed", lambda seconds: 40e9)
+def test_what_loses_nothing(monkeypatch):
     monkeypatch.setattr(kernels, "compiled", lambda: True)
-    speeds = {"fp16": 18e9, "bf16": 16e9, "fp32": 9e9}
-    monkeypatch.setattr(quantize, "_weights_per_second", lambda kind, seconds: speeds[kind])
-    assert quantize.choose(torch.float16) == (
-        "fp16",
-        "loses nothing of float16 weights; 36.0 GB/s, 90% of this machine's read speed; "
-        "2.0 times as many weights a second as fp32",
-    )
-    assert [quantize.choose(dtype).kind for dtype in (torch.bfloat16, torch.float32)] == ["bf16", "fp32"]
-    speeds["fp16"] = 8e9
-    assert quantize.choose(torch.float16).kind == "fp32"
+    kinds = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp32"}
+    assert {dtype: quantize.lossless(dtype) for dtype in kinds} == kinds
     monkeypatch.setattr(kernels, "compiled", lambda: False)
-    assert quantize.choose(torch.float16).kind == "fp32"
-
-
-@pytest.mark.slow
-def test_the_choice_is_measured():
-    kind, why = quantize.choose(torch.float16, seconds=0.3)
-    assert kind in ("fp16", "fp32")
-    assert "GB/s" in why or not kernels.compiled()
+    assert quantize.lossless(torch.float16) is None
 
 
 @pytest.mark.slow

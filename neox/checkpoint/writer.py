@@ -78,8 +78,10 @@ class Saver:
         optimizers: Iterable[torch.optim.Optimizer],
         config: Config,
         state: dict[str, Any],
+        prunes: bool = True,
     ) -> Path:
-        """Write the checkpoint of `state["step"]`, or begin to; its folder, which counts only once it is whole."""
+        """Write the checkpoint of `state["step"]`, or begin to; its folder, which counts only once it is whole. With
+        `prunes` expired ones go when it is."""
         started = time.perf_counter()
         self.wait()
         folder = step_folder(self.run, state["step"])
@@ -90,7 +92,7 @@ class Saver:
         files = {"config.toml": config.to_toml().encode(), "state.json": written.encode()}
         if self.config.asynchronous:
             tensors = self._staged(tensors)
-        self._flight = _Flight(lambda: self._write(folder, tensors, files))
+        self._flight = _Flight(lambda: self._write(folder, tensors, files, prunes))
         if self.config.asynchronous:
             self._flight.start()
         else:
@@ -150,7 +152,7 @@ class Saver:
             self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
         return cast(dict[str, Tensor], self._stager.stage(tensors))
 
-    def _write(self, folder: Path, tensors: dict[str, Tensor], files: dict[str, bytes]) -> None:
+    def _write(self, folder: Path, tensors: dict[str, Tensor], files: dict[str, bytes], prunes: bool) -> None:
         try:
             writer = _Writer(folder, files)
             dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self.processes.world == 1)
@@ -174,7 +176,7 @@ class Saver:
                     str(folder),
                 ) from None
             raise
-        if not self.processes.rank:
+        if prunes and not self.processes.rank:
             prune(self.run, self.config)
 
     def _count(self, name: str, seconds: float) -> None:

@@ -157,6 +157,7 @@ def train(targets: list[str], options: list[str]) -> int:
     from neox.inspect.samples import SampleHook
     from neox.runtime import OtherProcessFailed, first_of_host, is_launched
     from neox.train import Trainer
+    from neox.train.run import refuse_existing
 
     try:
         config, resumed = _asked(targets, options)
@@ -174,6 +175,8 @@ def train(targets: list[str], options: list[str]) -> int:
                 print(f"{run}: finished at step {done}; train on: {again} steps={2 * done}")
             return 0
     if not is_launched() and (number := processes_here(config)) > 1:
+        if not resumed:
+            refuse_existing(run)  # here, once, and not in each process at each restart
         return launch(["train", *targets, *options], number, config.train)
     try:
         result = trainer.fit()

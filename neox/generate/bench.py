@@ -12,7 +12,7 @@ from neox.generate.loading import load_engine
 from neox.generate.rate import bytes_read
 from neox.generate.sampling import Sampling
 from neox.machine import read_speed
-from neox.quantize import choose
+from neox.quantize import lossless
 
 
 @dataclass(frozen=True)
@@ -55,5 +55,9 @@ def report(source: str | Path, kinds: Sequence[str]) -> str:
         lines.append(
             f"{row.weights:<8}{row.bytes_read / 1e9:>12.3f}{row.prefill:>18,.0f}{row.decode:>11.1f}{row.share:>15.0%}"
         )
-    choice = choose(weights_dtype(source))
-    return "\n".join([*lines, "", f"weights=auto takes {choice.kind}: {choice.why}"])
+    stored = weights_dtype(source)
+    taken = lossless(stored) or "plain"
+    why = f"loses nothing of {str(stored).removeprefix('torch.')} weights"
+    if taken == "plain":
+        why += "; there are no compiled kernels for this machine"
+    return "\n".join([*lines, "", f"weights=auto takes {taken}: {why}"])

@@ -5,17 +5,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from neox import kernels
 from neox.checkpoint import load, weights_dtype
 from neox.generate.engine import Engine
 from neox.generate.speculate import DraftModel, prompt_lookup
 from neox.kernels import Kind
-from neox.quantize import packing, quantize
+from neox.quantize import lossless, packing, quantize
 from neox.runtime import resolve_device
 
 Weights = Literal["auto", "plain", "fp32", "fp16", "bf16", "int8", "int4"]
 """plain leaves the layers to torch; the others are kinds of `neox.kernels`."""
-LOSSLESS: dict[torch.dtype, Kind] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def load_engine(
@@ -58,6 +56,6 @@ def load_engine(
 
 def _kind(source: str | Path, place: torch.device, dtype: str | None, weights: str) -> Kind | None:
     """How weights are packed; None: not at all."""
-    if weights == "plain" or (weights == "auto" and (place.type != "cpu" or dtype or not kernels.compiled())):
-        return None
-    return LOSSLESS.get(weights_dtype(source), "fp32") if weights == "auto" else weights  # type: ignore[return-value]
+    if weights == "auto":
+        return None if place.type != "cpu" or dtype else lossless(weights_dtype(source))
+    return None if weights == "plain" else weights  # type: ignore[return-value]

@@ -45,6 +45,14 @@ class Goodput:
         """The run is now where `state`, the `seconds` of a checkpoint, was noted."""
         self.seconds = {kind: float(state.get(kind, 0.0)) for kind in KINDS}
 
+    def state(self) -> dict[str, float]:
+        """What a checkpoint notes."""
+        return {**self.seconds, "elapsed": self.elapsed}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Earlier calls took at least as long as the checkpoint `state` says, which may be later than the last row."""
+        self.before = max(self.before, float(state.get("elapsed", 0.0)))
+
     @property
     def elapsed(self) -> float:
         """Seconds of all calls so far."""

@@ -29,7 +29,7 @@ class Profile:
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """What happens in here is step `number`, which counts from 1."""
-        if self.first and number == self.first:
+        if self.first and number == self.first and self.running is None:
             activities = [ProfilerActivity.CPU]
             if self.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)

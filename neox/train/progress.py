@@ -31,7 +31,7 @@ class Progress:
             "updates": self.updates,
             "loss_scaler": self.scaler.state() if self.scaler else {},
             "guard": self.guard.state(),
-            "seconds": self.goodput.seconds,
+            "seconds": self.goodput.state(),
             "order": self.order,
         }
 

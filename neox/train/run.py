@@ -44,6 +44,12 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
     return config.model_copy(update={"log": config.log.model_copy(update={"out": str(run)})})
 
 
+def refuse_existing(run: Path) -> None:
+    """Raises ValueError where a run has begun already: a new one would not be told from it."""
+    if complete_steps(run) or (run / "metrics.jsonl").exists():
+        raise ValueError(f"{run}: holds a run: continue it with `neox train resume={run}`, or choose another out=")
+
+
 @contextlib.contextmanager
 def only_writer(run: Path, processes: Processes) -> Iterator[None]:
     """Refuse a second writer on a run directory; the lock goes with the process, also when it is killed.

@@ -43,7 +43,14 @@ from neox.train.metrics import Meter, make_row
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
 from neox.train.profile import Profile
 from neox.train.progress import Progress
-from neox.train.run import StopSignals, begun_by_this_launch, is_evaluated, note_launch, only_writer
+from neox.train.run import (
+    StopSignals,
+    begun_by_this_launch,
+    is_evaluated,
+    note_launch,
+    only_writer,
+    refuse_existing,
+)
 from neox.train.schedule import lr_factor
 from neox.train.sinks import Sinks, build_sinks
 from neox.train.statistics import copies, norms, update_norms
@@ -107,11 +114,8 @@ class Trainer:
             with only_writer(self.run, processes):
                 self.resume = bool(processes.largest(self.resume or begun_by_this_launch(self.run)))
                 # Looked at under the lock: a run that another process has just finished must not be begun again.
-                if not self.resume and (complete_steps(self.run) or (self.run / "metrics.jsonl").exists()):
-                    raise ValueError(
-                        f"{self.run}: holds a run: continue it with `neox train resume={self.run}`, "
-                        "or choose another out="
-                    )
+                if not self.resume:
+                    refuse_existing(self.run)
                 if not processes.rank:
                     note_launch(self.run)
                 self.goodput = Goodput.of(self.run) if self.resume else Goodput()
@@ -180,13 +184,15 @@ class Trainer:
                     self.goodput.seconds["training"] += took
                 saves = self.step == steps or is_due(config.checkpoint, self.step)
                 with meter.paused(bool(saves or self.hooks or self._evaluates())):
-                    if self.progress.guard.gives_up:
-                        self._rewind()
+                    if config.train.guard and self.progress.guard.gives_up:
+                        self._rewind(more["left_out"])
                         continue
                     # Asked once a step: a signal that comes after this line ends, and saves, the next step.
                     self._ask(signals)
                     hurry = self.stop_signal == signal.SIGTERM
-                    if not hurry:
+                    if hurry:
+                        self.watch.terminate()  # it may have come to another process
+                    else:
                         self._look(signals)
                     self.saver.poll()
                     if saves or self.stop_signal:
@@ -279,7 +285,7 @@ class Trainer:
         progress.guard.count(mean, total, bad is not None)
         return mean, total, bad
 
-    def _rewind(self) -> None:
+    def _rewind(self, because: str) -> None:
         """Back to a checkpoint from before the bad steps, and past their data. All processes call it together."""
         progress = self.progress
         self.saver.wait()
@@ -295,10 +301,13 @@ class Trainer:
             if not self.processes.rank:
                 set_aside_after(self.run, step_folder(self.run, to))
         self.sinks.close()
-        progress.move(*load_newest(self.run, self.parts, self.optimizers, self.processes))
+        folder, state = load_newest(self.run, self.parts, self.optimizers, self.processes)
+        if not self.processes.rank:
+            set_aside_after(self.run, folder)  # what turned out to be damaged
+        progress.move(folder, state)
         # All that is kept of the way that led astray.
         progress.loader, progress.guard.rewinds = loader, [*rewinds, (left, self.step)]
-        self.news = {"rewound_from": left, "stepped_over": loader.stepped_over}
+        self.news = {"rewound_from": left, "rewound_because": because, "stepped_over": loader.stepped_over}
         if not self.quiet:
             print(
                 f"neox: {progress.guard.limit} updates in a row left out up to step {left}: back to step {self.step}, "
@@ -339,7 +348,9 @@ class Trainer:
     def save(self) -> Path:
         """Write the checkpoint of the current step, or begin to, and let expired ones go."""
         with self.goodput.spending("saving"):
-            return self.saver.save(self.parts, self.optimizers, self.config, self.progress.state())
+            # Of a run that may have to go back nothing older is let go.
+            sound = not self.progress.guard.bad_in_a_row
+            return self.saver.save(self.parts, self.optimizers, self.config, self.progress.state(), prunes=sound)
 
     def _build(self) -> None:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
@@ -350,13 +361,13 @@ class Trainer:
             # The order depends on it: a run that is made longer keeps the one it began with.
             data = config.data.model_copy(update={"num_samples": samples})
             self.config = config = config.model_copy(update={"data": data})
-        with processes.first_alone():
+        # Tokenizing may take any time, for those who wait for it too.
+        with self.watch.paused(), processes.first_alone():
             if not self.resume and not processes.rank:
                 discard(config, self.run)
             if not done:  # before the text is tokenized, which may take long: from now on `resume=` continues
                 self._write_config()
-            with self.watch.paused():
-                files = token_files(config, self.run, quiet=self.quiet)
+            files = token_files(config, self.run, quiet=self.quiet)
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
         datasets = build_datasets(config.data, files.train, files.valid, config.train.seed, samples, not self.quiet)
         self.progress = Progress(config, datasets.train, datasets.fingerprint, self.goodput)
@@ -373,6 +384,7 @@ class Trainer:
             return
         folder, state = load_newest(self.run, self.parts, self.optimizers, processes)
         self.progress.move(folder, state)
+        self.goodput.resume(state["seconds"])
         if not processes.rank:
             set_aside_after(self.run, folder)
         self._write_config()  # with what was changed for this call, now that it is known to fit

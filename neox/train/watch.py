@@ -64,6 +64,10 @@ class Watch:
                 f"(SLURM: --signal=TERM@{enough})"
             )
 
+    def terminate(self) -> None:
+        """SIGTERM came, if not before: to this process or to another one of the run."""
+        self.terminated = min(self.terminated, time.monotonic())
+
     def since_sigterm(self) -> float:
         """Seconds since SIGTERM came."""
         return time.monotonic() - self.terminated
@@ -113,7 +117,7 @@ class Watch:
                 if 0 in came:
                     return
                 if signal.SIGTERM in came:
-                    self.terminated = min(self.terminated, time.monotonic())
+                    self.terminate()
 
     def _too_late(self) -> NoReturn:
         if not self.processes.rank:

@@ -1,6 +1,8 @@
 """Poison in the data, and a weight that turns NaN on one process: all processes leave out, and go back, alike."""
 
 import math
+import sys
+import time
 
 import pytest
 import torch
@@ -76,3 +78,25 @@ def test_a_weight_of_one_process_that_turns_nan(tmp_path, layout):
     assert alone["stepped_over"] == [(20, 40)]
     assert found == [alone, alone]
     same_run(tmp_path / "alone", tmp_path / "many", tmp_path)
+
+
+def fit_after_a_while(config, seconds: float):
+    """Rank 0 takes so long over the text."""
+    module = sys.modules["neox.train.trainer"]
+    plain = module.token_files
+
+    def token_files(config, run, quiet):
+        if not (run / "slow").exists():
+            (run / "slow").touch()
+            time.sleep(seconds)
+        return plain(config, run, quiet=quiet)
+
+    module.token_files = token_files
+    return Trainer(config, quiet=True).fit().step
+
+
+@pytest.mark.slow
+def test_those_who_wait_for_the_text_do_not_hang(tmp_path):
+    poisoned(tmp_path / "train")
+    config = settings(tmp_path, "run", "steps=2", "train.timeout=10", "parallel.dp_shard=2")
+    assert together(2, tmp_path / "ranks", fit_after_a_while, config, 15) == [2, 2]

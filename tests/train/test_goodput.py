@@ -33,6 +33,22 @@ def test_a_run_that_went_back_once():
     )
 
 
+def test_a_checkpoint_that_is_later_than_the_last_row():
+    clock = Clock()
+    first = Goodput(clock=clock)
+    clock.now += 30
+    first.seconds["training"] += 25
+    kept = first.state()
+    clock = Clock()
+    second = Goodput(before=4.0, clock=clock)  # what the last row says
+    second.move(kept)
+    second.resume(kept)
+    clock.now += 10
+    assert (second.elapsed, second.seconds["training"]) == (40, 25)
+    second.move(kept)  # a rewind does not set the clock back
+    assert second.elapsed == 40
+
+
 def test_what_fails_is_lost():
     clock = Clock()
     goodput = Goodput(clock=clock)

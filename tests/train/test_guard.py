@@ -216,6 +216,29 @@ def test_a_run_that_is_resumed_among_the_bad_steps_goes_back_alike(tmp_path):
     assert states[0] == states[1]
 
 
+def test_a_save_among_the_bad_steps_does_not_let_go_of_the_way_back(tmp_path):
+    """The checkpoint of step 15 is among them: with keep_last=1 it would leave none to go back to."""
+    poisoned(tmp_path / "train", range(14, 18))
+    options = ("spike_sigma=5", "rewind_after=3", "keep_last=1", "steps=22")
+    Trainer(settings(tmp_path, "run", *options), quiet=True).fit()
+    (row,) = [row for row in rows(tmp_path / "run") if "rewound_from" in row]
+    assert (row["step"], row["rewound_from"]) == (11, 17)
+    assert "standard deviations" in row["rewound_because"]
+    assert [step.name for step in complete(tmp_path / "run")] == ["step_00000022"]
+
+
+def test_without_a_guard_nothing_is_left_out(tmp_path):
+    """A run that is stopped among bad steps and goes on without one does not go back either."""
+    poisoned(tmp_path / "train", range(14, 18))
+    options = ("spike_sigma=5", "rewind_after=3")
+    Trainer(settings(tmp_path, "run", "steps=16", *options), quiet=True).fit()
+    alone = settings(tmp_path, "run", "steps=20", *options, "rewind_after=1", "train.guard=false")
+    Trainer(alone, resume=True, quiet=True).fit()
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found if "left_out" in row] == [15, 16]
+    assert not any("rewound_from" in row for row in found)
+
+
 def slowed() -> None:
     plain = Trainer.train_step
 
