@@ -193,6 +193,13 @@ class _Stage(pipelining.PipelineStage):
         _give_away(self.grad_recv_info[bwd_chunk_id])
         return received
 
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if loss is not None and full_backward:
+            loss.detach_()  # the schedule keeps losses to the end of the step, and their graphs what was received
+
 
 def _give_away(infos: Any) -> None:
     """What these hold belongs to whoever has it; only the shape stays."""
