@@ -1,7 +1,7 @@
 """Memory and traffic of a layout by formula, in microseconds: what `propose` chooses by before it rehearses.
 
 Legend: C hidden, F MLP width, V vocabulary rows, T tokens, B sequences of a microbatch, M microbatches.
-Schedules other than 1f1b and mixtures with context parallelism are left to the rehearsal.
+Of schedules other than 1f1b and of context parallelism it gives a lower bound; `propose` asks for neither.
 """
 
 from neox.config import Config
