@@ -2,6 +2,7 @@
 
 Legend: C hidden, F MLP width, V vocabulary rows, T tokens, B sequences of a microbatch, M microbatches.
 Of schedules other than 1f1b and of context parallelism it gives a lower bound; `propose` asks for neither.
+Where microbatches only just fill the pipeline it gives too much memory: gradients are not there when all are in flight.
 """
 
 from neox.config import Config
@@ -81,8 +82,9 @@ def _traffic(config: Config, own: float, layers: int, ends: list[float]) -> dict
         found["pp", "send"] = x * (2 - bool(ends[0]) - bool(ends[1]))
     if n > 1:
         times = 1 if parallel.zero == 1 else count
-        gathers = 2 * count if parallel.zero == 3 else times
-        found["dp_shard", "all-gather"] = (n - 1) / n * value * own * gathers
+        # ZeRO-3 gathers all but the embedding once more for the backward pass.
+        gathered = count * (2 * own - ends[0]) if parallel.zero == 3 else times * own
+        found["dp_shard", "all-gather"] = (n - 1) / n * value * gathered
         found["dp_shard", "reduce-scatter"] = (n - 1) / n * 4 * own * times
     if parallel.dp_replicate > 1:
         copies = parallel.dp_replicate
