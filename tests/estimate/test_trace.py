@@ -135,6 +135,12 @@ def test_microbatches_that_are_left_out_add_the_same_each(options, tmp_path):
     assert scaled.traffic == whole.traffic
 
 
+def test_a_pipeline_holds_what_it_received_no_longer_than_it_needs_it(tmp_path):
+    """The last stage has one microbatch at a time in flight, of ten: one buffer [1, T, C] of fp32."""
+    (last,) = rehearsals(tmp_path, (small("parallel.pp=2"), 1, True))
+    assert last.memory["received"] == 4 * 32 * 32
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 LARGE = (
