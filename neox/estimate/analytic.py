@@ -1,7 +1,8 @@
 """Memory and traffic of a layout by formula, in microseconds: what `propose` chooses by before it rehearses.
 
 Legend: C hidden, F MLP width, V vocabulary rows, T tokens, B sequences of a microbatch, M microbatches.
-Schedules other than 1f1b and mixtures with context parallelism are left to the rehearsal.
+Of schedules other than 1f1b and of context parallelism it gives a lower bound; `propose` asks for neither.
+Where microbatches only just fill the pipeline it gives too much memory: gradients are not there when all are in flight.
 """
 
 from neox.config import Config
@@ -26,30 +27,42 @@ def stage(config: Config, number: int) -> Trace:
     stream = value if sharded else 4  # the residual stream, which autocast alone leaves in fp32
     tokens = rows(config)[0] * config.data.seq_length
     memory = {"weights": 4 * own / n, "optimizer": 8 * own / n, "gradients": 4 * own, "copies": 0.0}
+    if sharded and parallel.zero > 1:
+        memory["gradients"] /= n
     if sharded:
         memory["copies"] = value * own
         if parallel.zero == 3:
             memory["copies"] = value * (2 * block + sum(ends))
-        if parallel.zero > 1:
-            memory["gradients"] = 4 * own / n + 4 * max(2 * block, *ends)
     elif train.dtype != "fp32":
         memory["copies"] = value * own
     # Of a token and block: what `checkpoint_blocks` keeps. Attention keeps q, k, v and its result, split over tp.
-    split = {"none": 4 * c + f, "selective": 4 * c, "full": 0}[train.activation_checkpointing] / tp
-    whole = c if train.activation_checkpointing != "selective" else c + c / tp
+    mode, half = train.activation_checkpointing, train.dtype != "fp32"
+    split = {"none": 4 * c + f, "selective": 4 * c, "full": 0}[mode] / tp
+    if half:
+        # What the rehearsals of 16 bits keep on top: a width without checkpointing, and where norms give fp32 the
+        # copies that the products read.
+        split += {"none": c + 2 * c * (not sharded), "selective": c * (not sharded), "full": 0}[mode]
+    whole = c if mode != "selective" else c + c / tp
     kept = tokens * (stream * whole + value * split)
     in_flight = min(count, pp - number)
-    again = tokens * (value * (4 * c + 2 * f) / tp + stream * 2 * c) if train.activation_checkpointing == "full" else 0
+    again = tokens * (value * (4 * c + 2 * f) / tp + stream * 2 * c) if mode == "full" else 0
     memory["activations"] = in_flight * layers * kept + 2 * tokens * c * stream
-    memory["working"] = again + 2 * tokens * c * stream + (4 * block if sharded else 0)
-    memory["received"] = count * tokens * c * stream * (2 - first - last) if pp > 1 else 0
-    chunk = min(train.loss_chunk, tokens)
-    memory["logits"] = chunk * v / tp * (4 if train.dtype == "fp32" else 8) if last else 0
-    # The loss's buffers are gone when the blocks' backward pass needs its own.
-    if memory["logits"] > memory["working"]:
-        memory["working"] = 0
+    # What a later stage received is the input of its first block; the gradient comes in a buffer of its own.
+    memory["received"] = tokens * c * stream if pp > 1 and not last else 0
+    working, logits = again + 2 * tokens * c * stream + (4 * block if sharded else 0), 0.0
+    if last:
+        # A chunk of logits (in 16 bits the product, its fp32 copy, the error), the gradient of the head that another
+        # microbatch's is added to, in 16 bits first as such, and the gradient of the hidden states, and their copy.
+        logits = min(train.loss_chunk, tokens) * v / tp * (8 if half else 4)
+        logits += v * c / tp * (6 if half else 4) + tokens * c * (stream + value * (stream != value))
+    # The loss's buffers are gone when the blocks' backward pass needs its own, and whole gradients.
+    whole_gradients = 4 * max(2 * block, *ends) if sharded and parallel.zero > 1 else 0.0
+    if logits > working + whole_gradients:
+        working = whole_gradients = 0.0
     else:
-        memory["logits"] = 0
+        logits = 0.0
+    memory |= {"logits": logits, "working": working}
+    memory["gradients"] += whole_gradients
     return Trace(int(own / n), {kind: int(size) for kind, size in memory.items()}, _traffic(config, own, layers, ends))
 
 
@@ -69,8 +82,9 @@ def _traffic(config: Config, own: float, layers: int, ends: list[float]) -> dict
         found["pp", "send"] = x * (2 - bool(ends[0]) - bool(ends[1]))
     if n > 1:
         times = 1 if parallel.zero == 1 else count
-        gathers = 2 * count if parallel.zero == 3 else times
-        found["dp_shard", "all-gather"] = (n - 1) / n * value * own * gathers
+        # ZeRO-3 gathers all but the embedding once more for the backward pass.
+        gathered = count * (2 * own - ends[0]) if parallel.zero == 3 else times * own
+        found["dp_shard", "all-gather"] = (n - 1) / n * value * gathered
         found["dp_shard", "reduce-scatter"] = (n - 1) / n * 4 * own * times
     if parallel.dp_replicate > 1:
         copies = parallel.dp_replicate

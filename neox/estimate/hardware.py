@@ -31,13 +31,19 @@ class GPU:
     network: float  # of a GPU's share of its host's adapters
 
 
+# From pages that quote the vendor's datasheets, read in November 2026; products without sparsity, SXM boards.
+#   A100  https://glennklockwood.com/garden/processors/A100. The memory of the smaller one is what CUDA reports of it:
+#         https://upb-pc2.atlassian.net/wiki/spaces/PC2DOK/pages/1900609/NVIDIA+A100+40GB+with+NVLINK
+#   H100  https://glennklockwood.com/garden/processors/h100
+#   H200  https://www.kunwar.page/chapter/appendix-d-hardware-reference
+#   NVLink is given for both ways together, 600 and 900 GB/s; here it is one way.
+#   Network, an adapter a GPU: A100 200 Gb/s (HDR; adapters: https://www.besthub.dev/articles, "Inside the
+#   High-Performance GPU Server"; rate: https://alpha-one-index.github.io/ai-infra-index/specs/networking-interconnects),
+#   H100 and H200 400 Gb/s (https://docs.nvidia.com/dgx-basepod, core components).
 GPUS = {
-    # NVIDIA A100 Tensor Core GPU datasheet (SXM4; NVLink 600 GB/s both ways). DGX A100: a 200 Gb/s adapter a GPU.
-    "a100-40gb": GPU(312e12, 19.5e12, 40 * 2**30, 1.555e12, 300e9, 25e9),
-    "a100-80gb": GPU(312e12, 19.5e12, 80 * 2**30, 2.039e12, 300e9, 25e9),
-    # NVIDIA H100 datasheet (SXM5, without sparsity; NVLink 900 GB/s both ways). DGX H100: a 400 Gb/s adapter a GPU.
-    "h100": GPU(989e12, 67e12, 80 * 2**30, 3.35e12, 450e9, 50e9),
-    # NVIDIA H200 datasheet (SXM), adapters as DGX H200's.
+    "a100-40gb": GPU(312e12, 19.5e12, 42.4e9, 1.555e12, 300e9, 25e9),
+    "a100-80gb": GPU(312e12, 19.5e12, 80e9, 2.039e12, 300e9, 25e9),
+    "h100": GPU(989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
     "h200": GPU(989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
 }
 

@@ -4,6 +4,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 
 from neox.config import Config
 from neox.counts import train_flops_per_token
@@ -24,28 +25,26 @@ class Place:
     stages: list[int]
     layers: int
     head: bool
-    trace: Trace
-    reused: bool  # the rehearsal is that of another place between the ends
+    trace: Trace  # shared by places of which only the first was rehearsed
 
 
 def rehearsed(config: Config) -> list[Place]:
-    """Rehearse the first, the second and the last place of the pipeline, each in a process of its own.
+    """Rehearse the first and the last place of the pipeline, and between them one of each number of layers, each in a
+    process of its own.
 
-    The second one stands for all between the ends: of these it keeps the most microbatches in flight.
+    It is the first of that number, and stands for the others: of these it keeps the most microbatches in flight.
     """
     pp, world = config.parallel.pp, processes(config)
-    chosen = sorted({0, min(1, pp - 1), pp - 1})
+    layers = layers_of_stages(config) if pp > 1 else [range(config.model.num_hidden_layers)]
+    stages = [stages_of_rank(config.parallel, at) for at in range(pp)]
+    counts = [sum(len(layers[stage]) for stage in own) for own in stages]
+    stand_in = [at if at in (0, pp - 1) else counts.index(counts[at], 1) for at in range(pp)]
+    chosen = sorted(set(stand_in))
     if sys.stderr.isatty() or pp > 1:
         print(f"rehearsing {len(chosen)} of {world} processes ...", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1)) as pool:
         found = dict(zip(chosen, pool.map(lambda at: trace(config, at * (world // pp)), chosen), strict=True))
-    layers = layers_of_stages(config) if pp > 1 else [range(config.model.num_hidden_layers)]
-    places = []
-    for at in range(pp):
-        stages = stages_of_rank(config.parallel, at)
-        count = sum(len(layers[stage]) for stage in stages)
-        places.append(Place(stages, count, len(layers) - 1 in stages, found[at if at in found else 1], at not in found))
-    return places
+    return [Place(stages[at], counts[at], len(layers) - 1 in stages[at], found[stand_in[at]]) for at in range(pp)]
 
 
 def slowest(config: Config, device: GPU, places: list[Place]) -> StepTime:
@@ -66,24 +65,30 @@ def render(config: Config, places: list[Place], name: str | None = None, device:
         f"{config.train.micro_batch_size} a step, zero={parallel.zero}, {config.train.dtype}, "
         f"checkpointing {config.train.activation_checkpointing}",
         "",
-        "Peak memory of a process by kind, bytes of tensors, rehearsed (* as the stage before it, which holds more)",
-        f"  {'stage':<8}{'layers':>7}{'parameters':>13}" + "".join(f"{kind:>12}" for kind in KINDS) + f"{'peak':>9}",
+        "Peak memory of a process by kind, bytes of tensors, rehearsed (a range: its first stage, which holds most)",
+        f"  {'stage':<9}{'layers':>6}{'parameters':>13}" + "".join(f"{kind:>12}" for kind in KINDS) + f"{'peak':>9}",
     ]
-    for place in places:
+    alike = [list(group) for _, group in groupby(places, key=lambda place: id(place.trace))]
+    names = [" - ".join(",".join(map(str, at.stages)) for at in [group[0], *group[1:][-1:]]) for group in alike]
+    firsts = [group[0] for group in alike]
+    for label, place in zip(names, firsts, strict=True):
         held = "".join(f"{_bytes(place.trace.memory.get(kind, 0)):>12}" for kind in KINDS)
-        label = ",".join(map(str, place.stages)) + "*" * place.reused
-        lines.append(f"  {label:<8}{place.layers:>7}{place.trace.parameters:>13,}{held}{_bytes(place.trace.peak):>9}")
+        lines.append(f"  {label:<9}{place.layers:>6}{place.trace.parameters:>13,}{held}{_bytes(place.trace.peak):>9}")
     lines += ["", "Bytes that a process sends in a step, counted"]
     messages = sorted({message for place in places for message in place.trace.traffic})
+    if messages and len(firsts) > 1:
+        lines.append(f"  {'stage':<30}" + "  ".join(f"{label:>9}" for label in names))
     for axis, kind in messages:
-        sent = "  ".join(f"{_bytes(place.trace.traffic.get((axis, kind), 0)):>9}" for place in places)
+        sent = "  ".join(f"{_bytes(place.trace.traffic.get((axis, kind), 0)):>9}" for place in firsts)
         lines.append(f"  {axis:<14}{kind:<16}{sent}")
     if not messages:
         lines.append("  none")
-    lines += ["", f"Pipeline: {parallel.schedule}, idle {bubble(config):.1%} of a step" if parallel.pp > 1 else ""]
+    lines.append("")
+    if parallel.pp > 1:
+        lines.append(f"Pipeline: {parallel.schedule}, idle {bubble(config):.1%} of a step")
     if device:
         lines += estimate(config, places, name or "", device)
-    return "\n".join(line for line in lines if line is not None)
+    return "\n".join(lines).rstrip()
 
 
 def estimate(config: Config, places: list[Place], name: str, device: GPU) -> list[str]:

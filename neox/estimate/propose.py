@@ -10,25 +10,44 @@ from neox.estimate.page import _bytes
 from neox.estimate.plan import rehearsed, render
 from neox.parallel.pipeline import layers_of_stages
 
-SHOWN = 8
-"""Layouts in the table."""
+SHOWN, SHOWN_WANTING = 8, 4
+"""Layouts in the tables."""
+TRIES = 3
+"""Layouts that are rehearsed at most, where the rehearsal takes back that one fits."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     config: Config
-    peak: int  # bytes, of the process that holds most
+    memory: dict[str, int]  # bytes by kind, of the process that holds most
     seconds: float  # of a step, of the process that takes longest
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def layout(self) -> str:
+        parallel = self.config.parallel
+        return (
+            f"tp={parallel.tp} pp={parallel.pp} dp_shard={parallel.dp_shard} dp_replicate={parallel.dp_replicate} "
+            f"zero={parallel.zero}"
+        )
 
     @property
     def keys(self) -> str:
         """What to add to the command."""
-        parallel, train = self.config.parallel, self.config.train
+        train = self.config.train
         return (
-            f"tp={parallel.tp} pp={parallel.pp} dp_shard={parallel.dp_shard} dp_replicate={parallel.dp_replicate} "
-            f"zero={parallel.zero} activation_checkpointing={train.activation_checkpointing} "
+            f"{self.layout} activation_checkpointing={train.activation_checkpointing} "
             f"micro_batch_size={train.micro_batch_size}"
         )
+
+    @property
+    def reason(self) -> str:
+        """What takes most of the memory."""
+        kinds = sorted(self.memory, key=self.memory.__getitem__, reverse=True)
+        return ", ".join(f"{kind} {_bytes(self.memory[kind])}" for kind in kinds[:3])
 
 
 def candidates(config: Config, gpus: int, device: GPU) -> list[Candidate]:
@@ -70,37 +89,68 @@ def _micro_batches(config: Config, parallel: dict[str, int], device: GPU) -> lis
 def _estimated(config: Config, device: GPU) -> Candidate:
     pp = config.parallel.pp
     layers = [len(stage) for stage in layers_of_stages(config)] if pp > 1 else [config.model.num_hidden_layers]
-    peak, seconds = 0, 0.0
-    for number in sorted({0, min(1, pp - 1), pp - 1}):
-        found = analytic.stage(config, number)
-        time = step_time(config, device, layers[number], number == pp - 1, found.parameters, found.traffic)
-        peak, seconds = max(peak, found.peak), max(seconds, time.total)
-    return Candidate(config, peak, seconds)
+    found, seconds = [], 0.0
+    for number in range(pp):
+        stage = analytic.stage(config, number)
+        time = step_time(config, device, layers[number], number == pp - 1, stage.parameters, stage.traffic)
+        found.append(stage)
+        seconds = max(seconds, time.total)
+    return Candidate(config, max(found, key=lambda stage: stage.peak).memory, seconds)
+
+
+def layouts(found: list[Candidate], room: float) -> list[Candidate]:
+    """Of each layout one candidate: the fastest that fits, or the smallest where none does; the fastest first.
+
+    Of those within a hundredth of the fastest it is the one of the largest microbatches: the estimate does not know
+    that a GPU computes small ones at a lower rate.
+    """
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in found:
+        groups.setdefault(candidate.layout, []).append(candidate)
+    best = []
+    for group in groups.values():
+        if fitting := [c for c in group if c.peak <= room]:
+            close = [c for c in fitting if c.seconds <= 1.01 * min(c.seconds for c in fitting)]
+            best.append(max(close, key=lambda c: (c.config.train.micro_batch_size, -c.seconds)))
+        else:
+            best.append(min(group, key=lambda c: c.peak))
+    return sorted(best, key=lambda c: c.seconds)
 
 
 def propose(config: Config, gpus: int, name: str, device: GPU) -> str:
-    """A table of layouts that fit and the plan of the best, or one line on the closest where none does.
+    """A table of layouts that fit, what the others lack, and the plan of the best; one line where none fits.
 
     Raises ValueError where no layout at all has `gpus` processes.
     """
     room = device.memory * USABLE
-    every = candidates(config, gpus, device)
-    if not every:
-        raise ValueError(f"gpus={gpus}: no layout has so many processes; try a number with small factors")
-    fitting = [candidate for candidate in every if candidate.peak <= room]
+    found = candidates(config, gpus, device)
+    if not found:
+        raise ValueError(
+            f"gpus={gpus}: no layout of {gpus} processes divides this model's heads and layers and "
+            f"train.global_batch_size={config.train.global_batch_size}; try a number with small factors"
+        )
+    best = layouts(found, room)
+    fitting = [c for c in best if c.peak <= room]
     if not fitting:
-        least = min(every, key=lambda candidate: candidate.peak)
+        least = min(best, key=lambda c: c.peak)
         return (
             f"nothing fits {gpus} x {name}: the closest, {least.keys}, takes {_bytes(least.peak)} of "
             f"{_bytes(room)}: more GPUs, larger ones, or a smaller model or seq_length would help"
         )
-    for tries, best in enumerate(fitting[:3]):
-        places = rehearsed(best.config)
-        if max(place.trace.peak for place in places) <= room:
+    lines = [
+        f"Layouts for {gpus} x {name} with {_bytes(room)} of memory each, by estimated seconds a step",
+        "(all by formula; the plan below is rehearsed)",
+        *(f"  {c.seconds:>8.3g} s  {_bytes(c.peak):>8}  {c.keys}" for c in fitting[:SHOWN]),
+        f"  {len(fitting)} layouts fit" + (f", {len(fitting) - SHOWN} slower ones not shown" * (len(fitting) > SHOWN)),
+    ]
+    if wanting := [c for c in best if c.peak > room]:
+        lines += ["", f"{len(wanting)} layouts do not fit; the fastest of them, as small as they can be made"]
+        for c in wanting[:SHOWN_WANTING]:
+            lines.append(f"  {c.seconds:>8.3g} s  {_bytes(c.peak):>8}  {c.keys}: {c.reason}")
+    for best_one in fitting[:TRIES]:
+        places = rehearsed(best_one.config)
+        peak = max(place.trace.peak for place in places)
+        if peak <= room:
             break
-        # The formula said that it fits: the rehearsal is right.
-        fitting[tries] = Candidate(best.config, max(place.trace.peak for place in places), best.seconds)
-    shown = [candidate for candidate in fitting[:SHOWN] if candidate.peak <= room]
-    lines = [f"Layouts for {gpus} x {name}, by estimated seconds a step (formulas; the plan below is rehearsed)"]
-    lines += [f"  {c.seconds:>8.3g} s  {_bytes(c.peak):>8}  {c.keys}" for c in shown]
-    return "\n".join([*lines, "", render(best.config, places, name, device)])
+        lines += ["", f"Not {best_one.keys}: rehearsed it takes {_bytes(peak)}"]
+    return "\n".join([*lines, "", f"The plan of {best_one.keys}", render(best_one.config, places, name, device)])

@@ -83,8 +83,6 @@ def rehearse(config: Config, rank: int) -> Trace:
         dist.init_process_group("fake", rank=rank, world_size=world)
     few, whole = counts(config), microbatches(config)
     place = layout(config.parallel, Processes(rank, world), torch.device("cpu"))
-    # The first time DTensor works out its operators' results at global size, which would be taken for memory.
-    _step(config, place, few[0])
     steps = [_step(config, place, count) for count in few]
 
     def at_whole(field: str) -> Counter[Any]:
@@ -101,6 +99,7 @@ def _step(config: Config, place: "Layout", count: int) -> Trace:
     """One step of `count` microbatches, from building the model to the optimizer's update."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
     from torch.utils._python_dispatch import _disable_current_modes
 
     from neox.checkpoint import fill_state
@@ -126,6 +125,8 @@ def _step(config: Config, place: "Layout", count: int) -> Trace:
 
         return call
 
+    # DTensor tries its operators at global size, the first time: nothing that a process would hold.
+    global_size = ShardingPropagator._propagate_tensor_meta_non_cached
     # The last microbatch may be smaller than the others.
     sizes, length = [*rows(config)[: count - 1], rows(config)[-1]], config.data.seq_length
     with (
@@ -133,6 +134,7 @@ def _step(config: Config, place: "Layout", count: int) -> Trace:
         Ledger(fake) as ledger,
         patch("neox.parallel.build.GPTNeoX", for_real(GPTNeoX)),
         patch("neox.parallel.build.shard", for_real(shard)),
+        patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", for_real(global_size)),
     ):
         parts, forward_backward = build(config, place, head_loss)
         with ledger.during("optimizer"):

@@ -163,6 +163,50 @@ class _Stage(pipelining.PipelineStage):
         (x,) = args
         return self.forward(cast(GPTNeoX, self.submod), x, stage=self.stage_index, **kwargs)
 
+    # torch keeps a buffer to receive in for each microbatch of a step: gigabytes, of which a few are in use at a time.
+    # Here a buffer is made when a message is to come, and is its reader's own afterwards; between, a meta tensor keeps
+    # the shape. tests/parallel/test_pipeline.py holds these private methods.
+
+    def _setup_forward_recv_info(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_forward_recv_info(*args, **kwargs)
+        for infos in self.args_recv_info.values():
+            _give_away(infos)
+
+    def _create_grad_recv_info(self, *args: Any, **kwargs: Any) -> Any:
+        infos = super()._create_grad_recv_info(*args, **kwargs)
+        _give_away(infos)
+        return infos
+
+    def _get_recv_ops(self, recv_infos: Any) -> Any:
+        for info in recv_infos:
+            if getattr(info, "buffer", None) is not None and info.buffer.device.type == "meta":
+                info.buffer = torch.empty_like(info.buffer, device=self.device)
+        return super()._get_recv_ops(recv_infos)
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        received = super()._retrieve_recv_activations(fwd_chunk_id)
+        _give_away(self.args_recv_info[fwd_chunk_id])
+        return received
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
+        received = super()._retrieve_recv_grads(bwd_chunk_id)
+        _give_away(self.grad_recv_info[bwd_chunk_id])
+        return received
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if loss is not None and full_backward:
+            loss.detach_()  # the schedule keeps losses to the end of the step, and their graphs what was received
+
+
+def _give_away(infos: Any) -> None:
+    """What these hold belongs to whoever has it; only the shape stays."""
+    for info in infos:
+        if getattr(info, "buffer", None) is not None:
+            info.buffer = torch.empty_like(info.buffer, device="meta", requires_grad=False)
+
 
 def _joined(batches: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Tokens and labels [M B, T] of all microbatches, and what else each stage takes of them, ready to be split by M.

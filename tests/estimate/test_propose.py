@@ -9,7 +9,9 @@ from neox.config import load_config
 from neox.counts import train_flops_per_token
 from neox.estimate.hardware import GPUS, USABLE, bubble, gpu, stage_flops, step_time, within_host
 from neox.estimate.layouts import processes
-from neox.estimate.propose import candidates, propose
+from neox.estimate.plan import rehearsed
+from neox.estimate.propose import candidates, layouts, propose
+from neox.estimate.trace import Trace
 
 PAPER = ("parallel.pp=4", "parallel.tp=2", "parallel.dp_shard=12", "dtype=bf16", "activation_checkpointing=full")
 
@@ -60,6 +62,30 @@ def test_candidates_use_all_gpus_and_can_be_run():
     assert all(c.config.parallel.tp * c.config.parallel.pp > 1 or c.config.parallel.zero > 1 for c in fits)
 
 
+def test_a_layout_is_named_once_as_fast_as_it_fits():
+    config, device = load_config("pythia-12b", overrides=("dtype=bf16",)), GPUS["a100-40gb"]
+    found, room = candidates(config, 32, device), USABLE * device.memory
+    best = layouts(found, room)
+    assert len({c.layout for c in best}) == len(best) == len({c.layout for c in found})
+    assert [c.seconds for c in best] == sorted(c.seconds for c in best)
+    for one in best:
+        others = [c for c in found if c.layout == one.layout]
+        if one.peak <= room:
+            assert one.seconds <= 1.01 * min(c.seconds for c in others if c.peak <= room)
+        else:
+            assert one.peak == min(c.peak for c in others)
+
+
+def test_a_rehearsal_stands_for_places_of_as_many_layers(monkeypatch):
+    """Between the ends; the first of them, which keeps the most microbatches."""
+    monkeypatch.setattr("neox.estimate.plan.trace", lambda config, rank: Trace(rank, {}, {}))
+    config = load_config("pythia-12b", overrides=("parallel.pp=8", "parallel.stage_layers=[4,4,4,5,5,5,5,4]"))
+    places = rehearsed(config)
+    assert [place.layers for place in places] == [4, 4, 4, 5, 5, 5, 5, 4]
+    assert [place.trace.parameters for place in places] == [0, 1, 1, 3, 3, 3, 3, 7]
+    assert [place.head for place in places] == [False] * 7 + [True]
+
+
 def test_nothing_fits_is_one_line():
     text = propose(load_config("neox-20b", overrides=("dtype=bf16",)), 1, "a100-40gb", GPUS["a100-40gb"])
     assert "\n" not in text
@@ -82,10 +108,11 @@ def test_what_show_refuses(options, words, capsys):
 
 @pytest.mark.slow
 def test_show_proposes_and_plans_the_best(capsys):
-    assert not cli.main(["show", "pythia-410m", "dtype=bf16", "global_batch_size=64", "gpus=8", "gpu=a100-40gb"])
+    options = ["dtype=bf16", "global_batch_size=64", "num_hidden_layers=4", "gpus=8", "gpu=a100-40gb"]
+    assert not cli.main(["show", "pythia-2.8b", *options])
     out = capsys.readouterr().out
-    first = re.search(r"seconds a step.*\n +([\d.e-]+) s .*(tp=\d.*)", out)
-    assert first
-    assert "Plan: 8 processes" in out
+    rows = re.findall(r"^ +([\d.]+) s +[\d.]+ GB  (tp=\d.*?)(?:: .*)?$", out, re.MULTILINE)
+    assert float(rows[0][0]) == min(float(seconds) for seconds, _ in rows)
+    assert f"The plan of {rows[0][1]}\nPlan: 8 processes" in out
     assert "Estimate on a100-40gb: not measured" in out
     assert re.search(r"memory: .*: fits", out)
