@@ -117,7 +117,7 @@ def test_attention_drops_probabilities():
             parameter.zero_()
         layer.query_key_value.weight[2 * T :] = torch.eye(T)
         layer.dense.weight.copy_(torch.eye(T))
-        context = neox.model.Context(None, None, None, None, torch.arange(T)[None])
+        context = neox.model.Context(None, None, None, None)
         torch.manual_seed(0)
         rows = layer(torch.eye(T).expand(20, T, T), context)
     share = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None] / (1 - p)
