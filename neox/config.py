@@ -22,12 +22,12 @@ from neox.sections import (
     LogConfig,
     ModelConfig,
     OptimConfig,
-    OptionalStr,
     ParallelConfig,
     ScheduleConfig,
     TokenizerConfig,
     TrainConfig,
 )
+from neox.sections.kinds import OptionalStr
 
 __all__ = [
     "CheckpointConfig",

@@ -80,7 +80,7 @@ def read_speed(seconds: float) -> float:
     deadline = time.perf_counter() + seconds
     matrix, vector, out = torch.ones(rows, 4096), torch.ones(4096), torch.empty(rows)
     left = (deadline - time.perf_counter()) / 2
-    best = min(best_seconds(lambda: torch.mv(matrix, vector, out=out), left), best_seconds(matrix.sum, left))
+    best = min(_best_seconds(lambda: torch.mv(matrix, vector, out=out), left), _best_seconds(matrix.sum, left))
     return matrix.numel() * 4 / best
 
 
@@ -106,7 +106,7 @@ def write_speed(folder: Path, seconds: float) -> float:
         raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
-def best_seconds(work: Callable[[], object], seconds: float) -> float:
+def _best_seconds(work: Callable[[], object], seconds: float) -> float:
     """Shortest time of `work` over at least two calls and about `seconds` of them; the first one warms up."""
     end = time.perf_counter() + seconds
     best, calls = math.inf, 0

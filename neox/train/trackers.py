@@ -158,7 +158,8 @@ class WeightsAndBiases:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off"),  # it would record every frame of the progress bar
         )
-        # What W&B has of the steps beyond the checkpoint stays there: computed again they are the same, bit for bit.
+        # What W&B has of the steps beyond the checkpoint stays there: computed again they are the same, bit for bit,
+        # but for those that a rewind gives up (docs/surviving.md).
         self.first = self.run.starting_step
 
     def _log(self, step: int, values: dict[str, Any]) -> None:

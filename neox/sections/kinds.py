@@ -1,0 +1,37 @@
+"""What the values of options may be, as TOML and the command line spell them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+
+# TOML has no null, and a resolved file must still be able to undo what a preset sets: hence the word.
+def none(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+def listed(value: Any) -> Any:
+    """TOML and JSON have lists where a frozen section holds tuples; one string is a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def pairs(value: Any) -> Any:
+    """A table as the pairs that it holds, for a section can be hashed; `to_toml` makes lists of two of them."""
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if not isinstance(pairs, list | tuple):
+        raise ValueError('must be a table such as {" the" = -100, 262 = 5}')
+    return tuple(listed(pair) for pair in pairs)
+
+
+OptionalInt = Annotated[int | None, BeforeValidator(none)]
+OptionalFloat = Annotated[float | None, BeforeValidator(none)]
+OptionalStr = Annotated[str | None, BeforeValidator(none)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(listed)]
+Ints = Annotated[tuple[int, ...], BeforeValidator(listed)]
+Weights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(listed)]
+Biases = Annotated[tuple[tuple[str, Annotated[float, Field(ge=-100, le=100)]], ...], BeforeValidator(pairs)]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
