@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neox import machine
 from neox.cache import BLOCK, KVCache, KVPool, Span
+from neox.fused import decoder
 from neox.generate.invariant import row_tile
 from neox.generate.prefix import PrefixTree, Stats
 from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, TokenLogprob
@@ -66,7 +67,8 @@ class Engine:
             raise ValueError(f"{BLOCK} positions of cache take {one:,} bytes: raise cache_bytes")
         self._window = config.local_window if config.local_layers else 0
         self._invariant = self.weight.device.type == "cpu" if invariant is None else invariant
-        self._rows: int | None = None if self._invariant else 1
+        self._decoder = decoder(model)
+        self._rows: int | None = None if self._invariant and self._decoder is None else 1
         self._pool = KVPool(config, blocks, self.weight.device, self.weight.dtype)
         self._scheduler = Scheduler(self._pool, PrefixTree(blocks), slots, budget)
         self._requests: dict[int, Generation] = {}
@@ -262,6 +264,8 @@ class Engine:
             self._rows = row_tile(self.model, max(128, self._scheduler.budget))
         spans = [Span(request.table, request.computed, count) for request, count in plan]
         tokens = [t for request, count in plan for t in (request.tokens + request.draft)[request.computed :][:count]]
+        if self._decoder:
+            return self._decoder(tokens, spans, self._pool)
         tokens += [0] * (-len(tokens) % self._rows)
         cache = KVCache(self._pool, spans, self._window, QUERIES if self._invariant else 1, len(tokens))
         batch = torch.tensor([tokens], device=self.weight.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from neox import machine, runtime
 from neox.kernels.layout import CANDIDATES, KINDS, Packed
 
-SOURCE = Path(__file__).with_name("panels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("panels.c", "decoder.c", "panels.h", "vectors.h"))
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
 # The best first. Who has AVX-512 without VNNI is better off with AVX2: such processors slow down under AVX-512.
 TARGETS = {
@@ -60,17 +60,20 @@ def load(flags: tuple[str, ...], folder: Path | None = None) -> ctypes.CDLL:
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
         raise NoKernels("no C compiler was found (cc, gcc or clang)")
-    identity = [SOURCE.read_text(), _run([compiler, "--version"]), *FLAGS, *flags]
+    identity = [*(source.read_text() for source in SOURCES), _run([compiler, "--version"]), *FLAGS, *flags]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
     path = (folder or runtime.cache_folder()) / f"kernels-{name}.so"
     if not _is_whole(path):
         _compile(compiler, flags, path)
     # torch has loaded an OpenMP runtime by now, and its symbols come first: its threads work here too.
     loaded = ctypes.CDLL(str(path))
-    loaded.neox_scratch.restype = ctypes.c_int64
-    loaded.neox_scratch.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    loaded.neox_linear.restype = None
-    loaded.neox_linear.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 3, ctypes.c_int)
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    loaded.neox_scratch.restype = loaded.neox_decoder_scratch.restype = count
+    loaded.neox_scratch.argtypes = (ctypes.c_int, count, count)
+    loaded.neox_decoder_scratch.argtypes = (pointer, count, count, ctypes.c_int)
+    loaded.neox_linear.restype = loaded.neox_decode.restype = None
+    loaded.neox_linear.argtypes = (pointer, pointer, pointer, pointer, count, ctypes.c_int)
+    loaded.neox_decode.argtypes = (pointer, pointer, pointer, pointer, count, count, pointer, ctypes.c_int)
     loaded.neox_pack.restype = None
     loaded.neox_pack.argtypes = (
         ctypes.c_int,
@@ -87,7 +90,7 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     # A folder of its own: two processes may be compiling, and each renames a whole file.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder, path.name)
-        _run([compiler, *FLAGS, *flags, str(SOURCE), "-o", str(built)])
+        _run([compiler, *FLAGS, *flags, *(str(path) for path in SOURCES if path.suffix == ".c"), "-o", str(built)])
         # What follows an ELF file's sections is not read by the loader. It tells a damaged file from a whole one,
         # which the loader cannot: it would be killed by reading beyond the end.
         with open(built, "r+b") as file:
@@ -115,25 +118,43 @@ def _run(command: list[str]) -> str:
         raise NoKernels(f"{command[0]} took longer than five minutes over the kernels") from None
 
 
+class Matrix(ctypes.Structure):
+    """A packed weight and its bias, as the kernels take them; what it points at is to be kept alive beside it."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("weights", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+    @classmethod
+    def of(cls, packed: Packed, bias: Tensor | None) -> "Matrix":
+        return cls(
+            KINDS.index(packed.kind),
+            packed.outputs,
+            packed.inputs,
+            packed.weights.data_ptr(),
+            address(packed.scales),
+            address(bias),
+        )
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def linear(loaded: ctypes.CDLL, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """y [M, N] for x [M, K]; float32, contiguous and on the CPU, as is the bias."""
-    rows, kind = len(x), KINDS.index(packed.kind)
+    rows, matrix = len(x), Matrix.of(packed, bias)
     y = torch.empty(rows, packed.outputs)
     if y.numel() == 0:
         return y
-    scratch = torch.empty(loaded.neox_scratch(kind, rows, packed.inputs), dtype=torch.uint8)
+    scratch = torch.empty(loaded.neox_scratch(matrix.kind, rows, packed.inputs), dtype=torch.uint8)
     loaded.neox_linear(
-        kind,
-        x.data_ptr(),
-        packed.weights.data_ptr(),
-        None if packed.scales is None else packed.scales.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        scratch.data_ptr(),
-        rows,
-        packed.outputs,
-        packed.inputs,
-        torch.get_num_threads(),
+        ctypes.byref(matrix), x.data_ptr(), y.data_ptr(), scratch.data_ptr(), rows, torch.get_num_threads()
     )
     return y
 

@@ -10,137 +10,19 @@
    Compiled for AVX-512 VNNI, or for AVX2, FMA and F16C. Reading weights is what decoding costs: 16 rows by 16 columns
    are one load or a few, and the next ones are asked for ahead. */
 
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "panels.h"
 
-enum { FP32, FP16, BF16, INT8, INT4 };
-enum { LANES = 16, GROUP = 128, BLOCK = 256, QUADS = GROUP / 4, AHEAD = 2048 };
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-INLINE float as_float(int32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
-INLINE int32_t as_bits(float value) { int32_t bits; memcpy(&bits, &value, 4); return bits; }
-
-/* Adding it rounds a small value to a whole number, halves to even, and leaves that in the low bits. */
-#define ROUNDER 12582912.0f /* 3 * 2^22 */
-
-/* ---- 16 floats and 16 integers, on either instruction set -------------------------------------------------------- */
+enum { GROUP = 128, BLOCK = 256, QUADS = GROUP / 4, AHEAD = 2048 };
 
 #ifdef __AVX512VNNI__
-
 enum { ROWS = 12 };
 INLINE int most_rows(int kind) { return ROWS; }
 /* Panels side by side for r rows: as many sums as fit the 32 registers beside the weights, enough to hide latency. */
 INLINE int side_by_side(int kind, int r) { return r <= (kind == INT4 ? 4 : 6) ? 4 : 2; }
-
-typedef __m512 floats;
-typedef __m512i integers;
-
-INLINE floats zeros(void) { return _mm512_setzero_ps(); }
-INLINE floats spread(float value) { return _mm512_set1_ps(value); }
-INLINE floats load(const float *from) { return _mm512_loadu_ps(from); }
-INLINE void store(float *to, floats v) { _mm512_storeu_ps(to, v); }
-INLINE floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
-INLINE floats multiply(floats a, floats b) { return _mm512_mul_ps(a, b); }
-INLINE floats fused(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE floats within(floats low, floats v, floats high) { return _mm512_min_ps(_mm512_max_ps(v, low), high); }
-INLINE floats from_fp16(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
-INLINE floats from_bf16(const uint16_t *from) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-INLINE integers spread_integer(int32_t value) { return _mm512_set1_epi32(value); }
-INLINE floats to_floats(integers v) { return _mm512_cvtepi32_ps(v); }
-
-/* The instruction multiplies unsigned by signed bytes: weights are shifted by OFFSET, sums start at -OFFSET sum(x). */
-INLINE int offset(int kind) { return kind == INT8 ? 128 : 8; }
-INLINE integers weights8(const uint8_t *from) {
-    return _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(-128));
-}
-INLINE integers low4(const uint8_t *from) { return _mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(15)); }
-INLINE integers high4(const uint8_t *from) {
-    return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(from), 4), _mm512_set1_epi8(15));
-}
-/* As the intrinsic, which makes gcc 12 copy every sum to and fro. */
-INLINE integers dot8(integers sum, integers w, integers x) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-    return sum;
-}
-INLINE integers dot4(integers sum, integers low, integers high, integers even, integers odd) {
-    return dot8(dot8(sum, low, even), high, odd);
-}
-
 #else
-
 enum { ROWS = 6 };
 INLINE int most_rows(int kind) { return kind >= INT8 ? 4 : ROWS; }
 INLINE int side_by_side(int kind, int r) { return kind >= INT8 ? (r == 1 ? 2 : 1) : r == 1 ? 4 : r <= 3 ? 2 : 1; }
-
-typedef struct { __m256 a, b; } floats;
-typedef struct { __m256i a, b; } integers;
-
-INLINE floats zeros(void) { return (floats){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-INLINE floats spread(float value) { return (floats){_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
-INLINE floats load(const float *from) { return (floats){_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
-INLINE void store(float *to, floats v) { _mm256_storeu_ps(to, v.a), _mm256_storeu_ps(to + 8, v.b); }
-INLINE floats add(floats a, floats b) { return (floats){_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
-INLINE floats multiply(floats a, floats b) { return (floats){_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
-INLINE floats fused(floats a, floats b, floats c) {
-    return (floats){_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)};
-}
-INLINE floats within(floats low, floats v, floats high) {
-    return (floats){_mm256_min_ps(_mm256_max_ps(v.a, low.a), high.a), _mm256_min_ps(_mm256_max_ps(v.b, low.b), high.b)};
-}
-INLINE floats from_fp16(const uint16_t *from) {
-    const __m128i *half = (const __m128i *)from;
-    return (floats){_mm256_cvtph_ps(_mm_loadu_si128(half)), _mm256_cvtph_ps(_mm_loadu_si128(half + 1))};
-}
-INLINE __m256 shifted(const __m128i *from) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)), 16));
-}
-INLINE floats from_bf16(const uint16_t *from) {
-    return (floats){shifted((const __m128i *)from), shifted((const __m128i *)from + 1)};
-}
-INLINE integers spread_integer(int32_t value) { return (integers){_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
-INLINE floats to_floats(integers v) { return (floats){_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
-
-/* Products of unsigned by signed bytes are added in pairs of 16 bits: |w| <= 127 and |x| <= 127 cannot overflow there,
-   nor can four nibbles. */
-INLINE int offset(int kind) { return kind == INT8 ? 0 : 8; }
-INLINE integers weights8(const uint8_t *from) {
-    return (integers){_mm256_loadu_si256((const __m256i *)from), _mm256_loadu_si256((const __m256i *)from + 1)};
-}
-INLINE integers low4(const uint8_t *from) {
-    integers w = weights8(from);
-    __m256i mask = _mm256_set1_epi8(15);
-    return (integers){_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};
-}
-INLINE integers high4(const uint8_t *from) {
-    integers w = weights8(from);
-    __m256i mask = _mm256_set1_epi8(15);
-    return (integers){_mm256_and_si256(_mm256_srli_epi16(w.a, 4), mask),
-                      _mm256_and_si256(_mm256_srli_epi16(w.b, 4), mask)};
-}
-INLINE __m256i widened(__m256i sum, __m256i pairs) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-INLINE __m256i signed_pairs(__m256i w, __m256i x) {
-    return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-}
-INLINE integers dot8(integers sum, integers w, integers x) {
-    return (integers){widened(sum.a, signed_pairs(w.a, x.a)), widened(sum.b, signed_pairs(w.b, x.b))};
-}
-INLINE __m256i nibble_pairs(__m256i low, __m256i high, __m256i even, __m256i odd) {
-    return _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
-}
-INLINE integers dot4(integers sum, integers low, integers high, integers even, integers odd) {
-    return (integers){widened(sum.a, nibble_pairs(low.a, high.a, even.a, odd.a)),
-                      widened(sum.b, nibble_pairs(low.b, high.b, even.b, odd.b))};
-}
-
 #endif
 
 enum { SIDE = 4 }; /* the most that side_by_side gives */
@@ -201,7 +83,7 @@ INLINE void integer_sums(int kind, int r, int p, const product *a, const void **
         integers sum[ROWS][SIDE];
         const int64_t side = first * a->groups + g * r;
         UNROLL for (int i = 0; i < r; i++) {
-            integers start = spread_integer(-offset(kind) * a->sums[side + i]);
+            integers start = spread_integer(-(kind == INT8 ? SHIFT8 : 8) * a->sums[side + i]);
             UNROLL for (int j = 0; j < p; j++) sum[i][j] = start;
         }
         for (int64_t q = g * QUADS; q < (g + 1) * QUADS; q += kind == INT8 ? 1 : 2) {
@@ -265,11 +147,31 @@ INLINE void tile(int kind, int r, const product *a, int64_t first, int64_t start
 
 /* ---- all of it --------------------------------------------------------------------------------------------------- */
 
+/* What enters a product of an MLP: v times the normal distribution's function, by erfc(z) = t e^(-z^2) P(t) for
+   t = 1 / (1 + z / 2) and P fitted within 5e-8; or that with tanh, v / (1 + e^(-2 sqrt(2 / pi) (v + 0.044715 v^3))). */
+INLINE floats activated(int function, floats v) {
+    if (function == GELU_TANH) {
+        floats cube = multiply(multiply(v, v), v), inner = fused(cube, spread(0.044715f), v);
+        return divide(v, add(spread(1), exponential(multiply(inner, spread(-1.59576912f)))));
+    }
+    static const float fit[] = {-0.0586365445f, 0.282454269f,  -0.482781866f, 0.272976035f, -0.0230881581f,
+                                0.201174647f,   0.243490698f,  0.282321328f,  0.282089551f};
+    floats z = multiply(v, spread(0.707106781f));
+    z = larger(z, multiply(z, spread(-1)));
+    floats t = divide(spread(1), fused(z, spread(0.5f), spread(1))), sum = spread(fit[0]);
+    UNROLL for (int i = 1; i < 9; i++) sum = fused(sum, t, spread(fit[i]));
+    floats tail = multiply(multiply(sum, t), multiply(spread(0.5f), exponential(multiply(z, multiply(z, spread(-1))))));
+    return multiply(v, where_negative(v, tail, add(spread(1), multiply(tail, spread(-1)))));
+}
+
 /* One group of k of one tile: x beside each other for the tile's rows, rounded where the kind asks for it. */
-static void arrange(int kind, const product *a, const float *x, int64_t first, int64_t r, int64_t g) {
+static void arrange(int kind, int function, const product *a, const float *x, int64_t first, int64_t r, int64_t g) {
     int64_t from = g * GROUP, width = a->inputs - from < GROUP ? a->inputs - from : GROUP;
     for (int64_t i = 0; i < r; i++) {
-        const float *row = x + (first + i) * a->inputs + from;
+        float row[GROUP] = {0};
+        memcpy(row, x + (first + i) * a->inputs + from, width * sizeof(float));
+        if (function != AS_IS)
+            for (int64_t k = 0; k < width; k += LANES) store(row + k, activated(function, load(row + k)));
         if (kind < INT8) {
             float *to = (float *)a->values + first * a->inputs + from * r + i;
             for (int64_t k = 0; k < width; k++) to[k * r] = row[k];
@@ -277,9 +179,9 @@ static void arrange(int kind, const product *a, const float *x, int64_t first, i
         }
         int32_t *to = (int32_t *)a->values + (first * a->groups + g * r) * QUADS + i;
         /* As integers, magnitudes compare alike, with infinity and nan above all numbers. */
-        int32_t bits[GROUP] = {0}, most = 0, sum = 0;
-        int8_t whole[GROUP] = {0};
-        memcpy(bits, row, width * sizeof(float));
+        int32_t bits[GROUP], most = 0, sum = 0;
+        int8_t whole[GROUP];
+        memcpy(bits, row, sizeof(row));
         for (int k = 0; k < GROUP; k++) most = (bits[k] & INT32_MAX) > most ? bits[k] & INT32_MAX : most;
         float largest = most < 0x7f800000 ? as_float(most) : NAN, inverse = most ? 127 / largest : 0;
         for (int k = 0; k < GROUP; k++) whole[k] = (int8_t)as_bits(as_float(bits[k]) * inverse + ROUNDER);
@@ -309,17 +211,18 @@ FOR_KIND(tile_bf16, BF16)
 FOR_KIND(tile_int8, INT8)
 FOR_KIND(tile_int4, INT4)
 
-/* Bytes of scratch memory that `neox_linear` wants. */
+/* Bytes of scratch memory that a product wants. */
 int64_t neox_scratch(int kind, int64_t rows, int64_t inputs) {
     int64_t groups = (inputs + GROUP - 1) / GROUP;
     return kind < INT8 ? rows * inputs * 4 : rows * groups * (GROUP + 8);
 }
 
-void neox_linear(int kind, const float *x, const void *weights, const void *scales, const float *bias, float *y,
-                 void *scratch, int64_t rows, int64_t outputs, int64_t inputs, int threads) {
-    int64_t groups = (inputs + GROUP - 1) / GROUP;
-    product a = {.weights = weights, .scales = scales, .bias = bias, .y = y, .rows = rows, .outputs = outputs,
-                 .inputs = inputs, .groups = groups, .panels = (outputs + LANES - 1) / LANES, .values = scratch};
+void neox_product(const matrix *m, int function, const float *x, float *y, void *scratch, int64_t rows) {
+    const int kind = (int)m->kind;
+    const int64_t groups = (m->inputs + GROUP - 1) / GROUP;
+    product a = {.weights = m->weights, .scales = m->scales, .bias = m->bias, .y = y, .rows = rows,
+                 .outputs = m->outputs, .inputs = m->inputs, .groups = groups,
+                 .panels = (m->outputs + LANES - 1) / LANES, .values = scratch};
     if (kind >= INT8) {
         a.steps = (float *)((char *)scratch + rows * groups * GROUP);
         a.sums = (int32_t *)(a.steps + rows * groups);
@@ -328,20 +231,22 @@ void neox_linear(int kind, const float *x, const void *weights, const void *scal
         tile_fp32, tile_fp16, tile_bf16, tile_int8, tile_int4};
     const int64_t tiles = (rows + most_rows(kind) - 1) / most_rows(kind), height = (rows + tiles - 1) / tiles;
     const int64_t side = side_by_side(kind, (int)height);
-#pragma omp parallel num_threads(threads)
-    {
 #pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < tiles * groups; unit++) {
-            int64_t first = unit / groups * height, left = rows - first;
-            if (left > 0) arrange(kind, &a, x, first, left < height ? left : height, unit % groups);
-        }
-#pragma omp for schedule(static)
-        for (int64_t chunk = 0; chunk < (a.panels + side - 1) / side; chunk++) {
-            int64_t start = chunk * side, count = a.panels - start < side ? a.panels - start : side;
-            for (int64_t first = 0; first < rows; first += height)
-                tiles_of[kind](&a, rows - first < height ? rows - first : height, first, start, count);
-        }
+    for (int64_t unit = 0; unit < tiles * groups; unit++) {
+        int64_t first = unit / groups * height, left = rows - first;
+        if (left > 0) arrange(kind, function, &a, x, first, left < height ? left : height, unit % groups);
     }
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < (a.panels + side - 1) / side; chunk++) {
+        int64_t start = chunk * side, count = a.panels - start < side ? a.panels - start : side;
+        for (int64_t first = 0; first < rows; first += height)
+            tiles_of[kind](&a, rows - first < height ? rows - first : height, first, start, count);
+    }
+}
+
+void neox_linear(const matrix *m, const float *x, float *y, void *scratch, int64_t rows, int threads) {
+#pragma omp parallel num_threads(threads)
+    neox_product(m, AS_IS, x, y, scratch, rows);
 }
 
 /* ---- packing: what layout.py defines, for the finite rows of a weight -------------------------------------------- */
