@@ -149,10 +149,9 @@ def print_matrices(shape):
 def load_neox(folder, kind):
     import neox
     from neox.generate import Sampling
-    from neox.quantize import quantize
+    from neox.generate.loading import load_engine
 
-    model, _ = neox.load(folder / "hf", dtype="fp32" if kind == "fp32" else "fp16")
-    quantize(model, kind)
+    model = load_engine(folder / "hf", weights=kind).model
 
     def generate(prompts, new):
         sampling = Sampling(max_tokens=new, temperature=0, stop_at_eod=False)

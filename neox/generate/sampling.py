@@ -109,20 +109,18 @@ def penalized(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def distribution(
+def adjusted(
     logits: Tensor,
     sampling: Sampling,
     seen: Tensor | None = None,
     counts: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Probabilities [V] that a token is drawn with from logits [V], in float32.
+    """Logits [V], float32, with bias and penalties.
 
     `seen` (bool [V]) are the tokens of prompt and output, `counts` ([V]) how often the output holds each, `bias` ([V])
     is Sampling.logit_bias. In this order: bias, repetition penalty, frequency and presence penalty (OpenAI's API
-    reference, "Frequency and presence penalties": logit - counts * frequency - (counts > 0) * presence), temperature,
-    top-k, top-p, min-p. Ties at the border of top-k are kept; top-p keeps a token while the ones before it hold less
-    than p; min-p looks at what top-p left.
+    reference, "Frequency and presence penalties": logit - counts * frequency - (counts > 0) * presence).
     """
     logits = logits.float()
     if bias is not None:
@@ -131,6 +129,16 @@ def distribution(
         logits = penalized(logits, sampling.repetition_penalty, seen)
     if counts is not None:
         logits = logits - counts * sampling.frequency_penalty - (counts > 0) * sampling.presence_penalty
+    return logits
+
+
+def distribution(logits: Tensor, sampling: Sampling, **past: Tensor) -> Tensor:
+    """Probabilities [V] that a token is drawn with from logits [V], in float32; `past` as in `adjusted`.
+
+    After that: temperature, top-k, top-p, min-p. Ties at the border of top-k are kept; top-p keeps a token while the
+    ones before it hold less than p; min-p looks at what top-p left.
+    """
+    logits = adjusted(logits, sampling, **past)
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), logits.numel()).float()
     # The largest becomes 0 first and the divisor stays a normal float32, so that no temperature overflows.
@@ -177,11 +185,10 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> int:
         """The next token for logits [V], which the sequence then holds. Raises ValueError as `probabilities` does."""
-        probabilities = self.probabilities(logits)
         if self.sampling.temperature == 0:
-            token = int(probabilities.argmax())
+            token = int(adjusted(self._allowed(logits), self.sampling, **self._past).argmax())
         else:
-            probabilities = probabilities.cpu()
+            probabilities = self.probabilities(logits).cpu()
             # argmax of p / Exp(1) is distributed as p (the exponential race); zero-probability tokens never win it.
             noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
             token = int((probabilities / noise).argmax())
@@ -193,6 +200,10 @@ class Sampler:
 
         Raises ValueError where the logits are no numbers, and where a grammar lets nothing follow.
         """
+        return distribution(self._allowed(logits), self.sampling, **self._past)
+
+    def _allowed(self, logits: Tensor) -> Tensor:
+        """Logits [usable] of what may follow; what is known of the past comes to their device."""
         logits = logits[: self.usable]
         if not logits.max() < math.inf:  # also false for nan
             raise ValueError("the model's logits are not finite: try dtype=fp32, or its weights are damaged")
@@ -200,7 +211,7 @@ class Sampler:
             allowed = self._constraint.allowed()[: self.usable].to(logits.device)
             logits = logits.masked_fill(~allowed, -math.inf)
         self._past = {name: tensor.to(logits.device) for name, tensor in self._past.items()}
-        return distribution(logits, self.sampling, **self._past)
+        return logits
 
     def take(self, token: int) -> None:
         """The sequence goes on with `token`."""

@@ -60,7 +60,7 @@ def test_distribution_equals_transformers(seed, seen, bias, temperature, top_k, 
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    found = distribution(logits[0], sampling, mask(seen, 40), bias=bias_row(bias, 40))
+    found = distribution(logits[0], sampling, seen=mask(seen, 40), bias=bias_row(bias, 40))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -80,7 +80,7 @@ def test_the_order_is_that_of_transformers_generate(penalty):
     survivors = set()
     for step, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
         seen = mask(tokens[: len(prompt) + step], 97)
-        found = distribution(logits[0], Sampling(**asked), seen, bias=bias_row(biases, 97))
+        found = distribution(logits[0], Sampling(**asked), seen=seen, bias=bias_row(biases, 97))
         torch.testing.assert_close(found, scores[0].softmax(-1), atol=1e-6, rtol=1e-5)
         survivors.add(int((found > 0).sum()))
     assert len(survivors) >= 3
