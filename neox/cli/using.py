@@ -43,6 +43,7 @@ def generate(targets: list[str], options: list[str]) -> None:
       regex=PATTERN     the output as a whole matches
       grammar=FILE      the output follows this grammar (Lark, as llguidance reads it)
       logprobs=none     record log-probabilities, and those of so many alternatives; with out=
+      echo=false        true: text and log-probabilities begin with the prompt's
       seed=1234         the same seed gives the same text; the next sample draws with the next one
       slots=8           sequences that run at a time
       weights=auto      on a CPU: plain, fp32, fp16, bf16, int8 or int4; auto loses nothing
@@ -118,7 +119,7 @@ def generate(targets: list[str], options: list[str]) -> None:
         rate = Rate(engine)
         events = engine.events([prompt], [sampling])
         first = list(itertools.islice(events, 1))
-        print(prompt, end="")
+        print("" if config.echo else prompt, end="")
         for event in itertools.chain(first, events):
             rate.count(event)
             print(event.text, end="", flush=True)
@@ -128,7 +129,7 @@ def generate(targets: list[str], options: list[str]) -> None:
         # All of them first: rich's bar would take what is printed meanwhile to stderr.
         for record in list(complete(engine, prompts, sampling, config.n)):
             print(f"== {record['sample'] + 1} of {config.n}, seed {record['seed']}, {record['finish_reason']} ==")
-            print(prompt + record["text"])
+            print(record["text"] if config.echo else prompt + record["text"])
 
 
 def bench(targets: list[str], options: list[str]) -> None:

@@ -201,10 +201,12 @@ class Engine:
             raise ValueError("a stop string needs a tokenizer: this model was loaded without one")
         tokens = self.encode(prompt)
         limit = min(len(tokens) + sampling.max_tokens, self.model.config.max_position_embeddings)
-        text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer and (stream or sampling.stop) else None
-        request = Generation(
-            self._submitted, tokens, limit, Sampler(sampling, self.usable, tokens, self.tokenizer), text
-        )
+        before = self.tokenizer.decode(tokens) if self.tokenizer and sampling.echo else ""
+        text = None
+        if self.tokenizer and (stream or sampling.stop):
+            text = TextStream(self.tokenizer, sampling.stop, before)
+        sampler = Sampler(sampling, self.usable, tokens, self.tokenizer)
+        request = Generation(self._submitted, tokens, limit, sampler, text, before)
         self._scheduler.check(request)
         self._submitted += 1
         return request
@@ -310,7 +312,7 @@ class Engine:
         for own in logits:
             request.wanted += 1
             if request.wanted < len(request.tokens):
-                asked = request.sampler.sampling.prompt_logprobs or 0
+                asked = request.sampler.sampling.prompt_alternatives or 0
                 request.prompt_logprobs.append(self._logprob(request.tokens[request.wanted], own, asked))
                 continue
             token = self._draw(request, own)
@@ -355,8 +357,10 @@ class Engine:
             request.shown.append(text)
             whole = "".join(request.shown)
         else:
-            whole = self.tokenizer.decode(new) if self.tokenizer else ""
+            whole = request.before + (self.tokenizer.decode(new) if self.tokenizer else "")
         logprobs = request.logprobs if sampling.logprobs is not None else None
+        if logprobs is not None and sampling.echo:
+            logprobs = [TokenLogprob(request.tokens[0], None, []), *request.prompt_logprobs, *logprobs]
         prompt = request.prompt_logprobs if sampling.prompt_logprobs is not None else None
         self._events.append(Event(request.number, token, text, Completion(new, whole, reason, logprobs, prompt)))
 

@@ -40,6 +40,7 @@ class Sampling:
     regex: str | None = None  # the output as a whole matches
     grammar: str | None = None  # the output is a sentence of this grammar, in llguidance's dialect of Lark
     prompt_logprobs: int | None = None  # the same for the prompt's tokens, all but the first
+    echo: bool = False  # text and logprobs begin with the prompt's: OpenAI's `echo`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -75,6 +76,11 @@ class Sampling:
     def constraint(self) -> tuple[str, str] | None:
         """The option that says which output is allowed, and what it says."""
         return next(((option, text) for option in OPTIONS if (text := getattr(self, option)) is not None), None)
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """How many alternatives to record at each of the prompt's tokens; none: not even their log-probabilities."""
+        return self.prompt_logprobs if self.prompt_logprobs is not None or not self.echo else self.logprobs
 
     @classmethod
     def of(cls, config: GenerateConfig) -> "Sampling":
