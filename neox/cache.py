@@ -18,7 +18,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class KVPool:
-    """Keys and values [L, H, P, D] of `blocks` blocks. Which block belongs to whom is the owner's business."""
+    """Keys and values [L, H, P, D] of `blocks` blocks. Which block belongs to whom is the owner's business.
+
+    `heads` are those that this process holds; 0: all.
+    """
 
     def __init__(
         self,
@@ -26,15 +29,18 @@ class KVPool:
         blocks: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        heads: int = 0,
     ) -> None:
-        shape = (config.num_hidden_layers, config.num_attention_heads, blocks * BLOCK, config.head_dim)
+        heads = heads or config.num_attention_heads
+        shape = (config.num_hidden_layers, heads, blocks * BLOCK, config.head_dim)
         # Not zeroed: the system gives memory page by page as it is touched, so a large pool costs what is used of it.
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
 
     @staticmethod
-    def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-        return 2 * BLOCK * config.num_hidden_layers * config.hidden_size * dtype.itemsize
+    def block_bytes(config: ModelConfig, dtype: torch.dtype, heads: int = 0) -> int:
+        heads = heads or config.num_attention_heads
+        return 2 * BLOCK * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize
 
     def clear(self, block: int) -> None:
         """Zero a block. A masked position has weight zero, and zero times what memory happened to hold may be nan."""
@@ -75,6 +81,7 @@ class KVCache:
 
     def __init__(self, pool: KVPool, spans: Sequence[Span], window: int = 0, tile: int = 1, rows: int = 0) -> None:
         self.pool = pool
+        self.made = list(spans), window, tile, rows  # another process makes the same from these
         device = pool.keys.device
         self.extent = max(span.start + span.count for span in spans)
         self.count = sum(span.count for span in spans)

@@ -199,6 +199,12 @@ class GPTNeoX(nn.Module):
         self.masks = attention_masks  # a seam: a process of context parallelism has a part of the row
         self.tie()
 
+    @property
+    def heads(self) -> int:
+        """Attention heads that are here: those of this process, where the model is split over several."""
+        block = cast(Block, self.layers[0])
+        return block.attention.query_key_value.out_features // (3 * self.config.head_dim)
+
     def keep(self, layers: range) -> None:
         """Drop what is not of the pipeline stage that holds `layers`; what stays keeps its name.
 

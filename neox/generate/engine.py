@@ -57,7 +57,7 @@ class Engine:
         self.guess, self.guess_tokens = guess, guess_tokens
         self.model, self.tokenizer, self.slots = model.eval(), tokenizer, slots
         config, self.weight = model.config, next(model.parameters())
-        one = KVPool.block_bytes(config, self.weight.dtype)
+        one = KVPool.block_bytes(config, self.weight.dtype, model.heads)
         if cache_bytes is None:
             full = slots * -(-config.max_position_embeddings // BLOCK)
             cache_bytes = min(full * one, self._memory() // 2)
@@ -67,7 +67,7 @@ class Engine:
         self._window = config.local_window if config.local_layers else 0
         self._invariant = self.weight.device.type == "cpu" if invariant is None else invariant
         self._rows: int | None = None if self._invariant else 1
-        self._pool = KVPool(config, blocks, self.weight.device, self.weight.dtype)
+        self._pool = KVPool(config, blocks, self.weight.device, self.weight.dtype, model.heads)
         self._scheduler = Scheduler(self._pool, PrefixTree(blocks), slots, budget)
         self._requests: dict[int, Generation] = {}
         self._submitted = 0

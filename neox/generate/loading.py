@@ -1,16 +1,24 @@
-"""A model from anywhere in an engine: on which device, and in how many bits its weights are held."""
+"""A model from anywhere in an engine: on which device, on how many, and in how many bits its weights are held."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from neox.checkpoint import load, weights_dtype
-from neox.generate.engine import Engine
+from neox.config import Config, DataConfig, ParallelConfig
+from neox.generate.engine import Engine, Guess
 from neox.generate.speculate import DraftModel, prompt_lookup
+from neox.generate.tensor import Leader, follow
 from neox.kernels import Kind
+from neox.model import GPTNeoX
+from neox.parallel import layout
+from neox.parallel.inference import share, sharing
 from neox.quantize import lossless, packing, quantize
-from neox.runtime import resolve_device
+from neox.runtime import OtherProcessFailed, Processes, joined_processes, local_device, resolve_device
+from neox.tokenizer import Tokenizer
 
 Weights = Literal["auto", "plain", "fp32", "fp16", "bf16", "int8", "int4"]
 """plain leaves the layers to torch; the others are kinds of `neox.kernels`."""
@@ -34,8 +42,7 @@ def load_engine(
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights={weights}: must be one of {', '.join(get_args(Weights))}")
-    if speculate not in ("none", "prompt"):
-        raise ValueError(f"speculate={speculate}: must be none or prompt")
+    guess = _guess(speculate)
     if draft and speculate != "none":
         raise ValueError("give speculate= or draft=, not both")
     place = resolve_device(device)
@@ -45,7 +52,6 @@ def load_engine(
     model, tokenizer = load(source, str(place), dtype, packing(kind) if kind else None)
     if kind:
         quantize(model, kind)
-    guess = prompt_lookup if speculate == "prompt" else None
     if draft:
         smaller = load_engine(draft, device, dtype, weights)
         if smaller.tokenizer and tokenizer and smaller.tokenizer.sha256 != tokenizer.sha256:
@@ -59,3 +65,64 @@ def _kind(source: str | Path, place: torch.device, dtype: str | None, weights: s
     if weights == "auto":
         return None if place.type != "cpu" or dtype else lossless(weights_dtype(source))
     return None if weights == "plain" else weights  # type: ignore[return-value]
+
+
+@contextmanager
+def shared_engine(
+    source: str | Path,
+    tp: int = 1,
+    device: str = "auto",
+    dtype: str | None = None,
+    weights: str = "auto",
+    speculate: str = "none",
+    draft: str | None = None,
+    **options: Any,
+) -> Iterator[Engine | None]:
+    """The engine of `load_engine`, over the `tp` processes that torchrun started: each has its share of the model.
+
+    It is rank 0's. The others are inside the call, computing what it computes, until rank 0 leaves the block; then they
+    get None. Raises ValueError where tp is not the number of processes, does not divide what it splits, or does not go
+    with an option; the other ranks then raise OtherProcessFailed.
+    """
+    with joined_processes(device) as processes:
+        if tp == processes.world == 1:
+            yield load_engine(source, device, dtype, weights, speculate, draft, **options)
+            return
+        try:
+            if weights not in ("auto", "plain") or draft:
+                raise ValueError("parallel.tp: does not go with draft=, nor with packed weights: leave them out")
+            model, tokenizer = _load_share(source, tp, local_device(device), dtype, processes)
+        except ValueError:
+            if processes.rank:
+                raise OtherProcessFailed("rank 0 says so") from None
+            raise
+        if processes.rank:
+            follow(model)
+            yield None
+            return
+        leader = Leader(model, tokenizer, guess=_guess(speculate), **options)
+        try:
+            yield leader
+        except (ValueError, OSError):  # what a user did wrong, between two passes
+            leader.dismiss()
+            raise
+        leader.dismiss()
+
+
+def _load_share(
+    source: str | Path, tp: int, place: torch.device, dtype: str | None, processes: Processes
+) -> tuple[GPTNeoX, Tokenizer | None]:
+    parallel = ParallelConfig(tp=tp, dp_shard=1)
+    mesh = layout(parallel, processes, place).axis("tp")
+    assert mesh is not None
+    model, tokenizer = load(source, str(place), dtype, sharing(mesh))
+    config = Config(
+        model=model.config, parallel=parallel, data=DataConfig(seq_length=model.config.max_position_embeddings)
+    )
+    return share(model, config, mesh), tokenizer
+
+
+def _guess(speculate: str) -> Guess | None:
+    if speculate not in ("none", "prompt"):
+        raise ValueError(f"speculate={speculate}: must be none or prompt")
+    return prompt_lookup if speculate == "prompt" else None
