@@ -17,6 +17,8 @@ from neox.config import GenerateConfig
 from neox.generate.grammar import OPTIONS, Constraint, check, read
 from neox.tokenizer import Tokenizer
 
+NOT_FINITE = "the model's logits are not finite: try dtype=fp32, or its weights are damaged"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -155,6 +157,43 @@ def distribution(
     return probabilities
 
 
+def picked(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens [...] for weights [..., V], probabilities but for a factor, and uniform numbers [...] in [0, 1), float64:
+    the first at which the cumulative sum is above the number's share of the whole. Never one of weight zero."""
+    sums = weights.double().cumsum(dim=-1)
+    place = torch.searchsorted(sums, uniform[..., None] * sums[..., -1:], right=True)[..., 0]
+    return place.clamp(max=weights.shape[-1] - 1)
+
+
+def draw(logits: Tensor, dials: Tensor | None, filtered: bool) -> Tensor:
+    """Tokens [S] for logits [S, V], as `Sampler` draws them, in operations whose shapes depend on nothing: -1 where the
+    logits are no numbers.
+
+    dials [5, S], float64, hold for each row temperature, top_k, top_p, min_p and a uniform number, None: all are
+    greedy; without `filtered` the three between are not looked at.
+    """
+    logits = logits.float()
+    highest, best = logits.max(dim=-1, keepdim=True)
+    good = highest[:, 0] < math.inf  # also false for nan
+    if dials is None:
+        return torch.where(good, best[:, 0], -1)
+    temperature, top_k, top_p, min_p, uniform = dials
+    scaled = (logits - highest) / temperature.float().clamp(min=1e-30)[:, None]
+    if filtered:
+        last = torch.where(top_k > 0, top_k, logits.shape[-1]).long().clamp(max=logits.shape[-1]) - 1
+        border = scaled.sort(dim=-1, descending=True).values.gather(1, last[:, None])
+        scaled = scaled.masked_fill(scaled < border, float("-inf"))
+    weights = scaled.softmax(dim=-1)
+    if filtered:
+        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        beyond = before >= torch.where(top_p < 1, top_p, math.inf).float()[:, None]
+        weights = weights.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), 0)
+        weights = weights.masked_fill(weights < min_p.float()[:, None] * weights.amax(dim=-1, keepdim=True), 0)
+    tokens = torch.where(temperature == 0, best[:, 0], picked(weights, uniform))
+    return torch.where(good, tokens, -1)
+
+
 class Sampler:
     """Draws the tokens of one sequence with its own random stream, so that its neighbours in a batch do not matter."""
 
@@ -166,7 +205,8 @@ class Sampler:
         Raises ValueError where an option names what is no token, or needs a tokenizer that is not there.
         """
         self.sampling, self.usable = sampling, usable
-        self.generator = torch.Generator().manual_seed(sampling.seed)
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self.unused: list[float] = []  # numbers that were taken from it, for draws that did not count
         self._constraint = Constraint(*sampling.constraint, tokenizer) if sampling.constraint else None
         self._past: dict[str, Tensor] = {}  # what `distribution` needs to know of the sequence, by argument
         if sampling.repetition_penalty != 1:
@@ -181,16 +221,24 @@ class Sampler:
         for token in sampling.stop_tokens:
             _check_token("stop_tokens", token, usable)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `draw` does what this does: what comes next depends on nothing but logits, dials and seed."""
+        return not self._past and not self._constraint and self.sampling.logprobs is None
+
+    def uniform(self) -> float:
+        """The next number of its random stream, one a draw."""
+        if self.unused:
+            return self.unused.pop(0)
+        return torch.rand((), dtype=torch.float64, generator=self._generator).item()
+
     def __call__(self, logits: Tensor) -> int:
         """The next token for logits [V], which the sequence then holds. Raises ValueError as `probabilities` does."""
         probabilities = self.probabilities(logits)
         if self.sampling.temperature == 0:
             token = int(probabilities.argmax())
         else:
-            probabilities = probabilities.cpu()
-            # argmax of p / Exp(1) is distributed as p (the exponential race); zero-probability tokens never win it.
-            noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
-            token = int((probabilities / noise).argmax())
+            token = int(picked(probabilities.cpu(), torch.tensor(self.uniform(), dtype=torch.float64)))
         self.take(token)
         return token
 
@@ -201,7 +249,7 @@ class Sampler:
         """
         logits = logits[: self.usable]
         if not logits.max() < math.inf:  # also false for nan
-            raise ValueError("the model's logits are not finite: try dtype=fp32, or its weights are damaged")
+            raise ValueError(NOT_FINITE)
         if self._constraint:
             allowed = self._constraint.allowed()[: self.usable].to(logits.device)
             logits = logits.masked_fill(~allowed, -math.inf)

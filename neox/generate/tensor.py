@@ -32,7 +32,7 @@ class Leader(Engine):
         budget: int = 256,
         guess: Guess | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, slots, cache_bytes, budget, invariant=False, guess=guess)
+        super().__init__(model, tokenizer, slots, cache_bytes, budget, invariant=False, guess=guess, static=False)
         _tell("pool", self._scheduler.tree.blocks, self._pool.keys.shape[1])
         self._told = _ToldPool(self._pool)
         self._pool = self._scheduler.pool = self._told
