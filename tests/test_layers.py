@@ -9,7 +9,21 @@ PACKAGE = Path(__file__).resolve().parent.parent / "neox"
 # Where a layer is ordered, a later module may import an earlier one of it.
 LAYERS = (
     ("ordered", ["presets", "options", "sections", "config", "counts", "width"]),
-    ("ordered", ["files", "runtime", "machine", "cache", "model", "kernels", "quantize", "adapters", "tokenizer"]),
+    (
+        "ordered",
+        [
+            "files",
+            "runtime",
+            "machine",
+            "cache",
+            "model",
+            "kernels",
+            "quantize",
+            "quantize_gpu",
+            "adapters",
+            "tokenizer",
+        ],
+    ),
     ("siblings", ["data", "parallel", "checkpoint"]),
     ("siblings", ["train", "generate"]),
     ("siblings", ["evaluation", "inspect", "serve", "estimate", "quickstart", "doctor"]),

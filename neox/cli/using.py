@@ -52,7 +52,7 @@ def generate(targets: list[str], options: list[str]) -> int | None:
       echo=false        true: text and log-probabilities begin with the prompt's
       seed=1234         the same seed gives the same text; the next sample draws with the next one
       slots=8           sequences that run at a time
-      weights=auto      on a CPU: plain, fp32, fp16, bf16, int8 or int4; auto loses nothing
+      weights=auto      plain, fp32, fp16, bf16, int8, int4; on CUDA float8 too; auto loses nothing
       speculate=prompt  guess from the text so far; draft=MODEL lets a smaller model guess: the same
                         tokens, several a step where guesses are right
       device=auto       cpu, cuda or mps
