@@ -18,7 +18,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class KVPool:
-    """Keys and values [L, H, P, D] of `blocks` blocks. Which block belongs to whom is the owner's business."""
+    """Keys and values [L, H, P, D] of `blocks` blocks. Which block belongs to whom is the owner's business.
+
+    `heads` are those that this process holds; 0: all.
+    """
 
     def __init__(
         self,
@@ -26,15 +29,18 @@ class KVPool:
         blocks: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        heads: int = 0,
     ) -> None:
-        shape = (config.num_hidden_layers, config.num_attention_heads, blocks * BLOCK, config.head_dim)
+        heads = heads or config.num_attention_heads
+        shape = (config.num_hidden_layers, heads, blocks * BLOCK, config.head_dim)
         # Not zeroed: the system gives memory page by page as it is touched, so a large pool costs what is used of it.
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
 
     @staticmethod
-    def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-        return 2 * BLOCK * config.num_hidden_layers * config.hidden_size * dtype.itemsize
+    def block_bytes(config: ModelConfig, dtype: torch.dtype, heads: int = 0) -> int:
+        heads = heads or config.num_attention_heads
+        return 2 * BLOCK * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize
 
     def clear(self, block: int) -> None:
         """Zero a block. A masked position has weight zero, and zero times what memory happened to hold may be nan."""
@@ -75,6 +81,7 @@ class KVCache:
 
     def __init__(self, pool: KVPool, spans: Sequence[Span], window: int = 0, tile: int = 1, rows: int = 0) -> None:
         self.pool = pool
+        self.made = list(spans), window, tile, rows  # another process makes the same from these
         device = pool.keys.device
         self.extent = max(span.start + span.count for span in spans)
         self.count = sum(span.count for span in spans)
@@ -144,3 +151,68 @@ def _read(memory: Tensor, blocks: Tensor | slice) -> Tensor:
     heads, _, width = memory.shape
     found = memory.view(heads, -1, BLOCK, width).index_select(1, blocks.flatten())
     return found.view(heads, blocks.shape[0], -1, width).transpose(0, 1)
+
+
+class StaticCache:
+    """Keys and values of a fixed number of sequences, each in a row of memory of its own: copies of what the pool has.
+
+    Shapes and addresses stay, and what differs from pass to pass is in tensors: a pass of one token a row can be
+    recorded and replayed, and its attention reads each key once. Which sequence has which row is the owner's business.
+    """
+
+    def __init__(self, pool: KVPool, rows: int, extent: int, window: int = 0) -> None:
+        self.pool, self.window = pool, window
+        layers, heads, _, width = pool.keys.shape
+        # Zeroed: a masked position has weight zero, and zero times what memory happened to hold may be nan. One more,
+        # that nothing reads, is for rows without a token.
+        self.keys = pool.keys.new_zeros(layers, rows, heads, extent + 1, width)
+        self.values = torch.zeros_like(self.keys)
+        self.view(torch.zeros(rows, dtype=torch.long, device=pool.keys.device), extent)
+
+    @staticmethod
+    def bytes(pool: KVPool, rows: int, extent: int) -> int:
+        layers, heads, _, width = pool.keys.shape
+        return 2 * layers * rows * heads * (extent + 1) * width * pool.keys.dtype.itemsize
+
+    @property
+    def longest(self) -> int:
+        """Positions that a row has."""
+        return self.keys.shape[3] - 1
+
+    def view(self, positions: Tensor, extent: int) -> "StaticCache":
+        """For a pass over one token of each of the first rows, at `positions` [b] below `extent`; -1: it has none."""
+        self.extent, self.positions = extent, positions.clamp(min=0)[None]
+        self._places = torch.where(positions < 0, self.longest, positions)
+        distance = self.positions[0][:, None] - torch.arange(extent, device=positions.device)
+        self._mask = (distance >= 0)[:, None, None]  # [b, 1, 1, S]
+        self._local_mask = self._mask & (distance < self.window)[:, None, None] if self.window else self._mask
+        return self
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, local: bool, attention: Attend) -> Tensor:
+        """As `KVCache.attend`: q, k, v [1, H, b, D], one token a row."""
+        rows = q.shape[2]
+        keys, values = self.keys[layer, :rows], self.values[layer, :rows]
+        place = self._places[:, None, None, None].expand(rows, q.shape[1], 1, q.shape[3])
+        for memory, new in ((keys, k), (values, v)):
+            memory.scatter_(2, place, new[0].transpose(0, 1)[:, :, None].to(memory.dtype))
+        queries = q[0].transpose(0, 1)[:, :, None]  # [b, H, 1, D]
+        mask = self._local_mask if local else self._mask
+        result = attention(queries, keys[:, :, : self.extent], values[:, :, : self.extent], mask)
+        return result[:, :, 0].transpose(0, 1)[None]
+
+    def load(self, row: int, table: Sequence[int], start: int, stop: int) -> None:
+        """Copy positions of a sequence from the pool, where its blocks are `table`."""
+        positions = torch.arange(start, stop)
+        places = (torch.tensor(table)[positions // BLOCK] * BLOCK + positions % BLOCK).to(self.keys.device)
+        self.keys[:, row, :, start:stop] = self.pool.keys[:, :, places]
+        self.values[:, row, :, start:stop] = self.pool.values[:, :, places]
+
+    def store(self, row: int, block: int, start: int, stop: int) -> None:
+        """Copy positions, of one block, to the pool's `block`."""
+        target = slice(block * BLOCK + start % BLOCK, block * BLOCK + start % BLOCK + stop - start)
+        self.pool.keys[:, :, target] = self.keys[:, row, :, start:stop]
+        self.pool.values[:, :, target] = self.values[:, row, :, start:stop]
+
+
+Cache = KVCache | StaticCache
+"""What a forward pass takes."""

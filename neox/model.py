@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from neox.cache import KVCache
+from neox.cache import Cache
 from neox.config import ModelConfig
 from neox.width import scaling
 
@@ -46,7 +46,7 @@ class Context(NamedTuple):
     rotation: tuple[Tensor, Tensor] | None  # cos, sin [3, B, 1, T, R / 2]
     mask: Tensor | None  # which keys each query sees; None: plain causal attention
     local_mask: Tensor | None  # the same for the layers with a local window
-    cache: KVCache | None
+    cache: Cache | None
 
 
 def rotary_angles(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -199,6 +199,12 @@ class GPTNeoX(nn.Module):
         self.masks = attention_masks  # a seam: a process of context parallelism has a part of the row
         self.tie()
 
+    @property
+    def heads(self) -> int:
+        """Attention heads that are here: those of this process, where the model is split over several."""
+        block = cast(Block, self.layers[0])
+        return block.attention.query_key_value.out_features // (3 * self.config.head_dim)
+
     def keep(self, layers: range) -> None:
         """Drop what is not of the pipeline stage that holds `layers`; what stays keeps its name.
 
@@ -224,7 +230,7 @@ class GPTNeoX(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         segments: Tensor | None = None,
         head: bool = True,
     ) -> Tensor:

@@ -162,6 +162,11 @@ def is_launched() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
+def is_first() -> bool:
+    """Whether this is the first of all processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def first_of_host() -> bool:
     """Whether this is the first of the processes that torchrun started on this host."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

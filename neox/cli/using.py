@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import TYPE_CHECKING
 
+from neox.cli.launch import launch
 from neox.cli.verb import UsageError
+
+if TYPE_CHECKING:
+    from neox.config import GenerateConfig
+    from neox.generate import Engine, Sampling
 
 MODEL = ("device", "dtype", "weights", "speculate", "draft")
 """Options of `neox generate` that say how its model is loaded and run."""
 
 
-def generate(targets: list[str], options: list[str]) -> None:
+def generate(targets: list[str], options: list[str]) -> int | None:
     """Continue prompts with a model: one as you watch, a file of them, or at a terminal.
 
     neox generate MODEL prompt=TEXT [key=value ...]
@@ -43,28 +49,36 @@ def generate(targets: list[str], options: list[str]) -> None:
       regex=PATTERN     the output as a whole matches
       grammar=FILE      the output follows this grammar (Lark, as llguidance reads it)
       logprobs=none     record log-probabilities, and those of so many alternatives; with out=
+      echo=false        true: text and log-probabilities begin with the prompt's
       seed=1234         the same seed gives the same text; the next sample draws with the next one
       slots=8           sequences that run at a time
-      weights=auto      on a CPU: plain, fp32, fp16, bf16, int8 or int4; auto loses nothing
+      weights=auto      plain, fp32, fp16, bf16, int8, int4; on CUDA float8 too; auto loses nothing
       speculate=prompt  guess from the text so far; draft=MODEL lets a smaller model guess: the same
                         tokens, several a step where guesses are right
       device=auto       cpu, cuda or mps
       dtype=fp32        fp32, bf16 or fp16; default: fp32 on a CPU, the stored type elsewhere
+      tp=1              processes that share each matrix, one a device; they are started here, or by
+                        torchrun
 
     Examples:
       neox generate runs/quickstart/hf prompt='def'
       neox generate EleutherAI/pythia-160m prompt='Once upon a time' temperature=0
       neox generate runs/first prompts=prompts.txt out=answers.jsonl n=4 top_p=0.9
       neox generate runs/first prompt= n=100 out=samples.jsonl
+      neox generate EleutherAI/gpt-neox-20b prompt='Once upon a time' tp=2
       neox generate runs/first prompt='Colour: ' json_schema='{"enum": ["red", "green"]}'
     """
-    from neox.config import load_config
+    from neox.config import ParallelConfig, TrainConfig, load_config
     from neox.options import parse_override
 
     own: dict[str, str] = {}
     overrides = []
+    tp = 1
     for option in options:
         key, _, value = option.partition("=")
+        if key in ("tp", "parallel.tp"):
+            tp = ParallelConfig(tp=parse_override(f"parallel.tp={value}")[2]).tp
+            continue
         if key in ("prompt", "prompts", "out", *MODEL):
             own[key] = value
             continue
@@ -89,21 +103,45 @@ def generate(targets: list[str], options: list[str]) -> None:
         raise UsageError("log-probabilities go to a file: give out=FILE.jsonl")
     if not own.keys() & {"prompt", "prompts"} and not sys.stdin.isatty():
         raise UsageError("generate needs prompt=TEXT or prompts=FILE; it asks for prompts on a terminal only")
+    if tp > 1 and not own.keys() & {"prompt", "prompts"}:
+        raise UsageError("tp= needs prompt=TEXT or prompts=FILE")
 
     from neox.generate import Sampling
-    from neox.generate.batch import complete, partial_name, refuse_existing, write_completions
-    from neox.generate.interactive import converse
-    from neox.generate.loading import load_engine
+    from neox.generate.batch import refuse_existing
+    from neox.generate.loading import shared_engine
     from neox.generate.prompts import read_prompts
-    from neox.generate.rate import Rate
+    from neox.runtime import is_first, is_launched
 
     # Loading may take minutes: what is wrong with the files is said before.
-    prompt = sys.stdin.read() if own.get("prompt") == "-" else own.get("prompt")
-    prompts = read_prompts(own["prompts"]) if "prompts" in own else [(prompt or "", "")]
     sampling = Sampling.of(config)
-    if out:
+    prompts = read_prompts(own["prompts"]) if "prompts" in own else None
+    if out and is_first():
         refuse_existing(out)
-    engine = load_engine(targets[0], **{key: own[key] for key in MODEL if key in own}, slots=config.slots)
+    if tp > 1 and not is_launched():
+        return launch(["generate", *targets, *options], tp, TrainConfig(restarts=0))
+    if prompts is None and own.get("prompt") == "-" and is_first():
+        own["prompt"] = sys.stdin.read()
+    model = {key: own[key] for key in MODEL if key in own}
+    with shared_engine(targets[0], tp, slots=config.slots, **model) as engine:
+        if engine is not None:
+            _answer(engine, own.get("prompt"), prompts, sampling, config, out)
+    return 0
+
+
+def _answer(
+    engine: Engine,
+    prompt: str | None,
+    prompts: list[tuple[str, str]] | None,
+    sampling: Sampling,
+    config: GenerateConfig,
+    out: str | None,
+) -> None:
+    """What `generate` was asked for, with the engine there."""
+    from neox.generate.batch import complete, partial_name, write_completions
+    from neox.generate.interactive import converse
+    from neox.generate.rate import Rate
+
+    prompts = [(prompt or "", "")] if prompts is None else prompts
     if out:
         try:
             count = write_completions(engine, prompts, sampling, out, config.n)
@@ -118,7 +156,7 @@ def generate(targets: list[str], options: list[str]) -> None:
         rate = Rate(engine)
         events = engine.events([prompt], [sampling])
         first = list(itertools.islice(events, 1))
-        print(prompt, end="")
+        print("" if config.echo else prompt, end="")
         for event in itertools.chain(first, events):
             rate.count(event)
             print(event.text, end="", flush=True)
@@ -128,7 +166,7 @@ def generate(targets: list[str], options: list[str]) -> None:
         # All of them first: rich's bar would take what is printed meanwhile to stderr.
         for record in list(complete(engine, prompts, sampling, config.n)):
             print(f"== {record['sample'] + 1} of {config.n}, seed {record['seed']}, {record['finish_reason']} ==")
-            print(prompt + record["text"])
+            print(record["text"] if config.echo else prompt + record["text"])
 
 
 def bench(targets: list[str], options: list[str]) -> None:

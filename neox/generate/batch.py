@@ -87,7 +87,7 @@ def _record(engine: Engine, k: int, n: int, prompt: str, sampling: Sampling, don
         "seed": sampling.seed,
     }
 
-    def named(token: int, logprob: float) -> Record:
+    def named(token: int, logprob: float | None) -> Record:
         text = engine.tokenizer.decode([token]) if engine.tokenizer else ""
         return {"id": token, "token": text, "logprob": logprob}
 

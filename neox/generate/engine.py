@@ -18,8 +18,9 @@ from neox.fused import decoder
 from neox.generate.invariant import row_tile
 from neox.generate.prefix import PrefixTree, Stats
 from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, TokenLogprob
-from neox.generate.sampling import Sampler, Sampling
+from neox.generate.sampling import NOT_FINITE, Sampler, Sampling
 from neox.generate.schedule import Scheduler
+from neox.generate.static import StaticDecoder
 from neox.generate.text import TextStream
 from neox.model import GPTNeoX
 from neox.tokenizer import Tokenizer
@@ -42,6 +43,9 @@ class Engine:
 
     `guess` proposes up to `guess_tokens` tokens that may follow a sequence (`speculate.py`); a step verifies them along
     with the last one. Tokens come out as without it, several a step where guesses are right: see `stats`.
+
+    With `static`, steps in which all that runs decodes, and can be drawn for on the device, are passes of fixed shape
+    (`static.py`), and events come a step late. Default: on CUDA, without `guess`.
     """
 
     def __init__(
@@ -54,11 +58,12 @@ class Engine:
         invariant: bool | None = None,
         guess: Guess | None = None,
         guess_tokens: int = 7,
+        static: bool | None = None,
     ) -> None:
         self.guess, self.guess_tokens = guess, guess_tokens
         self.model, self.tokenizer, self.slots = model.eval(), tokenizer, slots
         config, self.weight = model.config, next(model.parameters())
-        one = KVPool.block_bytes(config, self.weight.dtype)
+        one = KVPool.block_bytes(config, self.weight.dtype, model.heads)
         if cache_bytes is None:
             full = slots * -(-config.max_position_embeddings // BLOCK)
             cache_bytes = min(full * one, self._memory() // 2)
@@ -69,13 +74,16 @@ class Engine:
         self._invariant = self.weight.device.type == "cpu" if invariant is None else invariant
         self._decoder = decoder(model)
         self._rows: int | None = None if self._invariant and self._decoder is None else 1
-        self._pool = KVPool(config, blocks, self.weight.device, self.weight.dtype)
+        self._pool = KVPool(config, blocks, self.weight.device, self.weight.dtype, model.heads)
         self._scheduler = Scheduler(self._pool, PrefixTree(blocks), slots, budget)
         self._requests: dict[int, Generation] = {}
         self._submitted = 0
+        self._static: StaticDecoder | None = None
         self._events: list[Event] = []  # not handed out yet
         self.eod = tokenizer.eod_id if tokenizer else None
         self.usable = min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size
+        if (self.weight.device.type == "cuda" if static is None else static) and guess is None:
+            self._static = StaticDecoder(model, self._pool, slots, self.usable, self._window)
 
     @property
     def stats(self) -> Stats:
@@ -132,12 +140,15 @@ class Engine:
     def step(self) -> list[Event]:
         """One forward pass, and what came of it."""
         try:
-            self._guess()
-            if plan := self._scheduler.plan():
-                self._advance(plan)
+            if not self._decode():
+                self._guess()
+                if plan := self._scheduler.plan():
+                    self._advance(plan)
         except BaseException:
             # Wherever it came from, the cache may be half written: what runs is computed anew.
             self._scheduler.reset()
+            if self._static:
+                self._static.drop()
             raise
         events, self._events = self._events, []
         return events
@@ -203,10 +214,12 @@ class Engine:
             raise ValueError("a stop string needs a tokenizer: this model was loaded without one")
         tokens = self.encode(prompt)
         limit = min(len(tokens) + sampling.max_tokens, self.model.config.max_position_embeddings)
-        text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer and (stream or sampling.stop) else None
-        request = Generation(
-            self._submitted, tokens, limit, Sampler(sampling, self.usable, tokens, self.tokenizer), text
-        )
+        before = self.tokenizer.decode(tokens) if self.tokenizer and sampling.echo else ""
+        text = None
+        if self.tokenizer and (stream or sampling.stop):
+            text = TextStream(self.tokenizer, sampling.stop, before)
+        sampler = Sampler(sampling, self.usable, tokens, self.tokenizer)
+        request = Generation(self._submitted, tokens, limit, sampler, text, before)
         self._scheduler.check(request)
         self._submitted += 1
         return request
@@ -240,6 +253,39 @@ class Engine:
         finally:
             for number in numbers:
                 self.cancel(number)
+
+    def _decode(self) -> bool:
+        """A pass of fixed shape, where all that runs can take it; what the one before drew is accepted. False where an
+        ordinary step comes next: nothing is under way then."""
+        static, scheduler = self._static, self._scheduler
+        if static is None:
+            return False
+        running = [request for request in scheduler.running if isinstance(request, Generation)]
+        static.keep(running)
+        going = [request for request in running if len(request.tokens) + static.ahead(request) < request.limit]
+        able = len(running) == len(scheduler.running) and not scheduler.admits and static.takes(running)
+        able = able and all(scheduler.reserve(request, 1 + static.ahead(request)) for request in going)
+        if able and going:
+            static.launch(going)
+        while len(static.flying) > int(able and bool(going)):
+            for request, token in static.land():
+                if request.number in self._requests:
+                    self._accept_drawn(request, token, static)
+        if not able:
+            for request in running:
+                static.hand_back(request, request.computed)
+        return able
+
+    def _accept_drawn(self, request: Generation, token: int, static: StaticDecoder) -> None:
+        """The device drew `token` after computing a request's last one."""
+        if (request.computed + 1) % BLOCK == 0:
+            static.hand_back(request, request.computed + 1)  # the tree gets the block
+        self._scheduler.advance(request, 1)
+        request.wanted += 1
+        if token < 0:
+            self.cancel(request.number)
+            raise ValueError(NOT_FINITE)
+        self._go_on(request, token)
 
     def _advance(self, plan: list[tuple[Request, int]]) -> None:
         """Compute what is planned, and draw or record where logits are wanted."""
@@ -314,7 +360,7 @@ class Engine:
         for own in logits:
             request.wanted += 1
             if request.wanted < len(request.tokens):
-                asked = request.sampler.sampling.prompt_logprobs or 0
+                asked = request.sampler.sampling.prompt_alternatives or 0
                 request.prompt_logprobs.append(self._logprob(request.tokens[request.wanted], own, asked))
                 continue
             token = self._draw(request, own)
@@ -328,17 +374,22 @@ class Engine:
 
     def _draw(self, request: Generation, logits: Tensor) -> int:
         """Draw the next token of a request from logits [V]; returns it."""
-        sampling = request.sampler.sampling
         try:
             token = request.sampler(logits)
         except ValueError:
             self.cancel(request.number)  # the others go on
             raise
+        self._go_on(request, token, logits)
+        return token
+
+    def _go_on(self, request: Generation, token: int, logits: Tensor | None = None) -> None:
+        """A request goes on with `token`, or ends with it."""
+        sampling = request.sampler.sampling
         if reason := sampling.ends(token, self.eod):
             self._end(request, reason, None, "")
-            return token
+            return
         request.tokens.append(token)
-        if sampling.logprobs is not None:
+        if logits is not None and sampling.logprobs is not None:
             request.logprobs.append(self._logprob(token, logits, sampling.logprobs))
         text = request.text.push(token) if request.text else ""
         if (request.text and request.text.stopped) or len(request.tokens) >= request.limit:
@@ -346,7 +397,6 @@ class Engine:
         else:
             request.shown.append(text)
             self._events.append(Event(request.number, token, text, None))
-        return token
 
     def _end(self, request: Generation, reason: str, token: int | None, text: str) -> None:
         del self._requests[request.number]
@@ -359,8 +409,10 @@ class Engine:
             request.shown.append(text)
             whole = "".join(request.shown)
         else:
-            whole = self.tokenizer.decode(new) if self.tokenizer else ""
+            whole = request.before + (self.tokenizer.decode(new) if self.tokenizer else "")
         logprobs = request.logprobs if sampling.logprobs is not None else None
+        if logprobs is not None and sampling.echo:
+            logprobs = [TokenLogprob(request.tokens[0], None, []), *request.prompt_logprobs, *logprobs]
         prompt = request.prompt_logprobs if sampling.prompt_logprobs is not None else None
         self._events.append(Event(request.number, token, text, Completion(new, whole, reason, logprobs, prompt)))
 

@@ -1,19 +1,28 @@
-"""A model from anywhere in an engine: on which device, and in how many bits its weights are held."""
+"""A model from anywhere in an engine: on which device, on how many, and in how many bits its weights are held."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
+from neox import quantize_gpu
 from neox.checkpoint import load, weights_dtype
-from neox.generate.engine import Engine
+from neox.config import Config, DataConfig, ParallelConfig
+from neox.generate.engine import Engine, Guess
 from neox.generate.speculate import DraftModel, prompt_lookup
+from neox.generate.tensor import Leader, follow
 from neox.kernels import Kind
+from neox.model import GPTNeoX
+from neox.parallel import layout
+from neox.parallel.inference import share, sharing
 from neox.quantize import lossless, packing, quantize
-from neox.runtime import resolve_device
+from neox.runtime import DTYPES, OtherProcessFailed, Processes, joined_processes, local_device, resolve_device
+from neox.tokenizer import Tokenizer
 
-Weights = Literal["auto", "plain", "fp32", "fp16", "bf16", "int8", "int4"]
-"""plain leaves the layers to torch; the others are kinds of `neox.kernels`."""
+Weights = Literal["auto", "plain", "fp32", "fp16", "bf16", "int8", "int4", "float8"]
+"""plain leaves the layers to torch; the others are kinds of `neox.kernels`, on CUDA of `neox.quantize_gpu`."""
 
 
 def load_engine(
@@ -28,24 +37,17 @@ def load_engine(
     """An engine with the model of `source` (all that `checkpoint.load` takes); `options` are the engine's.
 
     weights: on a CPU, `auto` holds them in the type they are stored in, which loses nothing, where there are compiled
-    kernels for it; elsewhere, and where a `dtype` is asked for, it leaves them to torch. Packed weights are made layer
-    by layer, while the next ones are still on the disk. speculate: `prompt` guesses from the text so far; `draft` is
+    kernels for it; elsewhere, and where a `dtype` is asked for, it leaves them to torch. float8 is for CUDA; the types
+    of 16 and 32 bits are a `dtype` there. Packed weights are made layer by layer, while the next ones are still on the
+    disk. speculate: `prompt` guesses from the text so far; `draft` is
     the source of a smaller model that guesses. Raises ValueError for a word that is none of these.
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights={weights}: must be one of {', '.join(get_args(Weights))}")
-    if speculate not in ("none", "prompt"):
-        raise ValueError(f"speculate={speculate}: must be none or prompt")
+    guess = _guess(speculate)
     if draft and speculate != "none":
         raise ValueError("give speculate= or draft=, not both")
-    place = resolve_device(device)
-    kind = _kind(source, place, dtype, weights)
-    if kind and (place.type != "cpu" or dtype):
-        raise ValueError(f"weights={weights}: packed weights are for a CPU, and take no dtype")
-    model, tokenizer = load(source, str(place), dtype, packing(kind) if kind else None)
-    if kind:
-        quantize(model, kind)
-    guess = prompt_lookup if speculate == "prompt" else None
+    model, tokenizer = _load(source, resolve_device(device), dtype, weights)
     if draft:
         smaller = load_engine(draft, device, dtype, weights)
         if smaller.tokenizer and tokenizer and smaller.tokenizer.sha256 != tokenizer.sha256:
@@ -54,8 +56,81 @@ def load_engine(
     return Engine(model, tokenizer, guess=guess, **options)
 
 
-def _kind(source: str | Path, place: torch.device, dtype: str | None, weights: str) -> Kind | None:
-    """How weights are packed; None: not at all."""
-    if weights == "auto":
-        return None if place.type != "cpu" or dtype else lossless(weights_dtype(source))
-    return None if weights == "plain" else weights  # type: ignore[return-value]
+def _load(source: str | Path, place: torch.device, dtype: str | None, weights: str) -> tuple[GPTNeoX, Tokenizer | None]:
+    if weights == "plain" or (weights == "auto" and (place.type != "cpu" or dtype)):
+        return load(source, str(place), dtype)
+    if dtype:
+        raise ValueError(f"weights={weights}: says how weights are held: leave dtype={dtype} out")
+    if place.type == "cuda":
+        if weights in DTYPES:
+            return load(source, str(place), weights)
+        pack = quantize_gpu.packing(cast(quantize_gpu.Kind, weights), place)
+        model, tokenizer = load(source, str(place), "bf16", pack)
+        return quantize_gpu.compile_products(model), tokenizer
+    if place.type != "cpu" or weights == "float8":
+        where = "CUDA" if weights == "float8" else "a CPU or CUDA"
+        raise ValueError(f"weights={weights}: is for {where}, not for {place.type}")
+    kind = cast(Kind | None, lossless(weights_dtype(source)) if weights == "auto" else weights)
+    model, tokenizer = load(source, str(place), None, packing(kind) if kind else None)
+    return quantize(model, kind) if kind else model, tokenizer
+
+
+@contextmanager
+def shared_engine(
+    source: str | Path,
+    tp: int = 1,
+    device: str = "auto",
+    dtype: str | None = None,
+    weights: str = "auto",
+    speculate: str = "none",
+    draft: str | None = None,
+    **options: Any,
+) -> Iterator[Engine | None]:
+    """The engine of `load_engine`, over the `tp` processes that torchrun started: each has its share of the model.
+
+    It is rank 0's. The others are inside the call, computing what it computes, until rank 0 leaves the block; then they
+    get None. Raises ValueError where tp is not the number of processes, does not divide what it splits, or does not go
+    with an option; the other ranks then raise OtherProcessFailed.
+    """
+    with joined_processes(device) as processes:
+        if tp == processes.world == 1:
+            yield load_engine(source, device, dtype, weights, speculate, draft, **options)
+            return
+        try:
+            if weights not in ("auto", "plain") or draft:
+                raise ValueError("parallel.tp: does not go with draft=, nor with packed weights: leave them out")
+            model, tokenizer = _load_share(source, tp, local_device(device), dtype, processes)
+        except ValueError:
+            if processes.rank:
+                raise OtherProcessFailed("rank 0 says so") from None
+            raise
+        if processes.rank:
+            follow(model)
+            yield None
+            return
+        leader = Leader(model, tokenizer, guess=_guess(speculate), **options)
+        try:
+            yield leader
+        except (ValueError, OSError):  # what a user did wrong, between two passes
+            leader.dismiss()
+            raise
+        leader.dismiss()
+
+
+def _load_share(
+    source: str | Path, tp: int, place: torch.device, dtype: str | None, processes: Processes
+) -> tuple[GPTNeoX, Tokenizer | None]:
+    parallel = ParallelConfig(tp=tp, dp_shard=1)
+    mesh = layout(parallel, processes, place).axis("tp")
+    assert mesh is not None
+    model, tokenizer = load(source, str(place), dtype, sharing(mesh))
+    config = Config(
+        model=model.config, parallel=parallel, data=DataConfig(seq_length=model.config.max_position_embeddings)
+    )
+    return share(model, config, mesh), tokenizer
+
+
+def _guess(speculate: str) -> Guess | None:
+    if speculate not in ("none", "prompt"):
+        raise ValueError(f"speculate={speculate}: must be none or prompt")
+    return prompt_lookup if speculate == "prompt" else None

@@ -2,7 +2,8 @@
 
 import time
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from neox.generate.engine import Engine
 from neox.generate.requests import Event
@@ -53,4 +54,12 @@ def bytes_read(model: nn.Module) -> int:
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None
     ]
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(_stored(tensor) for tensor in tensors)
+
+
+def _stored(tensor: Tensor) -> int:
+    """Bytes of a tensor, or of the parts of one that torchao made of several."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(getattr(tensor, name).nbytes for name in names)

@@ -14,7 +14,7 @@ class TokenLogprob:
     bias, penalties, temperature and every filter."""
 
     token: int
-    logprob: float
+    logprob: float | None  # none for a text's first token, which nothing comes before
     top: list[tuple[int, float]]  # the most likely tokens at this place, most likely first; never a padding row
 
 
@@ -23,9 +23,10 @@ class Completion:
     """What followed a prompt."""
 
     tokens: list[int]  # all that were drawn, those of a stop string too; not the end-of-document or stop token
-    text: str  # up to the stop string, if one came; empty without a tokenizer
+    text: str  # up to the stop string, if one came; empty without a tokenizer; with Sampling.echo behind the prompt's
     finish_reason: str  # "stop": a stop string or token; "eod": end-of-document token; "length": max_tokens or context
-    logprobs: list[TokenLogprob] | None = None  # one for each of `tokens`, where Sampling.logprobs asks for them
+    # One for each of `tokens`, where Sampling.logprobs asks for them; with Sampling.echo those of the prompt first.
+    logprobs: list[TokenLogprob] | None = None
     # One for each token of the prompt but the first, where Sampling.prompt_logprobs asks for them.
     prompt_logprobs: list[TokenLogprob] | None = None
 
@@ -80,10 +81,13 @@ class Request:
 class Generation(Request):
     """A prompt that is continued."""
 
-    def __init__(self, number: int, prompt: list[int], limit: int, sampler: Sampler, text: TextStream | None) -> None:
-        asked = sampler.sampling.prompt_logprobs is not None
+    def __init__(
+        self, number: int, prompt: list[int], limit: int, sampler: Sampler, text: TextStream | None, before: str = ""
+    ) -> None:
+        asked = sampler.sampling.prompt_alternatives is not None
         super().__init__(list(prompt), limit, wanted=0 if asked else len(prompt) - 1)
         self.number, self.prompt, self.sampler, self.text = number, len(prompt), sampler, text
+        self.before = before  # what its text begins with
         self.shown: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []

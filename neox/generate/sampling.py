@@ -17,6 +17,8 @@ from neox.config import GenerateConfig
 from neox.generate.grammar import OPTIONS, Constraint, check, read
 from neox.tokenizer import Tokenizer
 
+NOT_FINITE = "the model's logits are not finite: try dtype=fp32, or its weights are damaged"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -40,6 +42,7 @@ class Sampling:
     regex: str | None = None  # the output as a whole matches
     grammar: str | None = None  # the output is a sentence of this grammar, in llguidance's dialect of Lark
     prompt_logprobs: int | None = None  # the same for the prompt's tokens, all but the first
+    echo: bool = False  # text and logprobs begin with the prompt's: OpenAI's `echo`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -75,6 +78,11 @@ class Sampling:
     def constraint(self) -> tuple[str, str] | None:
         """The option that says which output is allowed, and what it says."""
         return next(((option, text) for option in OPTIONS if (text := getattr(self, option)) is not None), None)
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """How many alternatives to record at each of the prompt's tokens; none: not even their log-probabilities."""
+        return self.prompt_logprobs if self.prompt_logprobs is not None or not self.echo else self.logprobs
 
     @classmethod
     def of(cls, config: GenerateConfig) -> "Sampling":
@@ -157,6 +165,43 @@ def distribution(logits: Tensor, sampling: Sampling, **past: Tensor) -> Tensor:
     return probabilities
 
 
+def picked(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens [...] for weights [..., V], probabilities but for a factor, and uniform numbers [...] in [0, 1), float64:
+    the first at which the cumulative sum is above the number's share of the whole. Never one of weight zero."""
+    sums = weights.double().cumsum(dim=-1)
+    place = torch.searchsorted(sums, uniform[..., None] * sums[..., -1:], right=True)[..., 0]
+    return place.clamp(max=weights.shape[-1] - 1)
+
+
+def draw(logits: Tensor, dials: Tensor | None, filtered: bool) -> Tensor:
+    """Tokens [S] for logits [S, V], as `Sampler` draws them, in operations whose shapes depend on nothing: -1 where the
+    logits are no numbers.
+
+    dials [5, S], float64, hold for each row temperature, top_k, top_p, min_p and a uniform number, None: all are
+    greedy; without `filtered` the three between are not looked at.
+    """
+    logits = logits.float()
+    highest, best = logits.max(dim=-1, keepdim=True)
+    good = highest[:, 0] < math.inf  # also false for nan
+    if dials is None:
+        return torch.where(good, best[:, 0], -1)
+    temperature, top_k, top_p, min_p, uniform = dials
+    scaled = (logits - highest) / temperature.float().clamp(min=1e-30)[:, None]
+    if filtered:
+        last = torch.where(top_k > 0, top_k, logits.shape[-1]).long().clamp(max=logits.shape[-1]) - 1
+        border = scaled.sort(dim=-1, descending=True).values.gather(1, last[:, None])
+        scaled = scaled.masked_fill(scaled < border, float("-inf"))
+    weights = scaled.softmax(dim=-1)
+    if filtered:
+        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        beyond = before >= torch.where(top_p < 1, top_p, math.inf).float()[:, None]
+        weights = weights.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), 0)
+        weights = weights.masked_fill(weights < min_p.float()[:, None] * weights.amax(dim=-1, keepdim=True), 0)
+    tokens = torch.where(temperature == 0, best[:, 0], picked(weights, uniform))
+    return torch.where(good, tokens, -1)
+
+
 class Sampler:
     """Draws the tokens of one sequence with its own random stream, so that its neighbours in a batch do not matter."""
 
@@ -168,7 +213,8 @@ class Sampler:
         Raises ValueError where an option names what is no token, or needs a tokenizer that is not there.
         """
         self.sampling, self.usable = sampling, usable
-        self.generator = torch.Generator().manual_seed(sampling.seed)
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self.unused: list[float] = []  # numbers that were taken from it, for draws that did not count
         self._constraint = Constraint(*sampling.constraint, tokenizer) if sampling.constraint else None
         self._past: dict[str, Tensor] = {}  # what `distribution` needs to know of the sequence, by argument
         if sampling.repetition_penalty != 1:
@@ -183,15 +229,24 @@ class Sampler:
         for token in sampling.stop_tokens:
             _check_token("stop_tokens", token, usable)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `draw` does what this does: what comes next depends on nothing but logits, dials and seed."""
+        return not self._past and not self._constraint and self.sampling.logprobs is None
+
+    def uniform(self) -> float:
+        """The next number of its random stream, one a draw."""
+        if self.unused:
+            return self.unused.pop(0)
+        return torch.rand((), dtype=torch.float64, generator=self._generator).item()
+
     def __call__(self, logits: Tensor) -> int:
         """The next token for logits [V], which the sequence then holds. Raises ValueError as `probabilities` does."""
         if self.sampling.temperature == 0:
             token = int(adjusted(self._allowed(logits), self.sampling, **self._past).argmax())
         else:
             probabilities = self.probabilities(logits).cpu()
-            # argmax of p / Exp(1) is distributed as p (the exponential race); zero-probability tokens never win it.
-            noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
-            token = int((probabilities / noise).argmax())
+            token = int(picked(probabilities, torch.tensor(self.uniform(), dtype=torch.float64)))
         self.take(token)
         return token
 
@@ -206,7 +261,7 @@ class Sampler:
         """Logits [usable] of what may follow; what is known of the past comes to their device."""
         logits = logits[: self.usable]
         if not logits.max() < math.inf:  # also false for nan
-            raise ValueError("the model's logits are not finite: try dtype=fp32, or its weights are damaged")
+            raise ValueError(NOT_FINITE)
         if self._constraint:
             allowed = self._constraint.allowed()[: self.usable].to(logits.device)
             logits = logits.masked_fill(~allowed, -math.inf)

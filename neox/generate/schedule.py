@@ -38,6 +38,18 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
+    @property
+    def admits(self) -> bool:
+        """Whether one that waits may begin now, if there is memory."""
+        return bool(self.waiting) and self._has_place(self.waiting[0])
+
+    def reserve(self, request: Request, count: int) -> bool:
+        """Blocks for `count` tokens more; false where that takes another's place, see `plan`."""
+        while len(request.table) * BLOCK < request.computed + count:
+            if not self._own_block(request):
+                return False
+        return True
+
     def plan(self) -> list[tuple[Request, int]]:
         """Requests, and how many pending tokens of each to compute now. Their blocks are there."""
         self._admit()

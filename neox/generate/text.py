@@ -9,23 +9,25 @@ class TextStream:
     """What all calls return, joined, is the text of all tokens up to the first stop string, which is left out.
 
     The end of the text that could still become a stop string is held back. `stopped` says whether one was found: of
-    several found at once, the one that begins first counts. Raises ValueError where the tokenizer is not byte-level.
+    several found at once, the one that begins first counts. `before` comes first of all, and is not searched. Raises
+    ValueError where the tokenizer is not byte-level.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._decoder = StreamDecoder(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: str = "") -> None:
+        self._decoder, self._before = StreamDecoder(tokenizer), before
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """The text that is certain now that `token` has come."""
-        return self._release(self._decoder.push(token))
+        before, self._before = self._before, ""
+        return before + self._release(self._decoder.push(token))
 
     def finish(self) -> str:
         """What is held back, when no more tokens come."""
-        text = self._release(self._decoder.finish())
-        text, self._held = text + self._held, ""
+        text = self._before + self._release(self._decoder.finish())
+        text, self._before, self._held = text + self._held, "", ""
         return text
 
     def _release(self, new: str) -> str:

@@ -63,12 +63,12 @@ def apply_plan(model: GPTNeoX, config: Config, mesh: DeviceMesh) -> None:
     if name is not None:
         with torch.device("meta"):
             known = [module for module, _ in GPTNeoX(config.model).named_modules()]
-        if unknown := next((p for p in table if not any(_matches(module, p) for module in known)), None):
+        if unknown := next((p for p in table if not any(matches(module, p) for module in known)), None):
             raise ValueError(f"parallel.plan: {name}: {unknown!r} matches no module of the model")
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())
     for pattern, style in table.items():
         for module_name, module in modules:
-            if _matches(module_name, pattern):
+            if matches(module_name, pattern):
                 parallelize_module(module, mesh, style, src_data_rank=None)
     model.tie()
     plain = next((key for key, value in model.named_parameters() if not isinstance(value, DTensor)), None)
@@ -76,7 +76,8 @@ def apply_plan(model: GPTNeoX, config: Config, mesh: DeviceMesh) -> None:
         raise ValueError(f"parallel.plan: {name} leaves {plain} out: give the style of {plain.rpartition('.')[0]!r}")
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module's name is of a plan's pattern."""
     parts, patterns = name.split("."), pattern.split(".")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 

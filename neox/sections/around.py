@@ -94,6 +94,8 @@ class GenerateConfig(Section):
     """The output follows the grammar in this file, in llguidance's dialect of Lark; none = any text."""
     logprobs: OptionalInt = Field(default=None, ge=0)
     """Record each token's log-probability and those of this many alternatives; none = record nothing."""
+    echo: bool = False
+    """Text and log-probabilities begin with the prompt's; nothing comes before its first token, which has none."""
     n: Positive = 1
     """Samples per prompt; the k-th of all samples draws with seed + k."""
     slots: Positive = 8

@@ -68,7 +68,8 @@ def test_who_guesses_does_not_matter(folder):
         ({"weights": "int3"}, "weights=int3: must be one of auto, plain, fp32"),
         ({"speculate": "always"}, "speculate=always: must be none or prompt"),
         ({"speculate": "prompt", "draft": "other"}, "give speculate= or draft=, not both"),
-        ({"weights": "int8", "dtype": "bf16"}, "weights=int8: packed weights are for a CPU, and take no dtype"),
+        ({"weights": "int8", "dtype": "bf16"}, "weights=int8: says how weights are held: leave dtype=bf16 out"),
+        ({"weights": "float8"}, "weights=float8: is for CUDA, not for cpu"),
     ],
 )
 def test_wrong_words(folder, options, words):
