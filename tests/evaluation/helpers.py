@@ -27,6 +27,9 @@ metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher
 }
 
 
+REST = "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: 0\n"
+
+
 def write_tasks(folder: Path, count: int = 12) -> Path:
     """Tasks sums_choose, sums_write and sums_read, `count` documents each; group sums of the three."""
     draw = random.Random(0)
@@ -44,9 +47,9 @@ def write_tasks(folder: Path, count: int = 12) -> Path:
             f'test_split: test\nfewshot_split: test\ndoc_to_text: "{{{{question}}}}"\nmetadata: {{version: 1}}\n{rest}'
         )
     (folder / "lost.yaml").write_text(
-        f"task: lost\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'lost.jsonl'}}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: 0\n"
+        f"task: lost\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'lost.jsonl'}}}}}\n{REST}"
     )
+    (folder / "far.yaml").write_text(f"task: far\ndataset_path: nobody/far-away\n{REST}")
     return folder
 
 
