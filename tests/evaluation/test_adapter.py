@@ -141,6 +141,11 @@ def test_answers_are_handed_on_as_they_come(ours, monkeypatch):
     ]
 
 
+def test_prompts_that_lose_their_beginning_are_counted(ours, caplog):
+    ours.loglikelihood(asked("loglikelihood", [(LONG, " yes"), ("The", " yes"), (LONG, " no")]))
+    assert caplog.messages == ["2 of 3 prompts lose their beginning: the context is 64"]
+
+
 def test_what_cannot_be_asked_is_said(ours, folder):
     for options, message in (
         ({"num_beams": 4}, "num_beams is not supported"),
