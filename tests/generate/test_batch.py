@@ -40,7 +40,7 @@ def test_records_are_in_order_and_each_is_that_of_its_prompt_alone(engine, slots
             assert one["token"] == engine.tokenizer.decode([expected.token])
             assert [other["id"] for other in one["top"]] == [token for token, _ in expected.top]
         reasons.add(record["finish_reason"])
-    assert reasons == {"stop", "length"}
+    assert {"stop", "length"} <= reasons
 
 
 def test_nothing_is_said_of_logprobs_that_nobody_asked_for(engine):

@@ -1,0 +1,13 @@
+"""Evaluation by lm-evaluation-harness: its tasks, prompts, metrics and standard errors, over our engine."""
+
+try:
+    import lm_eval  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "lm_eval":
+        raise
+    raise ValueError("evaluation needs the package lm-eval: pip install 'neox[eval]'") from None
+
+from neox.evaluation.adapter import EngineLM
+from neox.evaluation.run import evaluate
+
+__all__ = ["EngineLM", "evaluate"]

@@ -1,0 +1,171 @@
+"""The engine as lm-evaluation-harness wants a model: what its `hf` backend answers, request by request."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from neox.generate import Engine, Sampling, Score
+
+logger = logging.getLogger(__name__)
+Pair = tuple[Sequence[int], Sequence[int]]
+Keyed = tuple[tuple[str, str], list[int], list[int]]
+CHUNK = 256  # requests that are scored between two looks at the bar, and stored at once
+SAMPLED = ("top_k", "top_p", "min_p", "repetition_penalty")  # generation options that Sampling has by the same name
+
+
+class EngineLM(TemplateLM):
+    """An engine and its tokenizer, to be given to `lm_eval.simple_evaluate(model=...)`.
+
+    Contexts are cut on the left, an empty one is the end-of-document token, white space that a context ends in belongs
+    to the continuation, texts longer than the context are scored in disjoint windows: lm-eval's own rules. Answers go
+    to `cache_hook` as they come. Raises ValueError for a model without a tokenizer or an end-of-document token.
+    """
+
+    def __init__(self, engine: Engine, progress: bool = True) -> None:
+        super().__init__()
+        if engine.tokenizer is None:
+            raise ValueError("evaluation needs a tokenizer: this model was loaded without one (tokenizer.json)")
+        if engine.eod is None:
+            raise ValueError("evaluation needs a tokenizer with an <|endoftext|> token: texts begin with it")
+        self.engine, self.tokens, self.eod, self.progress = engine, engine.tokenizer, engine.eod, progress
+        self._device = engine.weight.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.eod
+
+    @property
+    def max_length(self) -> int:
+        return self.engine.model.config.max_position_embeddings
+
+    @property
+    def max_gen_toks(self) -> int:
+        return 256  # as lm-eval's hf backend has it
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokens.sha256
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.tokens.encode(string)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval puts into the results beside the scores."""
+        parameters = sum(parameter.numel() for parameter in self.engine.model.parameters())
+        return {"model_num_parameters": parameters, "model_dtype": str(self.engine.weight.dtype)}
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: list[Keyed], **kwargs: Any) -> list[tuple[float, bool]]:
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        pairs = [self._cut(*request) for request in requests]
+        if cut := sum(len(mine[0]) < len(asked[1]) for mine, asked in zip(pairs, requests, strict=True)):
+            logger.warning("%d of %d prompts lose their beginning: the context is %d", cut, len(pairs), self.max_length)
+        with self._bar("loglikelihood", len(requests)) as bar:
+            for number, score in self._scores(pairs):
+                answers[number] = score.logprob, score.is_greedy
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+                bar.advance(bar.task_ids[0])
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        pairs: list[Pair] = []
+        owners: list[int] = []  # which request a pair is of
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            pairs += map(make_disjoint_window, windows)
+            owners += [number] * (len(pairs) - len(owners))
+        answers, missing = [0.0] * len(requests), [owners.count(number) for number in range(len(requests))]
+        with self._bar("loglikelihood_rolling", len(pairs)) as bar:
+            for number, score in self._scores(pairs):
+                owner = owners[number]
+                answers[owner] += score.logprob
+                missing[owner] -= 1
+                if not missing[owner]:
+                    self.cache_hook.add_partial("loglikelihood_rolling", requests[owner].args, answers[owner])
+                bar.advance(bar.task_ids[0])
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        answers = [""] * len(requests)
+        asked = [self._sampling(request.args[1], seed) for seed, request in enumerate(requests)]
+        prompts = [
+            self.tok_encode(request.args[0])[-(self.max_length - sampling.max_tokens) :]
+            for request, sampling in zip(requests, asked, strict=True)
+        ]
+        # Neighbours in the alphabet of tokens share the most, while it is still in the cache.
+        order = sorted(range(len(requests)), key=lambda number: prompts[number])
+        events = self.engine.events([prompts[n] for n in order], [asked[n] for n in order], stream=False)
+        with self._bar("generate_until", len(requests)) as bar:
+            for event in events:
+                if event.done is None:
+                    continue
+                number = order[event.number]
+                # The tokens, not the completion's text: of stop strings that overlap, lm-eval looks for the first in
+                # its list, the engine for the first in the text.
+                text = self.tokens.decode(event.done.tokens, skip_special=True)
+                answers[number] = postprocess_generated_text(text, list(asked[number].stop), None)
+                self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
+                bar.advance(bar.task_ids[0])
+        return answers
+
+    def _cut(self, key: tuple[str, str], context: list[int], continuation: list[int]) -> Pair:
+        """What is scored of a request: the last tokens that there is room for."""
+        if not 0 < len(continuation) <= self.max_length:
+            raise ValueError(
+                f"a continuation must have 1 to {self.max_length} tokens, the model's context; {len(continuation)} in "
+                f"{key[1][:60]!r}"
+            )
+        return context[-(self.max_length + 1 - len(continuation)) :], continuation
+
+    def _scores(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:
+        """The score of each pair with its number, in an order in which neighbours share the most."""
+        order = sorted(range(len(pairs)), key=lambda number: (*pairs[number][0], *pairs[number][1]))
+        for start in range(0, len(order), CHUNK):
+            chunk = order[start : start + CHUNK]
+            yield from zip(chunk, self.engine.score([pairs[number] for number in chunk]), strict=True)
+
+    def _sampling(self, options: dict[str, Any], seed: int) -> Sampling:
+        """lm-eval's generation options. Raises ValueError for those that the engine has no counterpart of."""
+        options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+        stop = handle_stop_sequences(options.pop("until"), eos=self.tokens.decode([self.eod]))
+        length, temperature = options.pop("max_gen_toks"), options.pop("temperature", 0.0)
+        if not options.pop("do_sample"):
+            temperature = 0.0
+        sampled = {name: options.pop(name) for name in SAMPLED if name in options}
+        if options.pop("num_beams", 1) != 1 or options:
+            raise ValueError(f"generation_kwargs: {', '.join(options) or 'num_beams'} is not supported by the engine")
+        if length >= self.max_length:
+            raise ValueError(
+                f"max_gen_toks = {length} leaves no room for a prompt in the model's context of {self.max_length}"
+            )
+        return Sampling(
+            max_tokens=length,
+            temperature=float(temperature),
+            seed=seed,
+            stop=[text for text in stop if text],
+            **sampled,
+        )
+
+    def _bar(self, what: str, total: int) -> Progress:
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not self.progress,
+        )
+        bar.add_task(what, total=total)
+        return bar
