@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,24 +38,35 @@ def cached_arrays(folder: Path, key: str, names: tuple[str, ...], build: Callabl
     if not all(path.exists() for path in paths.values()):
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in build().items():
-            _write(paths[name], array)
+            write_npy(paths[name], array.dtype, array.shape, [array])
     try:
         return {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
     except (ValueError, EOFError) as error:
         raise ValueError(f"{folder}/{key}_*.npy: damaged ({error}): remove them, they are made again") from None
 
 
-def _write(path: Path, array: npt.NDArray[Any]) -> None:
-    # A name of its own: another process may be writing the same array.
+def write_npy(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...], blocks: Iterable[npt.NDArray[Any]]) -> None:
+    """Write a `.npy` file from blocks of rows, which may come one at a time; it is whole or absent.
+
+    Raises OSError that names the file.
+    """
+    dtype = np.dtype(dtype)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    temporary = None
     try:
+        # A name of its own: another process may be writing the same array.
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-            np.save(file, array)
+            temporary = file.name
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks:
+                file.write(np.ascontiguousarray(block, dtype).data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, path)
+        os.chmod(temporary, 0o644)  # as any other file: a temporary one is its owner's alone
+        os.replace(temporary, path)
     except BaseException as error:
-        with suppress(OSError, NameError):
-            os.unlink(file.name)
+        with suppress(OSError):
+            os.unlink(temporary or "")
         if isinstance(error, OSError):
             raise write_error(error, path) from error
         raise

@@ -97,8 +97,8 @@ class TokenDataset:
             raise ValueError(f'data.order = "{order}": must be one of {", ".join(ORDERS)}')
         self.parts = whole(prefixes)
         self.seq_length, self.segments = seq_length, segments
-        self._stride = seq_length
-        if order == "preshuffled":
+        self._stride, self.preshuffled = seq_length, order == "preshuffled"
+        if self.preshuffled:
             self._stride = seq_length + 1
             for part in self.parts:
                 _check_rows(part, seq_length + 1)

@@ -74,7 +74,7 @@ class MegatronDataset:
                 f"{len(documents)} documents {self.epochs} times, 2**31 or more in all: add text or ask for fewer"
             )
         self.count = (self.epochs * tokens - 1) // seq_length
-        self.seed, self.progress = seed, progress
+        self.seed, self.num_samples, self.progress = seed, num_samples, progress
         if cache and self.epochs * len(documents) + self.count > SMALL:
             depends_on = {
                 "version": 1,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +54,13 @@ class Sources:
     def __getitem__(self, document: int) -> Origin:
         return self.origins[bisect_right(self.firsts, document) - 1]
 
+    def runs(self, first: int, last: int) -> Iterator[tuple[int, int, Origin]]:
+        """Documents first .. last - 1 as (first, behind the last, where from) of those that follow each other."""
+        ends = [*self.firsts[1:], last]
+        for start, end, origin in zip(self.firsts, ends, self.origins, strict=True):
+            if max(start, first) < min(end, last):
+                yield max(start, first), min(end, last), origin
+
     def components(self, first: int, last: int) -> list[str | None]:
         """The components of documents first .. last - 1, each once, in order of appearance."""
-        low, high = bisect_right(self.firsts, first) - 1, bisect_right(self.firsts, last - 1)
-        return list(dict.fromkeys(origin.component for origin in self.origins[low:high]))
+        return list(dict.fromkeys(origin.component for _, _, origin in self.runs(first, last)))
