@@ -376,6 +376,10 @@ def configs(draw) -> Config:
     data["seq_length"] = 2 * cp * tp * draw(st.integers(1, 10**7))
     entries = len(data["train"])
     data["weights"] = draw(st.just([]) | st.lists(st.floats(1e-6, 1e6), min_size=entries, max_size=entries))
+    if data["order"] == "preshuffled":
+        data["weights"] = []
+    if data["weights"] or data["order"] == "preshuffled":
+        data["weigh"] = "given"
     data["split"] = draw(st.sampled_from([None, "995,4,1", "9/1"]))
     data["valid"] = [] if data["split"] else data["valid"]
     model["max_position_embeddings"] = max(data["seq_length"], model["max_position_embeddings"])

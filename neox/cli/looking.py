@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+from neox.cli.reading import inspect_data
 from neox.cli.verb import UsageError, Verb, resolve
 
 
@@ -65,13 +66,14 @@ def _taken(options: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], l
 
 
 def inspect(targets: list[str], options: list[str]) -> int | None:
-    """Look into runs, tokenizers and parametrisations.
+    """Look into runs, their data, tokenizers and parametrisations.
 
     neox inspect TOPIC ... [key=value ...]
 
     Topics (`neox inspect TOPIC --help` says more):
       run         curves of one or more runs, and where their options differ, as a page or a picture
       tokenizer   what a tokenizer makes of a text, beside others
+      data        the documents of a step, a string in the training data, the steps of a document
       coordinates whether what a model computes keeps its size as the model grows wider (muP)
 
     Examples:
@@ -237,5 +239,10 @@ def doctor(targets: list[str], options: list[str]) -> int:
     return examine(Path(options[-1].partition("=")[2] if options else "runs"))
 
 
-TOPICS: dict[str, Verb] = {"run": inspect_run, "tokenizer": inspect_tokenizer, "coordinates": inspect_coordinates}
+TOPICS: dict[str, Verb] = {
+    "run": inspect_run,
+    "tokenizer": inspect_tokenizer,
+    "data": inspect_data,
+    "coordinates": inspect_coordinates,
+}
 """Of inspect, in the order of its help."""

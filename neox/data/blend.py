@@ -12,6 +12,7 @@ all are. The rule forgets a wrong guess quickly, so that twice is nearly always 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,13 +20,16 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import track
 
-from neox.data.dataset import Dataset
+from neox.data.dataset import Dataset, Piece, Seen
+from neox.data.split import Documents
 
 SEGMENT = 1024  # samples
 SIDE_BY_SIDE = 1024  # segments, at most
 SHOWN = 20  # rounds of that many segments: seconds
 MARGIN = 1.005  # more than its share that each dataset is made for, so that a blend does not run out of one
 Numbers = npt.NDArray[np.int64]
+Phase = tuple[int, Sequence[float]]
+"""The sample from which on these weights hold."""
 Counts = npt.NDArray[np.float64]  # whole numbers
 
 
@@ -52,6 +56,7 @@ class Blend:
         self.weights /= np.sum(self.weights)
         self._choices: list[npt.NDArray[np.uint8]] = []  # of each segment, [SEGMENT]
         self._counts = [np.zeros(len(weights))]  # before each segment, and behind the last
+        self._growing = threading.Lock()  # one thread makes batches ahead, another counts what was read
 
     def __call__(self, samples: npt.ArrayLike) -> tuple[npt.NDArray[np.uint8], Numbers]:
         """Dataset [n] and sample number in it [n] of n sample numbers."""
@@ -73,8 +78,32 @@ class Blend:
                 indices[rows[own]] = int(self._counts[segment][dataset]) + given
         return datasets, indices
 
+    def given(self, samples: int) -> Numbers:
+        """How many of the first `samples` samples each dataset gives, [datasets]."""
+        segment, rest = divmod(samples, SEGMENT)
+        self._extend(segment + 1)
+        more = np.bincount(self._choices[segment][:rest], minlength=len(self.weights))
+        return self._counts[segment].astype(np.int64) + more
+
+    def numbers(self, dataset: int, indices: Numbers) -> Numbers:
+        """The sample numbers that give these samples [n] of a dataset: the inverse of a call."""
+        if not indices.size:
+            return indices
+        while self._counts[-1][dataset] <= indices.max():
+            self._extend(2 * len(self._choices) + 1)
+        segments = np.searchsorted([counts[dataset] for counts in self._counts], indices, side="right") - 1
+        places = [
+            np.flatnonzero(self._choices[segment] == dataset)[index - int(self._counts[segment][dataset])]
+            for segment, index in zip(segments.tolist(), indices.tolist(), strict=True)
+        ]
+        return segments * SEGMENT + np.array(places, np.int64)
+
     def _extend(self, segments: int) -> None:
         """Have at least that many segments."""
+        with self._growing:
+            self._grow(segments)
+
+    def _grow(self, segments: int) -> None:
         rounds = []
         have = len(self._choices)
         while have < segments:
@@ -117,16 +146,74 @@ class Blend:
         return choices.T.copy(), counts
 
 
+class History:
+    """A blend whose weights were changed at some samples: from each change on the rule begins anew, and each dataset
+    goes on with its own next sample. A pure function of the changes and the sample number.
+
+    `phases`: (first sample, weights), the first of them from sample 0 on.
+    """
+
+    def __init__(self, phases: Sequence[Phase], progress: bool = False) -> None:
+        self.phases = [(int(first), tuple(map(float, weights))) for first, weights in phases]
+        self.starts = np.array([first for first, _ in self.phases], np.int64)
+        assert (np.diff(self.starts, prepend=0) >= 0).all(), "phases follow each other, from 0 on"
+        self.blends = [Blend(weights, progress) for _, weights in self.phases]
+        before = [np.zeros(len(self.phases[0][1]), np.int64)]
+        for blend, samples in zip(self.blends, np.diff(self.starts).tolist(), strict=False):
+            before.append(before[-1] + blend.given(samples))
+        self._before = np.stack(before)  # [phases, datasets] samples given before each phase
+
+    def __call__(self, samples: npt.ArrayLike) -> tuple[npt.NDArray[np.uint8], Numbers]:
+        """Dataset [n] and sample number in it [n] of n sample numbers."""
+        numbers = np.atleast_1d(np.asarray(samples, dtype=np.int64))
+        datasets, indices = np.empty(len(numbers), np.uint8), np.empty(len(numbers), np.int64)
+        phases = np.searchsorted(self.starts, numbers, side="right") - 1
+        for phase in np.unique(phases):
+            own = phases == phase
+            datasets[own], since = self.blends[phase](numbers[own] - self.starts[phase])
+            indices[own] = since + self._before[phase][datasets[own]]
+        return datasets, indices
+
+    def given(self, samples: int) -> Numbers:
+        """How many of the first `samples` samples each dataset gives, [datasets]."""
+        phase = int(np.searchsorted(self.starts, samples, side="right")) - 1
+        return self._before[phase] + self.blends[phase].given(samples - int(self.starts[phase]))
+
+    def numbers(self, dataset: int, indices: Numbers) -> Numbers:
+        """The sample numbers that give these samples [n] of a dataset: the inverse of a call."""
+        phases = np.searchsorted(self._before[:, dataset], indices, side="right") - 1
+        out = np.empty_like(indices)
+        for phase in np.unique(phases):
+            own = phases == phase
+            since = indices[own] - self._before[phase, dataset]
+            out[own] = self.starts[phase] + self.blends[phase].numbers(dataset, since)
+        return out
+
+
 class BlendedDataset:
-    """Samples of several datasets, mixed by weight. With `size`, sample s is sample s % size."""
+    """Samples of several datasets of one part each, mixed by weight.
+
+    With `size`, sample s is sample s % size, unless the weights were changed: then each dataset begins anew by itself.
+    """
 
     def __init__(
-        self, datasets: Sequence[Dataset], weights: Sequence[float], size: int | None = None, progress: bool = False
+        self,
+        datasets: Sequence[Dataset],
+        phases: Sequence[Phase],
+        size: int | None = None,
+        progress: bool = False,
     ) -> None:
-        assert len(datasets) == len(weights), "one weight a dataset"
-        self.datasets, self.size = datasets, size
-        self.blend = Blend(weights, progress)
+        assert all(len(datasets) == len(weights) for _, weights in phases), "one weight a dataset"
+        assert size is None or len(phases) == 1 or phases[1][0] <= size, "a change comes before the end"
+        self.datasets, self.progress = datasets, progress
+        self.size = size if len(phases) == 1 else None
+        self.parts: list[Documents] = [dataset.parts[0] for dataset in datasets]
+        self.history = History(phases, progress)
         self.seq_length, self.segments = datasets[0].seq_length, datasets[0].segments
+
+    def with_phases(self, phases: Sequence[Phase]) -> BlendedDataset:
+        """The same datasets, blended so."""
+        return BlendedDataset(self.datasets, phases, self.size, self.progress)
 
     def sample(self, samples: npt.ArrayLike) -> Numbers:
         """Tokens [n, seq_length + 1] of n sample numbers."""
@@ -136,10 +223,40 @@ class BlendedDataset:
         """For each token of `sample(samples)` the number of its document, counted from 0 in each row."""
         return self._rows(samples, [dataset.documents for dataset in self.datasets])
 
-    def _rows(self, samples: npt.ArrayLike, read: Sequence[Callable[[npt.ArrayLike], Numbers]]) -> Numbers:
+    def owners(self, samples: npt.ArrayLike) -> Numbers:
+        """For each of n sample numbers the part that it is read from, [n]."""
+        return self.history(self._wrapped(samples))[0].astype(np.int64)
+
+    def trace(self, samples: npt.ArrayLike) -> list[list[Piece]]:
+        """What each of n samples is made of, in order."""
+        owners, indices = self.history(self._wrapped(samples))
+        return [
+            [piece._replace(part=owner) for piece in self.datasets[owner].trace(index)[0]]
+            for owner, index in zip(owners.tolist(), indices.tolist(), strict=True)
+        ]
+
+    def seen(self, piece: Piece, samples: int) -> Seen:
+        """Those of the samples before number `samples` that hold any token of the piece."""
+        size = self.size or max(1, samples)
+        given = int(self.history.given(min(samples, size))[piece.part])
+        once = self.datasets[piece.part].seen(piece._replace(part=0), given)
+        numbers = self.history.numbers(piece.part, once[:, 0])
+        turns = [np.stack((numbers + first, once[:, 1]), axis=1) for first in range(0, max(1, samples), size)]
+        rows = np.concatenate(turns)
+        rows = rows[rows[:, 0] < samples]
+        return rows[np.argsort(rows[:, 0], kind="stable")]
+
+    def per_epoch(self) -> list[float]:
+        """Of each part, how many samples read all of it once."""
+        return [dataset.per_epoch()[0] for dataset in self.datasets]
+
+    def _wrapped(self, samples: npt.ArrayLike) -> Numbers:
         numbers = np.atleast_1d(np.asarray(samples, dtype=np.int64))
-        owners, indices = self.blend(numbers % self.size if self.size else numbers)
-        out = np.empty((len(numbers), self.seq_length + 1), dtype=np.int64)
+        return numbers % self.size if self.size else numbers
+
+    def _rows(self, samples: npt.ArrayLike, read: Sequence[Callable[[npt.ArrayLike], Numbers]]) -> Numbers:
+        owners, indices = self.history(self._wrapped(samples))
+        out = np.empty((len(owners), self.seq_length + 1), dtype=np.int64)
         for owner in np.unique(owners):
             rows = owners == owner
             out[rows] = read[owner](indices[rows])

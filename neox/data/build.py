@@ -15,6 +15,7 @@ from neox.data.blend import BlendedDataset, shares
 from neox.data.dataset import Dataset, TokenDataset
 from neox.data.megatron import MegatronDataset
 from neox.data.split import Documents, split, whole
+from neox.data.weights import blend_weights
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Datasets:
     train: Dataset
     valid: TokenDataset | None
     """Held-out text as sequential windows, the same at each evaluation."""
+    weights: tuple[float, ...]
+    """Those that the config asks for; none where nothing is blended."""
     fingerprint: str
     """Equal where the order of the training samples is, for all that it depends on: 16 hex digits."""
 
@@ -35,11 +38,15 @@ def build_datasets(
     seed: int,
     train_samples: int,
     progress: bool = False,
+    began: Sequence[float] = (),
+    cache: Path | None = None,
 ) -> Datasets:
     """The datasets of a run over token files, `train` one an entry of data.train, that takes `train_samples` samples.
 
     Where data.num_samples is none it is `train_samples`; a run that may be resumed for more steps writes it down when
-    it starts. `progress` says on stderr what takes seconds.
+    it starts. `began`: the weights that a run which has changed them began with: its order, and the dataset here,
+    are of these (see `BlendedDataset.with_phases`). `cache`: a folder for the megatron order's arrays, unless the
+    config names one. `progress` says on stderr what takes seconds.
     Raises ValueError (the key or file, what to do) where a file has too few tokens or documents for what is asked,
     and where the megatron order was made for fewer samples than the run takes; FileNotFoundError for a missing file.
     """
@@ -49,46 +56,58 @@ def build_datasets(
     else:
         parts, held_out = whole(train), whole(valid)
     num_samples = data.num_samples or train_samples
+    weights = blend_weights(data, parts)
+    first = tuple(began) if weights else ()
+    first = first or weights
     dataset: Dataset
     if data.order == "megatron":
-        dataset = _megatron(data, parts, seed, num_samples, train_samples, progress)
-    elif data.weights:
+        cache = Path(data.cache) if data.cache else cache
+        dataset = _megatron(data, parts, seed, num_samples, train_samples, progress, first, cache)
+    elif first:
         # Files of equal size must not be permuted alike: hence a seed each.
         seeds = [(seed + number) % 2**63 for number in range(len(parts))]
         datasets = [
             TokenDataset([part], data.seq_length, own, segments=data.segments)
             for part, own in zip(parts, seeds, strict=True)
         ]
-        dataset = BlendedDataset(datasets, data.weights, progress=progress)
+        dataset = BlendedDataset(datasets, [(0, first)], progress=progress)
     else:
-        dataset = TokenDataset(parts, data.seq_length, seed, segments=data.segments)
+        dataset = TokenDataset(parts, data.seq_length, seed, data.order, data.segments)
     return Datasets(
         dataset,
         TokenDataset(held_out, data.seq_length, seed, "sequential", data.segments) if held_out else None,
-        _fingerprint(data, parts, seed, num_samples),
+        weights,
+        _fingerprint(data, parts, seed, num_samples, first),
     )
 
 
 def _megatron(
-    data: DataConfig, parts: list[Documents], seed: int, num_samples: int, train_samples: int, progress: bool
+    data: DataConfig,
+    parts: list[Documents],
+    seed: int,
+    num_samples: int,
+    train_samples: int,
+    progress: bool,
+    weights: tuple[float, ...],
+    cache: Path | None,
 ) -> Dataset:
     """One file without weights as gpt-neox's `data_path`, all else as its `train_data_paths`: 1.0 for each by default,
     and half a percent of samples more."""
     if not parts:
         raise ValueError("no token files given: set data.train to at least one prefix")
-    if len(parts) == 1 and not data.weights:
-        single = MegatronDataset(parts[0], data.seq_length, seed, num_samples, data.segments, progress)
+    if len(parts) == 1 and not weights:
+        single = MegatronDataset(parts[0], data.seq_length, seed, num_samples, data.segments, progress, cache)
         _check_enough(num_samples, train_samples, len(single) + 1)
         return single
-    weights = data.weights or (1.0,) * len(parts)
+    weights = weights or (1.0,) * len(parts)
     datasets = [
-        MegatronDataset(part, data.seq_length, seed, share, data.segments, progress)
+        MegatronDataset(part, data.seq_length, seed, share, data.segments, progress, cache)
         for part, share in zip(parts, shares(weights, num_samples), strict=True)
     ]
     # gpt-neox wraps at the sum of lengths, each one short; 1 is where it would divide by zero.
     size = max(1, sum(map(len, datasets)))
     _check_enough(num_samples, train_samples, size)
-    return BlendedDataset(datasets, weights, size, progress)
+    return BlendedDataset(datasets, [(0, weights)], size, progress)
 
 
 def _check_enough(num_samples: int, train_samples: int, available: int) -> None:
@@ -99,14 +118,16 @@ def _check_enough(num_samples: int, train_samples: int, available: int) -> None:
         )
 
 
-def _fingerprint(data: DataConfig, parts: list[Documents], seed: int, num_samples: int) -> str:
+def _fingerprint(
+    data: DataConfig, parts: list[Documents], seed: int, num_samples: int, weights: tuple[float, ...]
+) -> str:
     """A hash of all that the order of the training samples depends on, and of nothing else: files may move."""
     order: dict[str, Any] = {
         "order": data.order,
         "num_samples": num_samples if data.order == "megatron" else None,
         "seed": seed,
         "seq_length": data.seq_length,
-        "weights": data.weights,
+        "weights": weights,
         "files": [
             [part.first, part.last, len(part.file), len(part.file.tokens), _manifest(part.file.bin)] for part in parts
         ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,23 @@ import numpy.typing as npt
 from neox.data.order import PermutedOrder, SequentialOrder
 from neox.data.split import Documents, whole
 
-ORDERS = ("permuted", "sequential")
+ORDERS = ("permuted", "sequential", "preshuffled")
+
+
+class Piece(NamedTuple):
+    """A stretch of one document."""
+
+    part: int
+    """Which of the dataset's parts."""
+    document: int
+    """Number in the part's file."""
+    offset: int
+    """Its first token, counted in the document."""
+    tokens: int
+
+
+Seen = npt.NDArray[np.int64]
+"""[n, 2]: sample numbers, rising, and which time of reading that text (0 the first) each belongs to."""
 
 
 class Dataset(Protocol):
@@ -30,6 +46,27 @@ class Dataset(Protocol):
         """For each token of `sample(samples)` the number of its document, counted from 0 in each row."""
         ...
 
+    @property
+    def parts(self) -> Sequence[Documents]:
+        """What is read, one an entry of data.train."""
+        ...
+
+    def owners(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """For each of n sample numbers the part that it is read from, [n]."""
+        ...
+
+    def trace(self, samples: npt.ArrayLike) -> list[list[Piece]]:
+        """What each of n samples is made of, in order; seq_length + 1 tokens each."""
+        ...
+
+    def seen(self, piece: Piece, samples: int) -> Seen:
+        """Those of the samples before number `samples` that hold any token of the piece."""
+        ...
+
+    def per_epoch(self) -> list[float]:
+        """Of each part, how many samples read all of it once."""
+        ...
+
 
 class TokenDataset:
     """Windows over one or more token files, or ranges of their documents.
@@ -37,7 +74,8 @@ class TokenDataset:
     In each file window w is tokens [w*T, w*T + T] with T = seq_length: T + 1 tokens, sharing one with the next window,
     so that each token is a label once. A file has (tokens - 1) // T windows and no window crosses into another file;
     a tail shorter than T, and a file too short for one window, is left out.
-    `order` is "permuted" (reshuffled each epoch, see `PermutedOrder`) or "sequential".
+    `order` is "permuted" (reshuffled each epoch, see `PermutedOrder`) or "sequential". With "preshuffled" windows share
+    no token and each is a document: sample s is document s, as Pythia's data was published.
     Raises ValueError on files that are not whole, an unknown order, and when there is not one window in all.
     """
 
@@ -59,7 +97,14 @@ class TokenDataset:
             raise ValueError(f'data.order = "{order}": must be one of {", ".join(ORDERS)}')
         self.parts = whole(prefixes)
         self.seq_length, self.segments = seq_length, segments
-        windows = [max(0, len(part.tokens) - 1) // seq_length for part in self.parts]
+        self._stride, self.preshuffled = seq_length, order == "preshuffled"
+        if self.preshuffled:
+            self._stride = seq_length + 1
+            for part in self.parts:
+                _check_rows(part, seq_length + 1)
+        # The first window takes one token more than those after it, unless none share a token.
+        shared = seq_length + 1 - self._stride
+        windows = [max(0, len(part.tokens) - shared) // self._stride for part in self.parts]
         self._ends = np.cumsum(windows, dtype=np.int64)
         self.num_windows = int(self._ends[-1])
         if not self.num_windows:
@@ -97,9 +142,53 @@ class TokenDataset:
             out[row] = part.tokens[at : at + self.seq_length + 1]
         return out
 
+    def owners(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """For each of n sample numbers the part that it is read from, [n]."""
+        windows = np.atleast_1d(self.order(np.asarray(samples, dtype=np.int64)))
+        return np.searchsorted(self._ends, windows, side="right").astype(np.int64)
+
+    def trace(self, samples: npt.ArrayLike) -> list[list[Piece]]:
+        """What each of n samples is made of, in order."""
+        windows = np.atleast_1d(self.order(np.asarray(samples, dtype=np.int64)))
+        owners = np.searchsorted(self._ends, windows, side="right")
+        return [
+            [Piece(int(owner), *piece) for piece in part.pieces(at, at + self.seq_length + 1)]
+            for owner, (part, at) in zip(owners, self._places(windows), strict=True)
+        ]
+
+    def seen(self, piece: Piece, samples: int) -> Seen:
+        """Those of the samples before number `samples` that hold any token of the piece, with their epochs."""
+        first = self.parts[piece.part].place(piece.document) + piece.offset
+        starts = self._ends - np.diff(self._ends, prepend=0)
+        low = max(0, -(-(first - self.seq_length) // self._stride)) + int(starts[piece.part])
+        high = min(
+            (first + piece.tokens - 1) // self._stride + 1 + int(starts[piece.part]), int(self._ends[piece.part])
+        )
+        windows = np.arange(low, high)
+        found = [np.empty((0, 2), np.int64)]
+        for epoch in range(-(-samples // self.num_windows) if piece.tokens else 0):
+            numbers = np.sort(self.order.inverse(windows, epoch))
+            numbers = numbers[numbers < samples]
+            found.append(np.stack((numbers, np.full_like(numbers, epoch)), axis=1))
+        return np.concatenate(found)
+
+    def per_epoch(self) -> list[float]:
+        """Of each part, how many samples read all of it once."""
+        return np.diff(self._ends, prepend=0).astype(float).tolist()
+
     def _places(self, windows: npt.NDArray[np.int64]) -> Iterator[tuple[Documents, int]]:
         """The documents that each window lies in, and its first token's place among their tokens."""
         owners = np.searchsorted(self._ends, windows, side="right")
         starts = self._ends - np.diff(self._ends, prepend=0)
         for number, owner in zip(windows.tolist(), owners.tolist(), strict=True):
-            yield self.parts[owner], (number - int(starts[owner])) * self.seq_length
+            yield self.parts[owner], (number - int(starts[owner])) * self._stride
+
+
+def _check_rows(part: Documents, length: int) -> None:
+    """Raises ValueError where the documents are not rows of that many tokens."""
+    wrong = np.flatnonzero(part.sizes != length)
+    if wrong.size:
+        raise ValueError(
+            f"{part.name}: document {part.first + int(wrong[0])} has {part.sizes[wrong[0]]} tokens; data.order = "
+            f'"preshuffled" reads documents of data.seq_length + 1 = {length}: set data.seq_length, or another order'
+        )

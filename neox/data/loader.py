@@ -69,16 +69,16 @@ class Loader:
         """A loader that leaves out what the steps from `first_step` on, up to and without `last_step`, are now; steps
         before them stay what they are."""
         assert first_step < last_step, "no step at all"
-        more = int(self._samples(first_step)[0]), int(self._samples(last_step - 1)[-1]) + 1
+        more = int(self.samples(first_step)[0]), int(self.samples(last_step - 1)[-1]) + 1
         return Loader(self.dataset, self.global_batch_size, [*self.stepped_over, more])
 
     def position(self, step: int) -> int:
         """Samples read or stepped over before step `step`."""
-        return int(self._samples(step)[0])
+        return int(self.samples(step)[0])
 
     def batch(self, step: int) -> Batch:
         """All sequences of step `step`, which counts from 0."""
-        return self._rows(self._samples(step))
+        return self._rows(self.samples(step))
 
     def microbatches(self, step: int, micro_batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """The sequences of step `step` that are this rank's, in order, at most `micro_batch_size` at a time.
@@ -91,18 +91,27 @@ class Loader:
             raise ValueError(f"train.micro_batch_size = {micro_batch_size}: must be at least 1")
         assert 0 <= rank < ranks, "ranks count from 0"
         share = -(-self.global_batch_size // ranks)
-        own = self._samples(step)[rank * share : (rank + 1) * share]
+        own = self.samples(step)[rank * share : (rank + 1) * share]
         for start in range(0, share, micro_batch_size):
             part = own[start : start + micro_batch_size]
             yield self._rows(part, filler=min(micro_batch_size, share - start) - len(part))
 
-    def _samples(self, step: int) -> npt.NDArray[np.int64]:
+    def samples(self, step: int) -> npt.NDArray[np.int64]:
         """The numbers of the samples of a step: the one place that maps the one to the other."""
         assert step >= 0, "steps count from 0"
         numbers = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
         for first, last in self.stepped_over:  # in this order
             numbers = np.where(numbers < first, numbers, numbers + (last - first))
         return numbers
+
+    def steps(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The step that reads each of these samples [n] and its row there, [n, 2]; step -1 where it is stepped over."""
+        out, over = samples.copy(), np.zeros(len(samples), bool)
+        for first, last in self.stepped_over:
+            over |= (samples >= first) & (samples < last)
+            out -= np.where(samples >= last, last - first, 0)
+        steps, rows = np.divmod(out, self.global_batch_size)
+        return np.stack((np.where(over, -1, steps), rows), axis=1)
 
     def _rows(self, samples: npt.NDArray[np.int64], filler: int = 0) -> Batch:
         rows = torch.from_numpy(self.dataset.sample(samples))

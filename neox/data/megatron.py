@@ -1,4 +1,4 @@
-"""gpt-neox's order of samples, bit for bit: its packed GPT2Dataset without index files on the disk.
+"""gpt-neox's order of samples, bit for bit: its packed GPT2Dataset.
 
 All epochs' documents are shuffled together into one stream of tokens; sample k of it is tokens [k*T, k*T + T] with
 T = seq_length, and the samples are shuffled once more. Both shuffles draw from one RandomState(seed), the documents
@@ -13,16 +13,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from neox.data.arrays import Arrays, cached_arrays, content_key
+from neox.data.dataset import Piece, Seen
 from neox.data.split import Documents
 
 GROUP = 64
 """Documents whose sizes are added up to find where a sample begins."""
 BLOCK = GROUP << 14  # documents whose sizes are held in int64 at once while building
+ARRAYS = ("doc_idx", "shuffle_idx", "before")
+SMALL = 1_000_000  # documents and samples whose shuffle takes less than reading a file
 SHOWN = 10_000_000  # documents and samples whose shuffle takes seconds
 Numbers = npt.NDArray[np.int64]
 
@@ -35,6 +41,8 @@ class MegatronDataset:
     with the fewest epochs that give num_samples. `len` is n - 1, as in gpt-neox, whose loader never asks for the last;
     here it can be asked for, and from n on sample s is sample s % (n - 1), which is gpt-neox's fallback.
     Samples cross the ends of documents; empty documents add nothing.
+    With a folder `cache` the arrays are kept there, under a hash of the documents' sizes and of all else that they
+    depend on: built once, and mapped by every process of a host instead of held by each.
     Raises ValueError for fewer than 2 tokens, a seed that numpy's RandomState does not take, and an order of 2**31
     documents or more, which gpt-neox's int32 cannot number.
     """
@@ -47,6 +55,7 @@ class MegatronDataset:
         num_samples: int,
         segments: bool = False,
         progress: bool = False,
+        cache: Path | None = None,
     ) -> None:
         assert num_samples >= 1, "an order is made for at least one sample"
         if seq_length < 1:
@@ -56,26 +65,43 @@ class MegatronDataset:
         tokens = len(documents.tokens)
         if tokens < 2:
             raise ValueError(f"{documents.name} has {tokens} tokens; a sample needs at least 2: add text")
-        self.part, self.seq_length, self.segments = documents, seq_length, segments
+        self.part, self.parts = documents, [documents]
+        self.seq_length, self.segments = seq_length, segments
         self.epochs = -(-(num_samples * seq_length + 1) // tokens)
         if self.epochs * len(documents) >= 2**31:
             raise ValueError(
                 f"{documents.name} has {tokens} tokens; {num_samples} samples of {seq_length} would repeat its "
                 f"{len(documents)} documents {self.epochs} times, 2**31 or more in all: add text or ask for fewer"
             )
-        count = (self.epochs * tokens - 1) // seq_length
-        if progress and self.epochs * len(documents) + count > SHOWN:
+        self.count = (self.epochs * tokens - 1) // seq_length
+        self.seed, self.num_samples, self.progress = seed, num_samples, progress
+        if cache and self.epochs * len(documents) + self.count > SMALL:
+            depends_on = {
+                "version": 1,
+                "documents": [documents.first, documents.last],
+                "epochs": self.epochs,
+                "samples": self.count,
+                "seed": seed,
+            }
+            arrays = cached_arrays(cache, content_key(depends_on, documents.sizes), ARRAYS, self._build)
+        else:
+            arrays = self._build()
+        self.doc_idx, self.shuffle_idx, self._before = (arrays[name] for name in ARRAYS)
+
+    def _build(self) -> Arrays:
+        documents, total = self.part, self.epochs * len(self.part)
+        if self.progress and total + self.count > SHOWN:
             print(
-                f"{documents.name}: shuffling {self.epochs * len(documents):,} documents and {count:,} samples",
+                f"{documents.name}: shuffling {total:,} documents and {self.count:,} samples",
                 file=sys.stderr,
                 flush=True,
             )
-        rng = np.random.RandomState(seed)
-        self.doc_idx = np.tile(np.arange(documents.first, documents.last, dtype=np.int32), self.epochs)
-        rng.shuffle(self.doc_idx)
-        self.shuffle_idx: npt.NDArray[Any] = np.arange(count, dtype=np.uint32 if count < 2**32 - 2 else np.int64)
-        rng.shuffle(self.shuffle_idx)
-        self._before = self._tokens_before_groups()
+        rng = np.random.RandomState(self.seed)
+        doc_idx = np.tile(np.arange(documents.first, documents.last, dtype=np.int32), self.epochs)
+        rng.shuffle(doc_idx)
+        shuffle_idx = np.arange(self.count, dtype=np.uint32 if self.count < 2**32 - 2 else np.int64)
+        rng.shuffle(shuffle_idx)
+        return {"doc_idx": doc_idx, "shuffle_idx": shuffle_idx, "before": self._tokens_before_groups(doc_idx)}
 
     def __len__(self) -> int:
         """Samples that gpt-neox's dataset counts: one fewer than there are."""
@@ -103,38 +129,89 @@ class MegatronDataset:
         offsets = np.where(first > 0, first - ends[rows, inside] + sizes[rows, inside], 0)
         return np.stack((np.where(first > 0, groups * GROUP + inside, 0), offsets), axis=1)
 
-    def _rows(self, samples: npt.ArrayLike, numbers: bool) -> Numbers:
+    def owners(self, samples: npt.ArrayLike) -> Numbers:
+        """For each of n sample numbers the part that it is read from, [n]: there is one."""
+        return np.zeros(np.atleast_1d(np.asarray(samples)).shape, np.int64)
+
+    def trace(self, samples: npt.ArrayLike) -> list[list[Piece]]:
+        """What each of n samples is made of, in order."""
+        return [
+            [Piece(0, document, offset, len(tokens)) for document, offset, tokens in self._pieces(place, offset)]
+            for place, offset in self._begins(samples)
+        ]
+
+    def seen(self, piece: Piece, samples: int) -> Seen:
+        """Those of the samples before number `samples` that hold any token of the piece.
+
+        Epochs are shuffled into one stream, so what is told of each is which copy of the document it belongs to, in
+        the order in which the samples come to them.
+        """
+        count, copies = len(self.shuffle_idx), []
+        for place in np.flatnonzero(self.doc_idx == piece.document).tolist() if piece.tokens else []:
+            group = place // GROUP
+            first = int(self._before[group] + self._sizes(self.doc_idx[group * GROUP : place]).sum()) + piece.offset
+            low = max(0, -(-(first - self.seq_length) // self.seq_length))
+            high = min((first + piece.tokens - 1) // self.seq_length + 1, count)
+            numbers = self._shuffled[low:high].astype(np.int64)
+            # From `count` on the order repeats itself, without its last sample.
+            again = np.arange(count - 1, max(count, samples), max(1, count - 1))
+            more = (numbers[numbers < max(1, count - 1)] + again[:, None]).ravel()
+            numbers = np.concatenate((numbers, more[more >= count]))
+            copies.append(np.sort(numbers[numbers < samples]))
+        copies = sorted((numbers for numbers in copies if len(numbers)), key=lambda numbers: int(numbers[0]))
+        found = [np.stack((numbers, np.full_like(numbers, copy)), axis=1) for copy, numbers in enumerate(copies)]
+        rows = np.concatenate([np.empty((0, 2), np.int64), *found])
+        return rows[np.argsort(rows[:, 0], kind="stable")]
+
+    def per_epoch(self) -> list[float]:
+        """Of each part, how many samples read all of it once."""
+        return [len(self.part.tokens) / self.seq_length]
+
+    @cached_property
+    def _shuffled(self) -> npt.NDArray[Any]:
+        """Where the second shuffle put each sample, as large as it: for `seen` alone."""
+        inverse = np.empty_like(self.shuffle_idx)
+        inverse[self.shuffle_idx] = np.arange(len(inverse), dtype=inverse.dtype)
+        return inverse
+
+    def _begins(self, samples: npt.ArrayLike) -> list[list[int]]:
+        """Of each sample, its first document's place in doc_idx, and where in it the sample begins."""
         wanted = np.atleast_1d(np.asarray(samples, dtype=np.int64))
         assert not wanted.size or wanted.min() >= 0, "sample numbers start at 0"
         count = len(self.shuffle_idx)
         wanted = np.where(wanted < count, wanted, wanted % max(1, count - 1))
-        out = np.empty((len(wanted), self.seq_length + 1), dtype=np.int64)
-        begins = self.sample_idx(self.shuffle_idx[wanted])
-        for row, (place, offset) in zip(out, begins.tolist(), strict=True):
+        begins: list[list[int]] = self.sample_idx(self.shuffle_idx[wanted]).tolist()
+        return begins
+
+    def _rows(self, samples: npt.ArrayLike, numbers: bool) -> Numbers:
+        begins = self._begins(samples)
+        out = np.empty((len(begins), self.seq_length + 1), dtype=np.int64)
+        for row, (place, offset) in zip(out, begins, strict=True):
             at = 0
-            for number, piece in enumerate(self._pieces(place, offset)):
+            for number, (_, _, piece) in enumerate(self._pieces(place, offset)):
                 row[at : at + len(piece)] = number if numbers else piece
                 at += len(piece)
         return out
 
-    def _pieces(self, place: int, offset: int) -> Iterator[npt.NDArray[Any]]:
+    def _pieces(self, place: int, offset: int) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
         """The seq_length + 1 tokens that begin there, document by document, without the empty ones."""
         left = self.seq_length + 1
         while left:
-            piece = self.part.file.document(int(self.doc_idx[place]))[offset : offset + left]
+            document = int(self.doc_idx[place])
+            piece = self.part.file.document(document)[offset : offset + left]
             if len(piece):
-                yield piece
+                yield document, offset, piece
             left -= len(piece)
             place, offset = place + 1, 0
 
     def _sizes(self, documents: npt.NDArray[np.int32]) -> Numbers:
         return self.part.file.sizes[documents].astype(np.int64)
 
-    def _tokens_before_groups(self) -> Numbers:
+    def _tokens_before_groups(self, doc_idx: npt.NDArray[np.int32]) -> Numbers:
         """Tokens of the stream before each group of documents, [groups]."""
         sums = []
-        for first in range(0, len(self.doc_idx), BLOCK):
-            sizes = self._sizes(self.doc_idx[first : first + BLOCK])
+        for first in range(0, len(doc_idx), BLOCK):
+            sizes = self._sizes(doc_idx[first : first + BLOCK])
             sums.append(np.add.reduceat(sizes, np.arange(0, len(sizes), GROUP)))
         groups = np.concatenate(sums)
         return np.cumsum(groups) - groups

@@ -37,6 +37,8 @@ DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
+CHECKED = 1 << 20  # documents whose places are checked when a file is opened: some milliseconds
+STRETCHES = 64
 BLOCK = 1 << 20  # documents whose index entries are held in memory at once, beside the sizes
 
 
@@ -205,6 +207,15 @@ def _blocks(count: int) -> list[slice]:
     return [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
 
 
+def _stretches(count: int) -> list[slice]:
+    """Documents to look at: all of up to CHECKED, else as many in stretches from the first to the last document. Those
+    that follow each other share a document."""
+    length = CHECKED // STRETCHES
+    if count <= CHECKED:
+        return [slice(max(0, start - 1), min(start + length, count)) for start in range(0, count, length)]
+    return [slice(start, start + length) for start in np.linspace(0, count - length, STRETCHES, dtype=int).tolist()]
+
+
 def _open_alone(path: Path) -> IO[bytes]:
     """Open `path` for writing, emptied, unless another process is writing it: two at once would mix their tokens."""
     try:
@@ -275,10 +286,15 @@ class TokenFile:
         self.tokens: npt.NDArray[Any] = _map(self.bin, self.dtype, 0, tokens)
 
     def _count(self) -> int:
-        """Tokens in all; the documents must lie in the `.bin` one after another, without gaps."""
+        """Tokens in all; the documents must lie in the `.bin` one after another, without gaps.
+
+        Of an index too long to be read before the first step, stretches all over it are looked at.
+        """
         start = 0
-        for block in _blocks(len(self.sizes)):
+        for block in _stretches(len(self.sizes)):
             sizes = self.sizes[block].astype(np.int64) * self.dtype.itemsize
+            if block.start:
+                start = int(self._pointers[block.start])
             expected = start + np.cumsum(sizes) - sizes
             wrong = np.flatnonzero((self._pointers[block] != expected) | (sizes < 0))
             if wrong.size:

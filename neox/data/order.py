@@ -7,6 +7,8 @@ finaliser (Steele, Lea and Flood 2014) as its round function. Each epoch has a k
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -33,6 +35,10 @@ class SequentialOrder:
         """Window numbers of sample numbers, both int64 of any one shape."""
         return _checked(samples) % self.num_windows
 
+    def inverse(self, windows: Samples, epoch: int) -> Samples:
+        """The sample numbers at which these windows are read in that epoch."""
+        return epoch * self.num_windows + windows
+
 
 class PermutedOrder:
     """Sample s is window permutation_(seed, s // n)(s % n) of n = num_windows: each window once an epoch.
@@ -54,10 +60,20 @@ class PermutedOrder:
         flat = samples.reshape(-1)
         keys = self._keys(flat // self.num_windows)
         x = (flat % self.num_windows).astype(np.uint64)
-        x = self._permute(x, keys)
+        return self._walk(x, keys, self._permute).reshape(samples.shape)
+
+    def inverse(self, windows: Samples, epoch: int) -> Samples:
+        """The sample numbers [n] at which these windows [n] are read in that epoch: O(1) each, like the order."""
+        keys = self._keys(np.full(len(windows), epoch, np.int64))
+        x = np.asarray(windows, np.int64).astype(np.uint64)
+        return epoch * self.num_windows + self._walk(x, keys, self._restore)
+
+    def _walk(self, x: Keys, keys: Keys, step: Callable[[Keys, Keys], Keys]) -> Samples:
+        """`step` until the number is that of a window."""
+        x = step(x, keys)
         while (outside := np.flatnonzero(x >= np.uint64(self.num_windows))).size:
-            x[outside] = self._permute(x[outside], keys[outside])
-        return x.astype(np.int64).reshape(samples.shape)
+            x[outside] = step(x[outside], keys[outside])
+        return x.astype(np.int64)
 
     def _keys(self, epochs: Samples) -> Keys:
         """One key an epoch, from the seed and the epoch."""
@@ -67,9 +83,18 @@ class PermutedOrder:
     def _permute(self, x: Keys, keys: Keys) -> Keys:
         left, right = x >> self._half, x & self._mask
         for number in range(1, ROUNDS + 1):
-            round_key = mix(keys + np.full(keys.shape, number, np.uint64) * GOLDEN)
-            left, right = right, left ^ (mix(right + round_key) & self._mask)
+            left, right = right, left ^ self._round(right, keys, number)
         return (left << self._half) | right
+
+    def _restore(self, x: Keys, keys: Keys) -> Keys:
+        left, right = x >> self._half, x & self._mask
+        for number in range(ROUNDS, 0, -1):
+            left, right = right ^ self._round(left, keys, number), left
+        return (left << self._half) | right
+
+    def _round(self, half: Keys, keys: Keys, number: int) -> Keys:
+        round_key = mix(keys + np.full(keys.shape, number, np.uint64) * GOLDEN)
+        return mix(half + round_key) & self._mask
 
 
 def _positive(num_windows: int) -> int:

@@ -42,6 +42,26 @@ class Documents:
         begins[self.file.pointers[low:high] // size - base - start] = 1  # an empty document begins where the next does
         return np.cumsum(begins)
 
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Of tokens[start:stop] the documents (numbers in the file), where in each it begins, and how many tokens it
+        has there; empty documents are left out."""
+        pointers, size = self.file.pointers, self.file.dtype.itemsize
+        # Of documents that begin at one place only the last has tokens.
+        document = bisect_right(pointers, (self._start + start) * size) - 1
+        found = []
+        while start < stop:
+            offset = self._start + start - int(pointers[document]) // size
+            count = min(int(self.file.sizes[document]) - offset, stop - start)
+            if count > 0:
+                found.append((document, offset, count))
+                start += count
+            document += 1
+        return found
+
+    def place(self, document: int) -> int:
+        """Where in `tokens` a document of the file begins."""
+        return self._token(document) - self._start
+
     def _token(self, document: int) -> int:
         """Where a document begins, in tokens of the file; the end of the file for the one after the last."""
         if document == len(self.file):

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from neox.options import Section
-from neox.sections.kinds import NotNegative, OptionalInt, OptionalStr, Positive, Strings, Weights
+from neox.sections.kinds import NotNegative, NotNegativeFloat, OptionalInt, OptionalStr, Positive, Strings, Weights
 
 
 class TokenizerConfig(Section):
@@ -41,13 +41,21 @@ class DataConfig(Section):
     """The same, held out for evaluation."""
     seq_length: Positive = 256
     """Tokens per sample."""
-    order: Literal["permuted", "megatron"] = "permuted"
-    """permuted: a keyed permutation of the samples, without index files. megatron: gpt-neox's order, bit for bit."""
+    order: Literal["permuted", "megatron", "preshuffled"] = "permuted"
+    """permuted: a keyed permutation of the samples, without index files. megatron: gpt-neox's order, bit for bit.
+    preshuffled: documents are samples of seq_length + 1 tokens, read as they stand."""
     num_samples: OptionalInt = Field(default=None, gt=0)
     """Samples that the megatron order is made for, and depends on; none = train.steps * train.global_batch_size."""
     weights: Weights = ()
     """Shares of data.train's entries in the samples, one each; without them permuted pools all text and megatron
-    takes each entry alike."""
+    takes each entry alike. A resumed run may change them: the new ones hold from there on."""
+    weigh: Literal["given", "documents", "pile"] = "given"
+    """Where the shares come from: given as data.weights; the numbers of documents, with data.alpha as exponent; or the
+    Pile's published weights, where each entry is one of its components."""
+    alpha: NotNegativeFloat = 1.0
+    """Exponent of weigh=documents: gpt-neox's weighted_sampler_alpha."""
+    cache: OptionalStr = None
+    """Folder that the megatron order's large arrays are kept in and read from; none = RUN/order."""
     split: OptionalStr = None
     """Shares of each data.train entry's documents for training, validation and test, in that order, such as
     "995,4,1"; none = all is training text."""
@@ -88,6 +96,10 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.weights and self.weigh != "given":
+            raise ValueError(f"weigh: {self.weigh} and data.weights both give the shares; leave out one of them")
+        if self.order == "preshuffled" and (self.weights or self.weigh != "given"):
+            raise ValueError("order: preshuffled samples are read as they stand; leave out data.weights and data.weigh")
         if self.weights and self.train and len(self.weights) != len(self.train):
             raise ValueError(f"weights: {len(self.weights)} for {len(self.train)} entries of data.train; give one each")
         if self.fractions and self.valid:

@@ -50,6 +50,15 @@ def discard(config: Config, run: Path) -> None:
             (run / "data" / f"{kind}-{number}.idx").unlink(missing_ok=True)  # without it the pair is not complete
 
 
+def named_files(config: Config, run: Path) -> list[tuple[str, str, Path]]:
+    """Of each entry of data.train and data.valid: which of the two, its name, the prefix of its tokens in this run."""
+    return [
+        (kind, name, Path(name) if _is_prefix(name) else run / "data" / f"{kind}-{number}")
+        for kind, names in (("train", config.data.train), ("valid", config.data.valid))
+        for number, name in enumerate(names)
+    ]
+
+
 def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
     """Prefixes of .bin/.idx pairs for training and held-out text.
 
@@ -60,12 +69,7 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
     was made from other text, and where one tokenizer cannot have made all of the data.
     """
     check_named(config)
-    data = config.data
-    wanted = [
-        (kind, name, Path(name) if _is_prefix(name) else run / "data" / f"{kind}-{number}")
-        for kind, names in (("train", data.train), ("valid", data.valid))
-        for number, name in enumerate(names)
-    ]
+    data, wanted = config.data, named_files(config, run)
     text = {name for _, name, _ in wanted if not _is_prefix(name)}
     for kind in ("train", "valid"):
         absent = [name for k, name, prefix in wanted if (k, name in text) == (kind, True) and not _whole(prefix)]

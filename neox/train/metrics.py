@@ -1,7 +1,7 @@
 """The rows of a run: what a logged step tells, and the clock that its speed is read from."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,7 @@ def make_row(
     now: float,
     world_size: int = 1,
     recomputed: float = 0.0,
+    epochs: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The row of a logged step.
 
@@ -81,6 +82,7 @@ def make_row(
         peak_flops: FLOP/s that one device can reach; world_size: how many there are.
         now: seconds since the epoch.
         recomputed: share of the blocks that activation checkpointing runs twice; above 0 the row has `hfu` too.
+        epochs: how often each entry of data.train has been read, by its name.
 
     `mfu` counts the FLOPs that the model needs, recomputation left out, with every query meeting every key (6N + 12LCT,
     the convention of most published figures); `mfu_causal` counts half of that attention term, what the mask keeps.
@@ -111,4 +113,4 @@ def make_row(
     }
     if recomputed:
         row["hfu"] = utilisation(recomputed=recomputed)
-    return row
+    return row | {f"epochs/{name}": times for name, times in (epochs or {}).items()}

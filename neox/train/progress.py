@@ -5,23 +5,33 @@ from typing import Any
 
 from neox.config import Config
 from neox.data import Loader
+from neox.data.blend import BlendedDataset
 from neox.data.dataset import Dataset
 from neox.train.goodput import Goodput
 from neox.train.guard import Guard
+from neox.train.mixture import Account, phases
 from neox.train.scaler import build_scaler
 
 
 class Progress:
     """The numbers that a resumed run goes on with, and the objects that hold them."""
 
-    def __init__(self, config: Config, dataset: Dataset, order: str, goodput: Goodput) -> None:
-        """At the beginning of a run; `order` is the fingerprint of the order of `dataset`."""
-        self.config, self.order, self.goodput = config, order, goodput
+    def __init__(
+        self, config: Config, dataset: Dataset, order: str, goodput: Goodput, weights: tuple[float, ...] = ()
+    ) -> None:
+        """At the beginning of a run; `order` is the fingerprint of the order of `dataset`, and `weights` are those that
+        it is to be blended by from where the run stands, none where the config names none."""
+        self.config, self.order, self.goodput, self.weights = config, order, goodput, weights
         self.step = 0  # steps done
         self.updates = 0  # of them applied
         self.scaler = build_scaler(config, {})
         self.guard = Guard(config.train)
         self.loader = Loader(dataset, config.train.global_batch_size)
+        self.account = Account()
+
+    def epochs(self) -> dict[str, float]:
+        """How often each entry of data.train has been read, by its name."""
+        return self.account.epochs(self.step, self.loader)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -33,6 +43,8 @@ class Progress:
             "guard": self.guard.state(),
             "seconds": self.goodput.state(),
             "order": self.order,
+            "read": self.account.up_to(self.step, self.loader),
+            "blend": data.history.phases if isinstance(data := self.loader.dataset, BlendedDataset) else [],
         }
 
     def move(self, folder: Path, state: dict[str, Any]) -> None:
@@ -48,20 +60,24 @@ class Progress:
             guard = Guard(self.config.train, state["guard"])
             over = [(int(first), int(last)) for first, last in state["stepped_over"]]
             seconds = dict(state["seconds"])
+            dataset, noted = self.loader.dataset, state.get("blend", [])
+            if noted and self.weights and isinstance(dataset, BlendedDataset):
+                dataset = dataset.with_phases(phases(noted, self.weights, samples))
+            account = Account(step, state.get("read"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder / 'state.json'}: cannot be read ({error}): remove the folder, and the run resumes at the "
                 "step before it"
             ) from None
-        loader = Loader(self.loader.dataset, batch, over)
+        loader = Loader(dataset, batch, over)
         if loader.position(step) != samples:
             read = samples - sum(min(last, samples) - min(first, samples) for first, last in over)
             raise ValueError(f"{run}: took {read // step} sequences a step: a run keeps its train.global_batch_size")
         if state["order"] not in ("", self.order):
             raise ValueError(
                 f"{run}: its data would be read in another order than before step {step}: a run keeps "
-                "train.seed, its text, and data.order, seq_length, weights, split and num_samples"
+                "train.seed, its text, and data.order, seq_length, split and num_samples, and whether it has weights"
             )
         self.step, self.updates = step, updates
-        self.scaler, self.guard, self.loader = scaler, guard, loader
+        self.scaler, self.guard, self.loader, self.account = scaler, guard, loader, account
         self.goodput.move(seconds)

@@ -40,6 +40,7 @@ from neox.train.goodput import Goodput
 from neox.train.loss import cross_entropy
 from neox.train.memory import out_of_memory_explained, remembered_allocations
 from neox.train.metrics import Meter, make_row
+from neox.train.mixture import began_with
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
 from neox.train.profile import Profile
 from neox.train.progress import Progress
@@ -369,8 +370,18 @@ class Trainer:
                 self._write_config()
             files = token_files(config, self.run, quiet=self.quiet)
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
-        datasets = build_datasets(config.data, files.train, files.valid, config.train.seed, samples, not self.quiet)
-        self.progress = Progress(config, datasets.train, datasets.fingerprint, self.goodput)
+        with self.watch.paused(), processes.first_alone():  # rank 0 writes a large order down, the others map it
+            datasets = build_datasets(
+                config.data,
+                files.train,
+                files.valid,
+                config.train.seed,
+                samples,
+                not self.quiet,
+                began_with(done),
+                self.run / "order",
+            )
+        self.progress = Progress(config, datasets.train, datasets.fingerprint, self.goodput, datasets.weights)
         self.valid = datasets.valid
         self.batches = Batches(config, self.layout, self.device)
         self.prefetch = Prefetch(lambda step: self.batches(self.progress.loader, step), config.train.steps, self.device)
@@ -413,6 +424,7 @@ class Trainer:
             now=time.time(),
             world_size=self.processes.world,
             recomputed=recomputed_share(model, length, self.config.train.activation_checkpointing),
+            epochs=self.progress.epochs(),
         )
 
     def _call_hooks(self) -> None:

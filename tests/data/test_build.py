@@ -171,7 +171,7 @@ def test_too_few_tokens(tmp_path: Path) -> None:
         ("split=9/0.5", "data.split: holds out a part of data.train; leave out one of data.split and data.valid"),
         ("split=x", 'data.split: "x" must be up to three shares'),
         ("num_samples=0", "data.num_samples: must be greater than 0"),
-        ("order=random", "data.order: must be 'permuted' or 'megatron', got 'random'"),
+        ("order=random", "data.order: must be 'permuted', 'megatron' or 'preshuffled', got 'random'"),
     ],
 )
 def test_options_that_do_not_fit(override: str, message: str) -> None:

@@ -36,5 +36,5 @@ class Without(Loader):
         super().__init__(loader.dataset, loader.global_batch_size)
         self.left = [n for n in range(100_000) if not any(first <= n < last for first, last in ranges)]
 
-    def _samples(self, step):
+    def samples(self, step):
         return np.array(self.left[step * self.global_batch_size : (step + 1) * self.global_batch_size])

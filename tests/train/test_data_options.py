@@ -1,11 +1,14 @@
 """What the data options mean for a run: orders that are frozen, blends, splits, segments; other text is refused."""
 
+import json
+
 import numpy as np
 import pytest
 
 from neox.config import load_config
 from neox.data import TokenWriter
 from neox.train import Trainer
+from tests.data.test_blend import slow
 from tests.train.helpers import TINY, VOCAB, assert_same_run, cut_back, rows, token_pair
 
 DOCUMENTS = (7, 1, 40, 33, 90, 12, 65) * 20
@@ -101,3 +104,61 @@ def test_a_resumed_run_on_text_that_is_gone(tmp_path):
     settings = load_config(files=[tmp_path / "run" / "config.toml"], overrides=["train.steps=6"])
     with pytest.raises((ValueError, FileNotFoundError), match="train"):
         Trainer(settings, resume=True, quiet=True).fit()
+
+
+@pytest.mark.parametrize("order", ["permuted", "megatron"])
+def test_weights_changed_on_resume_hold_from_there_on(tmp_path, order):
+    """What is read is the old blend up to the step, then the new one's rule from nothing, each file going on; a run cut
+    back behind the change goes on alike, and one that is resumed without a change keeps what it has."""
+    both = f'data.train=["{documents(tmp_path / "a")}","{documents(tmp_path / "b", seed=2)}"]'
+    options = (both, f"order={order}", "steps=12", "schedule.min_lr=1e-3", "schedule.name=constant")
+    changed = "weights=[1.0, 9.0]"
+    fit(tmp_path, *options, "weights=[3.0, 1.0]", "steps=3", "num_samples=48", out="run")
+    found = fit(tmp_path, *options, changed, "num_samples=48", out="run", resume=True)
+    assert [row["step"] for row in found] == list(range(1, 13))
+    samples = {"a": [], "b": []}
+    for steps, weights in ((3, [3.0, 1.0]), (9, [1.0, 9.0])):
+        for owner in slow(weights, 4 * steps)[0]:
+            for name in samples:
+                samples[name].append(name == "ab"[owner])
+    whole = {n: sum(DOCUMENTS) / 32 if order == "megatron" else (sum(DOCUMENTS) - 1) // 32 for n in samples}
+    for row in found:
+        for name, read in samples.items():
+            assert row[f"epochs/{name}"] == sum(read[: 4 * row["step"]]) / whole[name]
+    state = json.loads((tmp_path / "run" / "step_00000012" / "state.json").read_bytes())
+    assert state["blend"] == [[0, [3.0, 1.0]], [12, [1.0, 9.0]]]
+    assert state["read"] == [sum(read) for read in samples.values()]
+    for step in (3, 6):  # before the change is noted, and after
+        out = tmp_path / f"again-{step}"
+        cut_back(tmp_path / "run", out, step)
+        settings = load_config(files=[tmp_path / "run" / "config.toml"], overrides=[f"out={out}"])
+        assert Trainer(settings, resume=True, quiet=True).fit().finished
+        assert_same_run(out, tmp_path / "run", tmp_path)
+
+
+def test_a_change_of_weights_can_be_taken_back_at_its_step():
+    from neox.train.mixture import phases
+
+    assert phases([[0, [1, 2]]], (1.0, 2.0), 8) == [(0, (1.0, 2.0))]
+    once = phases([[0, [1, 2]]], (5.0, 2.0), 8)
+    assert once == [(0, (1.0, 2.0)), (8, (5.0, 2.0))]
+    assert phases(once, (1.0, 2.0), 8) == [(0, (1.0, 2.0))]
+    assert phases(once, (3.0, 2.0), 8) == [(0, (1.0, 2.0)), (8, (3.0, 2.0))]
+    assert phases(once, (1.0, 2.0), 9) == [*once, (9, (1.0, 2.0))]
+    assert phases(once, (5.0, 2.0), 4) == once  # a rewind went back behind the change, which stays where it was
+    assert phases([[0, [1, 2]]], (2.0, 2.0), 0) == [(0, (1.0, 2.0)), (0, (2.0, 2.0))]
+
+
+def test_samples_are_counted_where_no_checkpoint_told(tmp_path):
+    """State of an earlier neox: what was read is counted from the beginning."""
+    both = f'data.train=["{documents(tmp_path / "a")}","{documents(tmp_path / "b", seed=2)}"]'
+    fit(tmp_path, both, "steps=6", out="run")
+    cut_back(tmp_path / "run", tmp_path / "again", 3)
+    from neox.data import Loader, build_datasets
+    from neox.train.mixture import Account
+
+    settings = config(tmp_path, both)
+    loader = Loader(build_datasets(settings.data, settings.data.train, [], settings.train.seed, 24).train, 4)
+    state = json.loads((tmp_path / "run" / "step_00000006" / "state.json").read_bytes())
+    assert Account(3, None).up_to(6, loader) == state["read"]
+    assert sum(state["read"]) == 24

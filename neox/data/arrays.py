@@ -1,0 +1,73 @@
+"""Arrays that are computed once and then read from the disk, under a hash of all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from neox.files import sync_folder, write_error
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def content_key(depends_on: dict[str, Any], *content: npt.NDArray[Any]) -> str:
+    """A hash of values and of arrays' bytes, 24 hex digits."""
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode())
+    for array in content:
+        for first in range(0, len(array), 1 << 20):  # a map is never whole in memory
+            digest.update(np.ascontiguousarray(array[first : first + (1 << 20)]).data)
+    return digest.hexdigest()[:24]
+
+
+def cached_arrays(folder: Path, key: str, names: tuple[str, ...], build: Callable[[], Arrays]) -> Arrays:
+    """The arrays `FOLDER/KEY_NAME.npy` as memory maps, built and written first where one is missing.
+
+    Each file is whole or absent, and several processes may build at once: they write the same bytes.
+    Raises OSError that names the file where it cannot be written, ValueError where one is no array.
+    """
+    paths = {name: folder / f"{key}_{name}.npy" for name in names}
+    if not all(path.exists() for path in paths.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, array in build().items():
+            write_npy(paths[name], array.dtype, array.shape, [array])
+    try:
+        return {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{folder}/{key}_*.npy: damaged ({error}): remove them, they are made again") from None
+
+
+def write_npy(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...], blocks: Iterable[npt.NDArray[Any]]) -> None:
+    """Write a `.npy` file from blocks of rows, which may come one at a time; it is whole or absent.
+
+    Raises OSError that names the file.
+    """
+    dtype = np.dtype(dtype)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    temporary = None
+    try:
+        # A name of its own: another process may be writing the same array.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks:
+                file.write(np.ascontiguousarray(block, dtype).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # as any other file: a temporary one is its owner's alone
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(temporary or "")
+        if isinstance(error, OSError):
+            raise write_error(error, path) from error
+        raise
+    sync_folder(path.parent)

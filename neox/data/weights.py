@@ -1,0 +1,48 @@
+"""The shares of the entries of data.train in a blend: as given, by numbers of documents, or the Pile's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from neox.config import DataConfig
+from neox.data.pile import COMPONENTS
+from neox.data.sources import Sources
+from neox.data.split import Documents
+
+
+def blend_weights(data: DataConfig, parts: Sequence[Documents]) -> tuple[float, ...]:
+    """One weight a part, or none where the config asks for no blend.
+
+    Raises ValueError where `data.weigh = "pile"` and a part is not one of the Pile's components.
+    """
+    if data.weigh == "documents":
+        return by_documents([len(part) for part in parts], data.alpha)
+    if data.weigh == "pile":
+        return tuple(_pile_weight(part) for part in parts)
+    return data.weights
+
+
+def by_documents(documents: Sequence[int], alpha: float) -> tuple[float, ...]:
+    """Weights of datasets with so many documents, n_i of N: p_i (1 - n_i / N), normalised, where p_i is the normalised
+    (n_i / N)^alpha. A single dataset has weight 1.
+
+    Below 1 alpha favours small datasets, as a temperature would. Source: EleutherAI/gpt-neox,
+    megatron/data/data_utils.py (weights_by_num_docs), its options weight_by_num_documents and weighted_sampler_alpha.
+    """
+    if len(documents) == 1:
+        return (1.0,)
+    total = sum(documents)
+    shares = [count / total for count in documents]
+    powers = [share**alpha for share in shares]
+    weights = [power / sum(powers) * (1 - share) for power, share in zip(powers, shares, strict=True)]
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+def _pile_weight(part: Documents) -> float:
+    names = Sources.of(part.file.bin).components(part.first, part.last)
+    if len(names) != 1 or names[0] not in COMPONENTS:
+        raise ValueError(
+            f'{part.name}: data.weigh = "pile" needs each entry of data.train to be one component of the Pile, this '
+            f"holds {', '.join(map(str, names)) or 'none'}: prepare the components apart, or give data.weights"
+        )
+    return COMPONENTS[names[0]].weight
