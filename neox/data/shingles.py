@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
 
@@ -45,9 +45,14 @@ def shingles(words: list[str], n: int) -> Numbers:
         return np.empty(0, np.uint64)
     hashes = np.fromiter(map(_KNOWN.__getitem__, words), np.uint64, len(words))
     runs = len(words) - n + 1
-    total = np.zeros(runs, np.uint64)
-    for place, factor in enumerate(_factors(n)):
-        total += hashes[place : place + runs] * factor
+    return folded([hashes[place : place + runs] for place in range(n)])
+
+
+def folded(columns: Sequence[Numbers]) -> Numbers:
+    """One 64-bit number for the numbers in each row of `columns`, whose order counts."""
+    total = np.zeros(len(columns[0]), np.uint64)
+    for column, factor in zip(columns, _factors(len(columns)), strict=True):
+        total += column * factor
     # The low bits of a product know nothing of the high bits of its factors: one round of mixing (MurmurHash3's).
     total ^= total >> np.uint64(33)
     total *= np.uint64(0xFF51AFD7ED558CCD)
@@ -70,7 +75,7 @@ _KNOWN = _Known()
 
 @cache
 def _factors(n: int) -> list[np.uint64]:
-    """One odd number for each place in a run, so that the order of words counts."""
+    """One odd number for each of `n` places, so that their order counts."""
     digests = (blake2b(f"place {place}".encode(), digest_size=8).digest() for place in range(n))
     return [np.uint64(int.from_bytes(digest, "little") | 1) for digest in digests]
 
