@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neox.data.mmap import TokenWriter, pair, token_dtype
-from neox.data.readers import Faults, OnError, Skipped, Source, find_sources
+from neox.data.readers import Faults, OnError, Skipped, Source, find_sources, read_source
 from neox.files import byte_progress
 from neox.tokenizer import END_OF_TEXT, PIECE_CHARACTERS, Tokenizer
 
@@ -130,7 +130,7 @@ def _batches(sources: Sequence[Source], text_key: str, faults: Faults) -> Iterat
     batch: list[str] = []
     characters, taken = 0, 0.0
     for source in sources:
-        for text, count in source.records(text_key, faults):
+        for text, count, _ in read_source(source, text_key, faults):
             if batch and (characters + len(text) > BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS):
                 yield batch, taken
                 batch, characters, taken = [], 0, 0.0
