@@ -27,6 +27,8 @@ Method = Literal["exact", "minhash"]
 SHINGLE = 5  # words
 BANDS, ROWS = 14, 8
 SEED = 1
+PARAMETERS = [SHINGLE, BANDS, ROWS, SEED]
+"""What keys depend on besides the text."""
 BATCH_CHARACTERS = 1 << 22  # hashed in one call
 KEPT_KEYS = 1 << 18  # documents whose keys are sorted together and make one file
 RANGE_KEYS = 1 << 21  # keys of all shards that are compared together

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from neox.data.readers.faults import optional
 from neox.data.readers.streams import COMPRESSED, FileStream
 from neox.data.shingles import Numbers, placed, shingles, words
+from neox.files import write_synced
 
 RUN = 13  # words
 MARGIN = 200  # characters on each side of a match
@@ -79,6 +81,23 @@ class Overlaps:
         order = np.argsort(numbers)
         return cls(numbers[order], owners[order], known)
 
+    def save(self, path: Path) -> None:
+        """Write what `load` reads."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sets = json.dumps([asdict(known) for known in self.sets])
+        write_synced(path, lambda file: np.savez(file, numbers=self._numbers, owners=self._owners, sets=sets))
+
+    @classmethod
+    def load(cls, path: Path) -> Overlaps:
+        with np.load(path) as saved:
+            sets = [EvaluationSet(**known) for known in json.loads(str(saved["sets"]))]
+            return cls(saved["numbers"], saved["owners"], sets)
+
+    @property
+    def digest(self) -> str:
+        """Tells these sets from others."""
+        return blake2b(self._numbers.tobytes() + self._owners.tobytes(), digest_size=16).hexdigest()
+
     def find(self, text: str) -> list[Overlap]:
         """Where `text` shares runs with the sets, in order; runs that overlap or touch are one stretch."""
         numbers = shingles(words(text), RUN)
@@ -128,7 +147,7 @@ def evaluation_texts(name: str) -> Iterator[str]:
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
     if not suffixes or suffixes[-1] not in (".jsonl", ".json", ".txt"):
         raise ValueError(f"decontaminate: {name}: must be a .jsonl, .json or .txt file, or a task of lm-eval")
-    stream = FileStream(path)
+    stream = FileStream(name)
     with io.BufferedReader(stream) as file:
         if suffixes[-1] == ".txt":
             yield file.read().decode("utf-8", errors="replace")
