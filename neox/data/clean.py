@@ -1,6 +1,6 @@
 """Which documents `prepare` leaves out, and why: repeats of earlier ones, and text of evaluation sets.
 
-    shards -> plan_cleaning: the keys of each shard, then the repeats of each -> Cleaning.documents -> removed.jsonl
+    shards -> Cleaning.find: keys of each shard, repeats of each shard -> Cleaning.documents -> finish: removed.jsonl
 
 The keys of a shard are a task of its own, whose marker is written last: a run that was killed goes on behind the
 markers, and the number of workers plays no part in what comes out.
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import accumulate
 from multiprocessing import get_context
@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from neox.data.dedup import PARAMETERS, Method, repeated, write_keys
-from neox.data.overlap import Overlaps, cut, evaluation_texts
+from neox.data.overlap import RUN, Overlaps, cut, evaluation_texts
 from neox.data.readers import Document, Fault, Faults, OnError, read_piece
 from neox.data.readers.places import version_of
 from neox.data.shards import Shard
@@ -37,14 +36,87 @@ OVERLAP = "overlap"
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is left out of a corpus. Any process can apply it: what it needs is in `folder`."""
+    """What is left out of a corpus. Once `find` is done any process can apply it: what it needs is in `folder`."""
 
     folder: Path
     shards: tuple[Shard, ...]
     dedup: Method | None
     decontaminate: tuple[str, ...]
+    text_key: str
+    on_error: OnError
+    keys: tuple[str, ...]
+    """Tell the documents of each shard, and how they are compared, from others."""
     key: str
     """Tells this cleaning of these files from any other."""
+
+    @classmethod
+    def of(
+        cls,
+        shards: Sequence[Shard],
+        folder: Path,
+        dedup: Method | None = None,
+        decontaminate: Sequence[str] = (),
+        text_key: str = "text",
+        on_error: OnError = "fail",
+    ) -> Cleaning:
+        """A cleaning whose evaluation sets are read and indexed; of the shards nothing is read yet.
+
+        `decontaminate` names files or tasks, see `neox.data.overlap.evaluation_texts`. Raises ValueError on one that
+        cannot be read, or none of whose examples has 13 words; OSError on a file of the shards that has gone.
+        """
+        overlaps = Overlaps.of((name, evaluation_texts(name)) for name in decontaminate)
+        for known in overlaps.sets:
+            if known.short == known.examples:
+                raise ValueError(f"decontaminate: {known.name}: none of its {known.examples} examples has {RUN} words")
+        overlaps.save(folder / "overlaps.npz")
+        keys = tuple(_key(dedup, PARAMETERS, text_key, on_error, _versions(shard)) for shard in shards)
+        key = _key(keys, overlaps.digest)
+        return cls(folder, tuple(shards), dedup, tuple(decontaminate), text_key, on_error, keys, key)
+
+    def find(self, workers: int = 1, progress: bool = True) -> None:
+        """Find the repeats in all shards; what was found before in `folder`, for the same files, stands.
+
+        Raises what the readers raise.
+        """
+        done = self.folder / "repeats" / "done.json"
+        if not self.dedup or (done.exists() and json.loads(done.read_bytes()) == list(self.keys)):
+            return
+        done.unlink(missing_ok=True)
+        with byte_progress(progress) as bar:
+            task = bar.add_task(f"dedup={self.dedup}", total=sum(shard.size for shard in self.shards) or None)
+            for shard, _ in zip(self.shards, self._write_all(workers), strict=True):
+                bar.advance(task, shard.size)
+            written = []
+            for marker in self._markers():
+                files = [self.folder / "keys" / name for name in marker["files"]]
+                written.append((sum(marker["counts"]), files))
+            size = sum(path.stat().st_size for _, files in written for path in files)
+            task = bar.add_task("compare", total=size)
+            found = repeated(written, lambda share: bar.advance(task, share * size))
+        done.parent.mkdir(exist_ok=True)
+        for shard, repeats in zip(self.shards, found, strict=True):
+            rows = np.stack((repeats.numbers, repeats.shards, repeats.kept))
+            write_synced(self._found(shard.number), partial(np.save, arr=rows))
+        write_atomic(done, json.dumps(self.keys).encode())
+        for _, files in written:
+            for path in files:  # of minhash 224 bytes a document
+                path.unlink()
+
+    def _write_all(self, workers: int) -> Iterator[None]:
+        """Write the keys of each shard, in this process or in several; yields once for each, in order."""
+        assert self.dedup
+        write = partial(_write_shard, self.folder, self.dedup, self.text_key, self.on_error)
+        if workers == 1 or len(self.shards) == 1:
+            yield from map(write, self.shards, self.keys)
+            return
+        # Spawned: what this process has running (threads of the tokenizer) does not survive a fork.
+        with ProcessPoolExecutor(min(workers, len(self.shards)), get_context("spawn")) as pool:
+            try:
+                yield from pool.map(write, self.shards, self.keys)
+            except BrokenProcessPool:
+                raise OSError("dedup: a worker died, perhaps for want of memory; what is done stays") from None
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def documents(
         self, shard: Shard, text_key: str = "text", faults: Faults | None = None, meta_key: str | None = None
@@ -109,7 +181,7 @@ class Cleaning:
         return counts
 
     def _repeats(self, number: int) -> dict[int, tuple[int, int]]:
-        rows = np.load(self.folder / "repeats" / f"{number:05d}.npy")
+        rows = np.load(self._found(number))
         return {place: (shard, kept) for place, shard, kept in rows.T.tolist()}
 
     def _place(self, number: int, place: int) -> dict[str, Any]:
@@ -122,100 +194,24 @@ class Cleaning:
     def _removed(self, number: int) -> Path:
         return self.folder / "removed" / f"{number:05d}.jsonl"
 
+    def _found(self, number: int) -> Path:
+        return self.folder / "repeats" / f"{number:05d}.npy"
+
+    def _markers(self) -> list[dict[str, Any]]:
+        return [json.loads(_marker(self.folder, shard.number).read_bytes()) for shard in self.shards]
+
     @cached_property
     def _counts(self) -> list[list[int]]:
         """Documents of each piece of each shard."""
-        markers = (_marker(self.folder, shard.number) for shard in self.shards)
-        return [json.loads(marker.read_bytes())["counts"] for marker in markers]
+        return [marker["counts"] for marker in self._markers()]
 
     @cached_property
     def _overlaps(self) -> Overlaps:
-        return Overlaps.load(self.folder / "overlaps.npz") if self.decontaminate else Overlaps.of([])
+        return Overlaps.load(self.folder / "overlaps.npz")
 
 
-def plan_cleaning(
-    shards: Sequence[Shard],
-    folder: Path,
-    dedup: Method | None = None,
-    decontaminate: Sequence[str] = (),
-    text_key: str = "text",
-    on_error: OnError = "fail",
-    workers: int = 1,
-    progress: bool = True,
-) -> Cleaning:
-    """Find out what is to be left out of the shards; what was found before in `folder`, for the same files, stands.
-
-    `decontaminate` names files or tasks, see `neox.data.overlap.evaluation_texts`.
-    Raises what the readers raise, and ValueError on an evaluation set that cannot be read or holds no run of 13 words.
-    """
-    keys = [_key(dedup, PARAMETERS, text_key, on_error, _versions(shard)) for shard in shards]
-    overlaps = Overlaps.of((name, evaluation_texts(name)) for name in decontaminate)
-    for known in overlaps.sets:
-        if known.short == known.examples:
-            raise ValueError(f"decontaminate: {known.name}: none of its {known.examples} examples has 13 words")
-    if decontaminate:
-        overlaps.save(folder / "overlaps.npz")
-    cleaning = Cleaning(folder, tuple(shards), dedup, tuple(decontaminate), _key(keys, overlaps.digest))
-    if dedup:
-        _find_repeats(cleaning, keys, text_key, on_error, workers, progress)
-    return cleaning
-
-
-def _find_repeats(
-    cleaning: Cleaning, keys: Sequence[str], text_key: str, on_error: OnError, workers: int, progress: bool
-) -> None:
-    assert cleaning.dedup
-    done = cleaning.folder / "repeats" / "done.json"
-    if done.exists() and json.loads(done.read_bytes()) == list(keys):
-        return
-    done.unlink(missing_ok=True)
-    tasks = [
-        (shard, cleaning.folder, key, cleaning.dedup, text_key, on_error)
-        for shard, key in zip(cleaning.shards, keys, strict=True)
-    ]
-    with byte_progress(progress) as bar:
-        task = bar.add_task(f"dedup ({cleaning.dedup})", total=sum(shard.size for shard in cleaning.shards) or None)
-        for shard, _ in zip(cleaning.shards, _each(tasks, workers), strict=True):
-            bar.advance(task, shard.size)
-        written = []
-        for shard in cleaning.shards:
-            marker = json.loads(_marker(cleaning.folder, shard.number).read_bytes())
-            written.append((sum(marker["counts"]), [cleaning.folder / "keys" / name for name in marker["files"]]))
-        size = sum(path.stat().st_size for _, files in written for path in files)
-        task = bar.add_task("compare", total=size)
-        found = repeated(written, lambda share: bar.advance(task, share * size))
-    for shard, repeats in zip(cleaning.shards, found, strict=True):
-        rows: npt.NDArray[np.int64] = np.stack((repeats.numbers, repeats.shards, repeats.kept))
-        path = done.with_name(f"{shard.number:05d}.npy")
-        path.parent.mkdir(exist_ok=True)
-        write_synced(path, lambda file, rows=rows: np.save(file, rows))  # type: ignore[misc]
-    write_atomic(done, json.dumps(list(keys)).encode())
-    for _, files in written:
-        for path in files:  # some 230 bytes a document
-            path.unlink()
-
-
-_Task = tuple[Shard, Path, str, Method, str, OnError]
-
-
-def _each(tasks: Sequence[_Task], workers: int) -> Iterator[None]:
-    """Run the tasks, in this process or in several; yields once for each, in order."""
-    if workers == 1 or len(tasks) == 1:
-        yield from map(_write_shard, tasks)
-        return
-    # Spawned: what this process has running (threads of the tokenizer) does not survive a fork.
-    with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn")) as pool:
-        try:
-            yield from pool.map(_write_shard, tasks)
-        except BrokenProcessPool:
-            raise ValueError("dedup: a worker died, perhaps for want of memory; take fewer workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _write_shard(task: _Task) -> None:
+def _write_shard(folder: Path, dedup: Method, text_key: str, on_error: OnError, shard: Shard, key: str) -> None:
     """The keys of one shard, unless they are there."""
-    shard, folder, key, method, text_key, on_error = task
     marker = _marker(folder, shard.number)
     if marker.exists():
         known = json.loads(marker.read_bytes())
@@ -225,13 +221,13 @@ def _write_shard(task: _Task) -> None:
     counts = [0] * len(shard.pieces)
 
     def texts() -> Iterator[str]:
-        for number, piece in enumerate(shard.pieces):
+        for place, piece in enumerate(shard.pieces):
             for document in read_piece(piece, text_key, faults):
-                counts[number] += 1
+                counts[place] += 1
                 yield document.text
 
     try:
-        _, files = write_keys(texts(), method, marker.with_suffix(""))
+        _, files = write_keys(texts(), dedup, marker.with_suffix(""))
     except Fault as fault:
         raise ValueError(str(fault)) from None  # a Fault does not come through from another process
     content = {"key": key, "counts": counts, "files": [path.name for path in files]}

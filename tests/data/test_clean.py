@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from neox.data import shards as shards_module
-from neox.data.clean import Cleaning, plan_cleaning
+from neox.data.clean import Cleaning
 from neox.data.readers import find_sources
 from neox.data.shards import Shard, documents, shards
 
@@ -39,6 +39,12 @@ def cut(corpus: Path) -> list[Shard]:
     return found
 
 
+def cleaned(*arguments, workers: int = 1) -> Cleaning:
+    cleaning = Cleaning.of(*arguments)
+    cleaning.find(workers, progress=False)
+    return cleaning
+
+
 def result(cleaning: Cleaning) -> tuple[list[str], list[dict], dict]:
     """The texts that stay, the rows on those that do not, and the counts."""
     texts = [document.text for shard in cleaning.shards for document in cleaning.documents(shard)]
@@ -48,7 +54,7 @@ def result(cleaning: Cleaning) -> tuple[list[str], list[dict], dict]:
 
 def test_each_document_that_goes_is_named_with_the_one_that_stays(corpus: Path, tmp_path: Path):
     plan = cut(corpus)
-    texts, rows, counts = result(plan_cleaning(plan, tmp_path / "out", "exact", progress=False))
+    texts, rows, counts = result(cleaned(plan, tmp_path / "out", "exact"))
     everything = [[document.text for document in documents(shard)] for shard in plan]
     seen: set[str] = set()
     stays, goes = [], []
@@ -70,7 +76,7 @@ def test_each_document_that_goes_is_named_with_the_one_that_stays(corpus: Path, 
 
 def test_near_duplicates_and_overlaps_together(corpus: Path, tmp_path: Path):
     exam = str(tmp_path / "exam.jsonl")
-    cleaning = plan_cleaning(cut(corpus), tmp_path / "out", "minhash", [exam], progress=False)
+    cleaning = cleaned(cut(corpus), tmp_path / "out", "minhash", [exam])
     texts, rows, counts = result(cleaning)
     assert counts["near-duplicate"] == 20
     assert counts["overlap"] == {
@@ -87,7 +93,7 @@ def test_near_duplicates_and_overlaps_together(corpus: Path, tmp_path: Path):
 
 
 def test_the_bar_gets_all_bytes_and_metadata_stay(corpus: Path, tmp_path: Path):
-    cleaning = plan_cleaning(cut(corpus), tmp_path / "out", "exact", progress=False)
+    cleaning = cleaned(cut(corpus), tmp_path / "out", "exact")
     shard = cleaning.shards[0]
     found = list(cleaning.documents(shard, meta_key="text"))
     assert all(document.meta == document.text for document in found)
@@ -96,22 +102,22 @@ def test_the_bar_gets_all_bytes_and_metadata_stay(corpus: Path, tmp_path: Path):
 
 def test_workers_make_no_difference(corpus: Path, tmp_path: Path):
     plan = cut(corpus)
-    one = plan_cleaning(plan, tmp_path / "one", "minhash", progress=False)
-    two = plan_cleaning(plan, tmp_path / "two", "minhash", workers=2, progress=False)
+    one = cleaned(plan, tmp_path / "one", "minhash")
+    two = cleaned(plan, tmp_path / "two", "minhash", workers=2)
     assert result(one) == result(two)
 
 
 def test_what_was_found_stands_until_a_file_changes(corpus: Path, tmp_path: Path):
-    first = plan_cleaning(cut(corpus), tmp_path / "out", "exact", progress=False)
+    first = cleaned(cut(corpus), tmp_path / "out", "exact")
     done = tmp_path / "out" / "repeats" / "done.json"
     before = done.stat().st_mtime_ns
-    assert plan_cleaning(cut(corpus), tmp_path / "out", "exact", progress=False) == first
+    assert cleaned(cut(corpus), tmp_path / "out", "exact") == first
     assert done.stat().st_mtime_ns == before
     with (corpus / "3.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"text": "one more"}))
     with pytest.raises(ValueError, match=r"3.jsonl: changed while it was read; prepare it again"):
         result(first)
-    second = plan_cleaning(cut(corpus), tmp_path / "out", "exact", progress=False)
+    second = cleaned(cut(corpus), tmp_path / "out", "exact")
     assert second.key != first.key
     assert result(second)[0][-1] == "one more"
 
@@ -120,10 +126,10 @@ def test_what_was_found_stands_until_a_file_changes(corpus: Path, tmp_path: Path
 def test_what_cannot_be_read_is_one_line(corpus: Path, tmp_path: Path, workers: int):
     (corpus / "2.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"2.jsonl:1: not JSON"):
-        plan_cleaning(cut(corpus), tmp_path / "out", "exact", workers=workers, progress=False)
+        cleaned(cut(corpus), tmp_path / "out", "exact", workers=workers)
     (tmp_path / "short.jsonl").write_text('{"q": "too short"}')
     with pytest.raises(ValueError, match="none of its 1 examples has 13 words"):
-        plan_cleaning(cut(corpus), tmp_path / "out", None, [str(tmp_path / "short.jsonl")], progress=False)
+        cleaned(cut(corpus), tmp_path / "out", None, [str(tmp_path / "short.jsonl")])
 
 
 KILLED = """
@@ -131,7 +137,7 @@ import os, signal, sys
 import rensa  # once, and not in every child
 from pathlib import Path
 from neox.data import shards as shards_module
-from neox.data.clean import plan_cleaning
+from neox.data.clean import Cleaning
 from neox.data.readers import find_sources
 
 shards_module.PIECE_BYTES = 1
@@ -148,7 +154,8 @@ def run(folder, last):
         fsync(handle)
     os.fsync = counted
     plan = shards_module.shards(find_sources(corpus))
-    cleaning = plan_cleaning(plan, folder, "minhash", [exam], progress=False)
+    cleaning = Cleaning.of(plan, folder, "minhash", [exam])
+    cleaning.find(progress=False)
     texts = [document.text for shard in plan for document in cleaning.documents(shard)]
     (folder / "texts").write_text(repr(texts))
     cleaning.finish(folder / "removed.jsonl")
@@ -182,11 +189,12 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bytes(corpus: Path, tmp_path
 PEAK = """
 import resource, sys
 from pathlib import Path
-from neox.data.clean import plan_cleaning
+from neox.data.clean import Cleaning
 from neox.data.readers import find_sources
 from neox.data.shards import shards
 
-cleaning = plan_cleaning(shards(find_sources(sys.argv[1])), Path(sys.argv[2]), "minhash", [sys.argv[3]], progress=False)
+cleaning = Cleaning.of(shards(find_sources(sys.argv[1])), Path(sys.argv[2]), "minhash", [sys.argv[3]])
+cleaning.find(progress=False)
 kept = sum(1 for shard in cleaning.shards for document in cleaning.documents(shard))
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

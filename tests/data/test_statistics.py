@@ -40,8 +40,8 @@ def test_the_whole_is_what_the_paper_says_from_its_components(model: str):
         size = round(component.effective_gib * 2**30)
         tokens = round(size * component.tokens_per_byte)
         components[component.name] = Likelihood(-bits * math.log(2) * size, size, tokens)
-    # The paper's whole is of a tenth of the test set, whose shares are near those of all text. (For GPT-3 its columns do
-    # not add up so: 0.696 against the printed 0.7177 for davinci.)
+    # The paper's whole is of a tenth of the test set, whose shares are near those of all text. (Its columns for GPT-3
+    # do not add up so: davinci's come to 0.696, printed is 0.7177.)
     assert total(components.values()).bits_per_byte == pytest.approx(whole, rel=0.001)
     for component, bits in zip(PILE, map(float, figures.split()), strict=True):
         assert components[component.name].bits_per_byte == pytest.approx(bits, rel=1e-9)
