@@ -24,6 +24,18 @@ META, NAME = "meta", "pile_set_name"
 Read = Callable[[Shard, str, Faults | None, str | None], Iterator[Document]]
 
 
+def documents_with_component(
+    shard: Shard, text_key: str = "text", faults: Faults | None = None, read: Read = documents
+) -> Iterator[tuple[Document, str]]:
+    """The documents of a shard, each with its component. Raises ValueError on one without `meta.pile_set_name`."""
+    for place, document in enumerate(read(shard, text_key, faults, META)):
+        name = document.meta.get(NAME) if isinstance(document.meta, dict) else None
+        if not isinstance(name, str):
+            where = f"{shard.pieces[0].name}: document {place} from there"
+            raise ValueError(f"{where} has no {META}.{NAME}, which says its component; is this the Pile?")
+        yield document, name
+
+
 @dataclass(frozen=True)
 class Components:
     """Reads shards, and notes of each document that holds text its component and size in `folder`."""
@@ -41,11 +53,7 @@ class Components:
         """
         names: dict[str, int] = {}
         numbers, sizes = array("H"), array("Q")
-        for place, document in enumerate(self.read(shard, text_key, faults, META)):
-            name = document.meta.get(NAME) if isinstance(document.meta, dict) else None
-            if not isinstance(name, str):
-                where = f"{shard.pieces[0].name}: document {place} from there"
-                raise ValueError(f"{where} has no {META}.{NAME}, which says its component; is this the Pile?")
+        for document, name in documents_with_component(shard, text_key, faults, self.read):
             if document.text:
                 numbers.append(names.setdefault(name, len(names)))
                 sizes.append(len(document.text.encode()))
