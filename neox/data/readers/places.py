@@ -38,15 +38,19 @@ def size_of(name: str) -> int | None:
 def version_of(name: str) -> list[Any]:
     """What tells this version of a file from an older one without reading it: size and time, or what a store says."""
     if not is_url(name):
-        status = Path(name).stat()
-        return [status.st_size, status.st_mtime_ns]
+        folder = Path(name)
+        files = sorted(folder.iterdir()) if folder.is_dir() else [folder]  # a saved data set is a folder
+        states = [file.stat() for file in files]
+        return [sum(state.st_size for state in states), max((state.st_mtime_ns for state in states), default=0)]
     info = _info(name)
     return [info.get("size"), *(f"{key}={info[key]}" for key in VERSIONS if info.get(key))]
 
 
 def ends_digest(name: str) -> str:
-    """sha256 of a file's first and last 64 KiB: notices a change that kept size and time."""
+    """sha256 of a file's first and last 64 KiB: notices a change that kept size and time. Of a folder, of nothing."""
     digest = hashlib.sha256()
+    if not is_url(name) and Path(name).is_dir():
+        return digest.hexdigest()
     with open_place(name) as file:
         digest.update(file.read(SAMPLE))
         size = size_of(name)
