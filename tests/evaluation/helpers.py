@@ -4,6 +4,8 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+
 SUMS = {
     "choose": """
 output_type: multiple_choice
@@ -49,8 +51,21 @@ def write_tasks(folder: Path, count: int = 12) -> Path:
     (folder / "lost.yaml").write_text(
         f"task: lost\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'lost.jsonl'}}}}}\n{REST}"
     )
+    (folder / "group.yaml").write_text(
+        "group: sums\ntask: [sums_choose, sums_write]\n"
+        "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\n"
+    )
     (folder / "far.yaml").write_text(f"task: far\ndataset_path: nobody/far-away\n{REST}")
     return folder
 
 
 ALL = tuple(f"sums_{name}" for name in SUMS)
+
+
+def close(one, other) -> bool:
+    """Whether two results are the same but for the last bits of their numbers."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(close, one, other))
+    return one == pytest.approx(other, rel=1e-5) if isinstance(one, float) else one == other

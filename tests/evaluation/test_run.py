@@ -18,7 +18,7 @@ from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import METHODS, Answers
 from neox.generate.loading import load_engine
 from tests import tiny
-from tests.evaluation.helpers import ALL, write_tasks
+from tests.evaluation.helpers import ALL, close, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_scores_are_those_of_lm_evals_own_backend(folder, tasks, theirs, tmp
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     reference = lm_eval.simple_evaluate(theirs, tasks=list(ALL), task_manager=manager)
     for part in ("results", "n-shot", "versions", "n-samples", "higher_is_better", "group_subtasks"):
-        assert _close(ours[part], reference[part]), part
+        assert close(ours[part], reference[part]), part
     assert set(reference) - {"git_hash"} <= set(ours) | {
         # These describe a tokenizer of transformers.
         *("tokenizer_pad_token", "tokenizer_eos_token", "tokenizer_bos_token", "eot_token_id", "max_length")
@@ -63,7 +63,7 @@ def test_the_scores_are_those_of_lm_evals_own_backend(folder, tasks, theirs, tmp
     for task in ALL:
         for mine, other in zip(ours["samples"][task], reference["samples"][task], strict=True):
             assert mine["prompt_hash"] == other["prompt_hash"]
-            assert _close(mine["filtered_resps"], other["filtered_resps"])
+            assert close(mine["filtered_resps"], other["filtered_resps"])
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["results"] == ours["results"]
     assert stored["config"]["model"] == "neox"
@@ -71,14 +71,6 @@ def test_the_scores_are_those_of_lm_evals_own_backend(folder, tasks, theirs, tmp
     samples = [json.loads(line) for line in (tmp_path / "samples_sums_choose.jsonl").read_text().splitlines()]
     assert [sample["doc_id"] for sample in samples] == list(range(12))
     assert samples[0]["arguments"]["gen_args_0"]["arg_1"] == " " + samples[0]["doc"]["choices"][0]
-
-
-def _close(one, other) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_close(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_close, one, other))
-    return one == pytest.approx(other, rel=1e-5) if isinstance(one, float) else one == other
 
 
 def test_a_command_prints_and_writes_tables(folder, tasks, tmp_path, capsys, monkeypatch):
@@ -190,6 +182,19 @@ def test_what_is_wrong_is_said_in_one_line(folder, tasks, tmp_path, capsys, monk
     bare = tmp_path / "bare"
     neox.save(tiny.ours(), bare)
     assert f"{bare}: evaluation needs a tokenizer" in said(capsys, bare, "tasks=sums_read", own)
+
+
+def test_groups_and_files(folder, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr("neox.evaluation.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    neox.evaluate(folder, "sums", tmp_path, include_path=str(tasks), limit=3, progress=False)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["groups"]["sums"]["acc,none"] == results["results"]["sums_choose"]["acc,none"]
+    assert [line.split("|")[1][1:].rstrip() for line in (tmp_path / "results.md").read_text().splitlines()[2:]] == [
+        "sums",
+        "  sums_choose",
+        "  sums_write",
+    ]
+    assert set(neox.evaluate(folder, str(tasks / "read.yaml"), progress=False)["results"]) == {"sums_read"}
 
 
 @pytest.mark.slow
