@@ -1,6 +1,7 @@
 """The engine as lm-evaluation-harness wants a model: what its `hf` backend answers, request by request."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ class EngineLM(TemplateLM):
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             pairs += map(make_disjoint_window, windows)
             owners += [number] * (len(pairs) - len(owners))
-        answers, missing = [0.0] * len(requests), [owners.count(number) for number in range(len(requests))]
+        answers, missing = [0.0] * len(requests), Counter(owners)
         with self._bar("loglikelihood_rolling", len(pairs)) as bar:
             for number, score in self._scores(pairs):
                 owner = owners[number]
