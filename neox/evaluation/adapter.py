@@ -66,7 +66,7 @@ class EngineLM(TemplateLM):
         return {"model_num_parameters": parameters, "model_dtype": str(self.engine.weight.dtype)}
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)
+        return super().loglikelihood(requests, disable_tqdm=not self.progress)  # its bar counts what is encoded
 
     def _loglikelihood_tokens(self, requests: list[Keyed], **kwargs: Any) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
