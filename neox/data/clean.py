@@ -9,6 +9,7 @@ markers, and the number of workers plays no part in what comes out.
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -48,6 +49,22 @@ class Cleaning:
     """Tell the documents of each shard, and how they are compared, from others."""
     key: str
     """Tells this cleaning of these files from any other."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `again` makes the same cleaning from, as JSON holds it."""
+        return {
+            "folder": str(self.folder),
+            "dedup": self.dedup,
+            "decontaminate": list(self.decontaminate),
+            "key": self.key,
+        }
+
+    @classmethod
+    def again(cls, settings: dict[str, Any], shards: Sequence[Shard]) -> Cleaning:
+        """A cleaning whose `find` is done, elsewhere perhaps, to be applied."""
+        chosen = (settings["dedup"], tuple(settings["decontaminate"]))
+        return cls(Path(settings["folder"]), tuple(shards), *chosen, "", "fail", (), settings["key"])
 
     @classmethod
     def of(
@@ -180,6 +197,10 @@ class Cleaning:
             counts[OVERLAP] = {"documents": reasons[OVERLAP], "whole": reasons["whole"], "sets": sets}
         return counts
 
+    def forget(self) -> None:
+        """Remove the folder, once what it led to is whole."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def _repeats(self, number: int) -> dict[int, tuple[int, int]]:
         rows = np.load(self._found(number))
         return {place: (shard, kept) for place, shard, kept in rows.T.tolist()}
@@ -208,6 +229,20 @@ class Cleaning:
     @cached_property
     def _overlaps(self) -> Overlaps:
         return Overlaps.load(self.folder / "overlaps.npz")
+
+
+def removed_lines(counts: dict[str, Any], path: str) -> list[str]:
+    """What `Cleaning.finish` counted, in lines for a user; `path` is where all of it was written."""
+    lines = [f"left out: {counts[reason]:,} {reason}s" for reason in REASONS.values() if reason in counts]
+    if overlap := counts.get(OVERLAP):
+        whole = overlap["whole"]
+        lines.append(f"cut: {overlap['documents'] - whole:,} documents with overlaps; left out: {whole:,} more of them")
+        for known in overlap["sets"]:
+            short = f" ({known['short']:,} too short to be found)" if known["short"] else ""
+            lines.append(
+                f"  {known['name']}: {known['examples']:,} examples{short} in {known['documents']:,} documents"
+            )
+    return [*lines, f"all of it: {path}"] if lines else []
 
 
 def _write_shard(folder: Path, dedup: Method, text_key: str, on_error: OnError, shard: Shard, key: str) -> None:
