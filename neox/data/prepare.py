@@ -91,7 +91,7 @@ def prepare(
 
     `dedup` leaves out what repeats an earlier document, `decontaminate` the text of evaluation sets (see
     `neox.data.clean`); what went and why is in `<out_prefix>.removed.jsonl`. With `components` each document's
-    `meta.pile_set_name` is noted for `neox.data.components.collect`.
+    `meta.pile_set_name` is noted for `neox.data.components.count_components`.
 
     Raises FileNotFoundError or ValueError (file, line, what to do) on input that cannot be read, most of it before
     anything is read, on a file that changes meanwhile, on a corpus without text, on parts of other settings, and while
