@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from neox.data import workers as processes
 from neox.data.clean import Cleaning, removed_lines
 from neox.data.dedup import Method
 from neox.data.encode import Backend
@@ -21,6 +20,7 @@ from neox.data.readers import Faults, OnError, Skipped, Source, find_sources
 from neox.data.readers.faults import SHOWN
 from neox.data.skipped import SkipReport
 from neox.data.tokenize import encoder_of, make_part, tokenize
+from neox.data.workers import each
 from neox.files import byte_progress
 from neox.machine import available_cores
 from neox.tokenizer import END_OF_TEXT, Tokenizer
@@ -212,7 +212,8 @@ class _Job:
             if self.workers > 1 and len(missing) > 1:
                 names = {shard.number: shard.pieces[0].name for shard in missing}
                 count = min(self.workers, len(missing))
-                processes.run(parts, names, count, self.on_error, encoder.backend, lock, advance)
+                command = ["neox.data.tokenize", str(parts.folder), self.on_error, encoder.backend]
+                each(command, names, count, lock, advance)
             else:
                 for shard in missing:
                     make_part(parts, self.plan, shard, encoder, self.on_error, advance)

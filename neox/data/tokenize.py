@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from neox.data.readers.places import ends_digest
 from neox.data.shards import Shard
 from neox.data.skipped import SkipReport
 from neox.data.stages import reader
+from neox.data.workers import Task, serve
 from neox.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -123,3 +126,22 @@ def make_part(
             "ends": ends,
             "skipped": {reason: asdict(skipped) for reason, skipped in faults.skipped.items()},
         }
+
+
+def main(folder: str, on_error: OnError, backend: Backend) -> None:
+    """What a process does that makes parts, see `neox.data.workers`."""
+
+    def begin() -> Task:
+        parts = Parts(Path(folder).with_suffix(""))
+        plan = Plan.read(parts.plan_file)
+        tokenizer = Tokenizer.from_file(parts.folder / "tokenizer.json")
+        if tokenizer.sha256 != plan.settings["tokenizer_sha256"]:
+            raise ValueError(f"{parts.folder / 'tokenizer.json'}: is not the tokenizer of the plan: begin anew")
+        encoder = encoder_of(tokenizer, plan.settings, backend)
+        return lambda number, advance: make_part(parts, plan, plan.shards[number], encoder, on_error, advance)
+
+    serve(begin)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])  # type: ignore[arg-type]

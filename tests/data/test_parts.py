@@ -395,7 +395,7 @@ def test_a_process_that_is_killed_is_named(
         return process
 
     monkeypatch.setattr(workers.subprocess, "Popen", doomed)
-    fails(corpus, tmp_path / "c", tokenizer, r"a process that tokenized it was killed by signal 9", workers=2)
+    fails(corpus, tmp_path / "c", tokenizer, r"a process that worked on it was killed by signal 9", workers=2)
     assert not (tmp_path / "c.parts").exists()
 
 
