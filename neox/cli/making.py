@@ -35,13 +35,19 @@ def quickstart(targets: list[str], options: list[str]) -> int:
     return 128 + result.signal if result.signal else 0
 
 
-PREPARE_KEYS = ("text_key", "append_eod", "on_error", "special_in_text", "workers", "backend")
+PREPARE_KEYS = ("text_key", "append_eod", "on_error", "special_in_text", "workers", "backend", "dedup", "decontaminate")
 
 
 def prepare(targets: list[str], options: list[str]) -> None:
     """Turn text into tokens: SOURCES in, one .bin/.idx pair out.
 
     neox prepare SOURCE... out=PREFIX [tokenizer=tokenizer.json] [key=value ...]
+    neox prepare pile FOLDER out=FOLDER [tokenizer=tokenizer.json] [key=value ...]
+
+    pile is the release of the Pile: FOLDER has 00.jsonl.zst to 29.jsonl.zst, or some of them, val and
+    test; train, val and test are prepared, with statistics by component and a datasheet beside them.
+    Open data in its stead goes by name: pile-uncopyrighted, pile-deduplicated, common-pile,
+    fineweb-10bt, fineweb-100bt, fineweb-edu-10bt (data sets of the hub).
 
     SOURCE is a file (.txt, .jsonl, .json with a document a line; each also .gz or .zst; .parquet,
     .arrow), a glob, a folder of such files, the URL of any of these (s3://, gs://, http://), a folder
@@ -64,6 +70,10 @@ def prepare(targets: list[str], options: list[str]) -> None:
       append_eod=true           end each document with the end-of-document token
       on_error=fail             skip: leave out what cannot be read, and report it in
                                 PREFIX.skipped.jsonl
+      dedup=none                exact: leave out documents of the same text as an earlier one; minhash:
+                                of nearly the same words. What went is in PREFIX.removed.jsonl
+      decontaminate=SETS        cut the text of evaluation sets out: .jsonl or .txt files, or tasks of
+                                lm-evaluation-harness; also in PREFIX.removed.jsonl
       workers=0                 processes; 0 = one a core
       backend=auto              library that encodes: gigatoken or tokenizers; auto = gigatoken where
                                 it is installed and gives the same ids, which samples keep checking
@@ -74,6 +84,8 @@ def prepare(targets: list[str], options: list[str]) -> None:
       neox prepare crawl/ out=data/crawl on_error=skip
       neox prepare 's3://bucket/crawl/*.jsonl.zst' out=data/crawl tokenizer=tokenizer.json
       neox prepare hf:roneneldan/TinyStories#validation out=data/stories
+      neox prepare crawl/ out=data/clean dedup=minhash decontaminate=lambada_test.jsonl
+      neox prepare pile the-pile/ out=data/pile tokenizer=20B_tokenizer.json
     """
     from neox.config import load_config
     from neox.options import parse_override
@@ -101,33 +113,44 @@ def prepare(targets: list[str], options: list[str]) -> None:
     if path and trained:
         raise UsageError(f"give tokenizer= to use one or {trained}= to train one, not both")
 
+    from neox.data.pile import stand_in
     from neox.data.prepare import prepare as run
     from neox.data.trained import trained_tokenizer
     from neox.tokenizer import Tokenizer
 
+    pile = targets[0] == "pile"
+    if pile:
+        from neox.data.pile_release import find_release, prepare_pile
+
+        if len(targets) != 2:
+            raise UsageError("prepare pile needs the FOLDER of the release, and nothing else")
+        sources = find_release(Path(targets[1])).splits["train"]
+    else:
+        # What lies here by a name comes before what stands for it.
+        sources = [target if Path(target).exists() else stand_in(target) for target in targets]
     if path:
         tokenizer = Tokenizer.from_file(path)
     else:
-        tokenizer = trained_tokenizer(targets, out, config.tokenizer.training, data.text_key, data.on_error)
-        print(f"{out}-tokenizer.json: {tokenizer.vocab_size} tokens")
-    report = run(
-        targets,
-        out,
-        tokenizer,
-        data.text_key,
-        data.append_eod,
-        on_error=data.on_error,
-        special_in_text=data.special_in_text,
-        backend=data.backend,
-        workers=data.workers,
-    )
-    how = "done before" if report.done_before else f"{report.seconds:.1f} s"
-    print(
-        f"{report.prefix}.bin: {report.tokens:,} tokens of {report.documents:,} documents, "
-        f"{report.bytes / max(report.tokens, 1):.2f} bytes a token, {how}"
-    )
-    for line in report.left_out():
-        print(line)
+        trained_to = f"{out}/train" if pile else out
+        tokenizer = trained_tokenizer(sources, trained_to, config.tokenizer.training, data.text_key, data.on_error)
+        print(f"{trained_to}-tokenizer.json: {tokenizer.vocab_size} tokens")
+    chosen = {key: getattr(data, key) for key in PREPARE_KEYS if key not in data.cleaning} | data.cleaning
+    if pile:
+        reports = list(prepare_pile(targets[1], out, tokenizer, **chosen).values())
+    else:
+        reports = [run(sources, out, tokenizer, **chosen)]
+    for report in reports:
+        how = "done before" if report.done_before else f"{report.seconds:.1f} s"
+        print(
+            f"{report.prefix}.bin: {report.tokens:,} tokens of {report.documents:,} documents, "
+            f"{report.bytes / max(report.tokens, 1):.2f} bytes a token, {how}"
+        )
+        for line in report.left_out():
+            print(line)
+    if pile:
+        print(
+            f"{out}/statistics.md, statistics.json: what there is of each component; {out}/datasheet.md: what to know"
+        )
 
 
 def train(targets: list[str], options: list[str]) -> int:

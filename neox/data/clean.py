@@ -1,34 +1,30 @@
 """Which documents `prepare` leaves out, and why: repeats of earlier ones, and text of evaluation sets.
 
-    shards -> Cleaning.find: keys of each shard, repeats of each shard -> Cleaning.documents -> finish: removed.jsonl
+    shards -> Cleaning.find: the repeats -> Cleaning.documents: what stays -> Cleaning.finish: removed.jsonl
 
-The keys of a shard are a task of its own, whose marker is written last: a run that was killed goes on behind the
-markers, and the number of workers plays no part in what comes out.
+Nothing depends on the number of workers, nor on how often the work was killed and begun again.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from neox.data.dedup import PARAMETERS, Method, repeated, write_keys
+from neox.data.dedup import PARAMETERS, Method
 from neox.data.overlap import RUN, Overlaps, cut, evaluation_texts
-from neox.data.readers import Document, Fault, Faults, OnError, read_piece
+from neox.data.readers import Document, Faults, OnError, read_piece
 from neox.data.readers.places import version_of
+from neox.data.repeats import Search, read_counts, read_repeats
 from neox.data.shards import Shard
-from neox.files import byte_progress, write_atomic, write_synced
+from neox.files import write_atomic, write_synced
 
 REASONS: Mapping[Method, str] = {"exact": "duplicate", "minhash": "near-duplicate"}
 OVERLAP = "overlap"
@@ -48,6 +44,22 @@ class Cleaning:
     """Tell the documents of each shard, and how they are compared, from others."""
     key: str
     """Tells this cleaning of these files from any other."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `again` makes the same cleaning from, as JSON holds it."""
+        return {
+            "folder": str(self.folder),
+            "dedup": self.dedup,
+            "decontaminate": list(self.decontaminate),
+            "key": self.key,
+        }
+
+    @classmethod
+    def again(cls, settings: dict[str, Any], shards: Sequence[Shard]) -> Cleaning:
+        """A cleaning whose `find` is done, elsewhere perhaps, to be applied."""
+        chosen = (settings["dedup"], tuple(settings["decontaminate"]))
+        return cls(Path(settings["folder"]), tuple(shards), *chosen, "", "fail", (), settings["key"])
 
     @classmethod
     def of(
@@ -74,49 +86,10 @@ class Cleaning:
         return cls(folder, tuple(shards), dedup, tuple(decontaminate), text_key, on_error, keys, key)
 
     def find(self, workers: int = 1, progress: bool = True) -> None:
-        """Find the repeats in all shards; what was found before in `folder`, for the same files, stands.
-
-        Raises what the readers raise.
-        """
-        done = self.folder / "repeats" / "done.json"
-        if not self.dedup or (done.exists() and json.loads(done.read_bytes()) == list(self.keys)):
-            return
-        done.unlink(missing_ok=True)
-        with byte_progress(progress) as bar:
-            task = bar.add_task(f"dedup={self.dedup}", total=sum(shard.size for shard in self.shards) or None)
-            for shard, _ in zip(self.shards, self._write_all(workers), strict=True):
-                bar.advance(task, shard.size)
-            written = []
-            for marker in self._markers():
-                files = [self.folder / "keys" / name for name in marker["files"]]
-                written.append((sum(marker["counts"]), files))
-            size = sum(path.stat().st_size for _, files in written for path in files)
-            task = bar.add_task("compare", total=size)
-            found = repeated(written, lambda share: bar.advance(task, share * size))
-        done.parent.mkdir(exist_ok=True)
-        for shard, repeats in zip(self.shards, found, strict=True):
-            rows = np.stack((repeats.numbers, repeats.shards, repeats.kept))
-            write_synced(self._found(shard.number), partial(np.save, arr=rows))
-        write_atomic(done, json.dumps(self.keys).encode())
-        for _, files in written:
-            for path in files:  # of minhash 224 bytes a document
-                path.unlink()
-
-    def _write_all(self, workers: int) -> Iterator[None]:
-        """Write the keys of each shard, in this process or in several; yields once for each, in order."""
-        assert self.dedup
-        write = partial(_write_shard, self.folder, self.dedup, self.text_key, self.on_error)
-        if workers == 1 or len(self.shards) == 1:
-            yield from map(write, self.shards, self.keys)
-            return
-        # Spawned: what this process has running (threads of the tokenizer) does not survive a fork.
-        with ProcessPoolExecutor(min(workers, len(self.shards)), get_context("spawn")) as pool:
-            try:
-                yield from pool.map(write, self.shards, self.keys)
-            except BrokenProcessPool:
-                raise OSError("dedup: a worker died, perhaps for want of memory; what is done stays") from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+        """Find the repeats, see `neox.data.repeats`. Raises what the readers raise."""
+        if self.dedup:
+            search = Search(self.folder, self.dedup, self.text_key, self.on_error, self.shards, self.keys)
+            search.run(workers, progress)
 
     def documents(
         self, shard: Shard, text_key: str = "text", faults: Faults | None = None, meta_key: str | None = None
@@ -127,7 +100,7 @@ class Cleaning:
         Raises ValueError where the shard no longer holds the documents that were compared, Fault as the readers do.
         """
         faults = faults or Faults("fail")
-        repeats = self._repeats(shard.number) if self.dedup else {}
+        repeats = read_repeats(self.folder, shard.number) if self.dedup else {}
         removed: list[dict[str, Any]] = []
         place, taken = 0, 0.0
         for piece in shard.pieces:
@@ -180,9 +153,9 @@ class Cleaning:
             counts[OVERLAP] = {"documents": reasons[OVERLAP], "whole": reasons["whole"], "sets": sets}
         return counts
 
-    def _repeats(self, number: int) -> dict[int, tuple[int, int]]:
-        rows = np.load(self._found(number))
-        return {place: (shard, kept) for place, shard, kept in rows.T.tolist()}
+    def forget(self) -> None:
+        """Remove the folder, once what it led to is whole."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _place(self, number: int, place: int) -> dict[str, Any]:
         """The names of a document of any shard."""
@@ -194,48 +167,28 @@ class Cleaning:
     def _removed(self, number: int) -> Path:
         return self.folder / "removed" / f"{number:05d}.jsonl"
 
-    def _found(self, number: int) -> Path:
-        return self.folder / "repeats" / f"{number:05d}.npy"
-
-    def _markers(self) -> list[dict[str, Any]]:
-        return [json.loads(_marker(self.folder, shard.number).read_bytes()) for shard in self.shards]
-
     @cached_property
     def _counts(self) -> list[list[int]]:
         """Documents of each piece of each shard."""
-        return [marker["counts"] for marker in self._markers()]
+        return [read_counts(self.folder, shard.number) for shard in self.shards]
 
     @cached_property
     def _overlaps(self) -> Overlaps:
         return Overlaps.load(self.folder / "overlaps.npz")
 
 
-def _write_shard(folder: Path, dedup: Method, text_key: str, on_error: OnError, shard: Shard, key: str) -> None:
-    """The keys of one shard, unless they are there."""
-    marker = _marker(folder, shard.number)
-    if marker.exists():
-        known = json.loads(marker.read_bytes())
-        if known["key"] == key and all((marker.parent / name).exists() for name in known["files"]):
-            return
-    faults = Faults(on_error)
-    counts = [0] * len(shard.pieces)
-
-    def texts() -> Iterator[str]:
-        for place, piece in enumerate(shard.pieces):
-            for document in read_piece(piece, text_key, faults):
-                counts[place] += 1
-                yield document.text
-
-    try:
-        _, files = write_keys(texts(), dedup, marker.with_suffix(""))
-    except Fault as fault:
-        raise ValueError(str(fault)) from None  # a Fault does not come through from another process
-    content = {"key": key, "counts": counts, "files": [path.name for path in files]}
-    write_atomic(marker, json.dumps(content).encode())
-
-
-def _marker(folder: Path, number: int) -> Path:
-    return folder / "keys" / f"{number:05d}.json"
+def removed_lines(counts: dict[str, Any], path: str) -> list[str]:
+    """What `Cleaning.finish` counted, in lines for a user; `path` is where all of it was written."""
+    lines = [f"left out: {counts[reason]:,} {reason}s" for reason in REASONS.values() if reason in counts]
+    if overlap := counts.get(OVERLAP):
+        whole = overlap["whole"]
+        lines.append(f"cut: {overlap['documents'] - whole:,} documents with overlaps; left out: {whole:,} more of them")
+        for known in overlap["sets"]:
+            short = f" ({known['short']:,} too short to be found)" if known["short"] else ""
+            lines.append(
+                f"  {known['name']}: {known['examples']:,} examples{short} in {known['documents']:,} documents"
+            )
+    return [*lines, f"all of it: {path}"] if lines else []
 
 
 def _versions(shard: Shard) -> list[Any]:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from neox.data.mmap import TokenFile
 from neox.data.readers import Document, Faults
 from neox.data.shards import Shard, documents
 from neox.data.statistics import Counts
-from neox.files import write_atomic
+from neox.files import temporary_name, write_atomic
 
 META, NAME = "meta", "pile_set_name"
 Read = Callable[[Shard, str, Faults | None, str | None], Iterator[Document]]
@@ -63,27 +65,43 @@ class Components:
         write_atomic(self.folder / f"{shard.number:05d}.npz", note.getvalue())
 
 
-def collect(
-    folder: Path, shards: Sequence[Shard], tokens: npt.NDArray[np.int64]
-) -> tuple[list[str], npt.NDArray[np.uint16], dict[str, Counts]]:
-    """Names of all components; the number of each document's; and what there is of each.
+def count_components(prefix: Path) -> dict[str, Counts]:
+    """What a prepared pair holds of each component, from the notes of `Components`.
 
-    `tokens` holds the tokens of each document, in the same order, without the one that ends it.
+    The notes become `<prefix>.components.npy`, uint16 for each document, the place of its component in the names that
+    `<prefix>.components.json` lists, with the counts. Called again, it reads that.
     """
+    notes, listed = prefix.with_name(prefix.name + ".components"), prefix.with_name(prefix.name + ".components.json")
+    manifest = json.loads(prefix.with_name(prefix.name + ".json").read_bytes())
+    known = json.loads(listed.read_bytes()) if listed.exists() else {}
+    if known.get("sha256") != manifest["sha256"]:
+        known = {"sha256": manifest["sha256"], **_merged(notes, prefix, manifest["append_eod"])}
+        write_atomic(listed, json.dumps(known).encode())
+    shutil.rmtree(notes, ignore_errors=True)
+    return {name: Counts(*counts) for name, counts in zip(known["names"], known["counts"], strict=True)}
+
+
+def _merged(notes: Path, prefix: Path, append_eod: bool) -> dict[str, Any]:
+    """Write `<prefix>.components.npy`; returns the names, and for each documents, bytes and tokens."""
+    sizes = TokenFile(prefix).sizes
+    path = prefix.with_name(prefix.name + ".components.npy")
+    whole = np.lib.format.open_memmap(temporary_name(path), "w+", np.uint16, (len(sizes),))
     names: list[str] = []
-    found: list[npt.NDArray[np.uint16]] = []
     counts: dict[str, Counts] = {}
-    start = 0
-    for shard in shards:
-        with np.load(folder / f"{shard.number:05d}.npz") as note:
-            own, numbers, sizes = json.loads(str(note["names"])), note["numbers"], note["sizes"]
+    start = shard = 0
+    while start < len(sizes):
+        with np.load(notes / f"{shard:05d}.npz") as note:
+            own, numbers, lengths = json.loads(str(note["names"])), note["numbers"], note["sizes"]
         names += [name for name in own if name not in names]
-        found.append(np.array([names.index(name) for name in own], np.uint16)[numbers])
-        of_shard = tokens[start : start + len(numbers)]
-        start += len(numbers)
+        end = start + len(numbers)
+        whole[start:end] = np.array([names.index(name) for name in own], np.uint16)[numbers] if own else 0
+        tokens = sizes[start:end].astype(np.int64) - append_eod
         for number, name in enumerate(own):
             mine = numbers == number
-            more = Counts(int(mine.sum()), int(sizes[mine].sum()), int(of_shard[mine].sum()))
+            more = Counts(int(mine.sum()), int(lengths[mine].sum()), int(tokens[mine].sum()))
             counts[name] = counts.get(name, Counts()) + more
-    assert start == len(tokens), "as many documents were noted as written"
-    return names, np.concatenate(found) if found else np.empty(0, np.uint16), counts
+        start, shard = end, shard + 1
+    assert start == len(sizes), "as many documents were noted as written"
+    whole.flush()
+    temporary_name(path).replace(path)
+    return {"names": names, "counts": [astuple(counts[name]) for name in names]}

@@ -81,3 +81,8 @@ STAND_INS = {
     "fineweb-edu-10bt": "hf:HuggingFaceFW/fineweb-edu:sample-10BT",
 }
 """Open data sets that can be had where the Pile cannot, by the name that `neox prepare` takes for them."""
+
+
+def stand_in(name: str) -> str:
+    """The source that a name stands for: a data set of the hub for one of STAND_INS, the name itself otherwise."""
+    return STAND_INS.get(name, name)

@@ -164,24 +164,29 @@ class Parts:
 
         Raises ValueError where another run holds it, after a moment in which one that was killed may end.
         """
-        started = time.monotonic()
-        while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = open_own(self.folder / "lock", "ab")
-            if _lock(file, shared):
-                with suppress(FileNotFoundError):  # the one before us may have removed the folder
-                    if os.path.samestat(os.fstat(file.fileno()), os.stat(self.folder / "lock")):
-                        break
-            file.close()
-            if time.monotonic() - started > PATIENCE:
-                raise ValueError(
-                    f"{self.folder}: another run is writing this output now; wait for it or choose another out="
-                )
-            time.sleep(0.1)
-        try:
+        with locked(self.folder, shared) as file:
             yield file
-        finally:
-            file.close()
+
+
+@contextmanager
+def locked(folder: Path, shared: bool = False) -> Iterator[IO[bytes]]:
+    """Hold a folder, which is made where it is absent, by the file `lock` in it; see `Parts.locked`."""
+    started = time.monotonic()
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open_own(folder / "lock", "ab")
+        if _lock(file, shared):
+            with suppress(FileNotFoundError):  # the one before us may have removed the folder
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
+                    break
+        file.close()
+        if time.monotonic() - started > PATIENCE:
+            raise ValueError(f"{folder}: another run is writing this output now; wait for it or choose another out=")
+        time.sleep(0.1)
+    try:
+        yield file
+    finally:
+        file.close()
 
 
 def _lock(file: IO[bytes], shared: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Processes that make parts, each a fresh `python -m neox.data.workers`: shard numbers in, events out, as JSON lines.
+"""Processes that work on shards, each a fresh `python -m MODULE`: shard numbers in, events out, as JSON lines.
 
 Not multiprocessing: its workers outlive a parent that is killed, and it runs the caller's main script once more. Here
 the end of the input, which the system brings about however the parent ends, ends the process.
@@ -13,33 +13,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from neox.data.encode import Backend
-from neox.data.plan import Parts, Plan
-from neox.data.readers import Fault, OnError
-from neox.data.tokenize import encoder_of, make_part
-from neox.tokenizer import Tokenizer
+from neox.data.readers import Fault
 
 TELL = 0.1  # seconds between two reports of one process
 Event = dict[str, Any]
+Task = Callable[[int, Callable[[float], object]], None]
+"""What is done for a shard's number; it tells its second argument the bytes as they are done."""
 
 
-def run(
-    parts: Parts,
-    names: dict[int, str],
-    workers: int,
-    on_error: OnError,
-    backend: Backend,
-    lock: int,
-    advance: Callable[[float], object],
+def each(
+    command: Sequence[str], names: dict[int, str], workers: int, lock: int, advance: Callable[[float], object]
 ) -> None:
-    """Make the parts of the shards `names` (number to what it is called) in `workers` processes.
+    """Have `workers` processes, `python -m COMMAND` that `serve`, do all shards `names` (number to what it is called).
 
-    `lock` is a file that they keep open, so that the folder stays locked until the last of them is gone.
+    `lock` is a file that they keep open. `advance` is told the bytes as they are done.
     Raises what the first of them raised that failed, and OSError where one was killed; the others are ended then.
     """
     todo: SimpleQueue[int] = SimpleQueue()
@@ -50,10 +42,9 @@ def run(
     paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
     # One thread each: there are as many processes as cores.
     quiet = {"PYTHONPATH": paths, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "neox.data.workers", str(parts.folder), on_error, backend]
     processes = [
         subprocess.Popen(
-            command,
+            [sys.executable, "-m", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | quiet,
@@ -102,7 +93,7 @@ def _feed(
         except OSError:
             status = process.wait()
             how = f"was killed by signal {-status} (9: memory, perhaps)" if status < 0 else f"ended with {status}"
-            what = f"{names[number]}: a process that tokenized it {how}; what is done stays: run it again"
+            what = f"{names[number]}: a process that worked on it {how}; what is done stays: run it again"
             events.put({"error": what, "kind": "OSError"})
             return
 
@@ -115,22 +106,17 @@ def _error(event: Event) -> Exception:
     return Fault(event["reason"], event["error"]) if "reason" in event else ValueError(event["error"])
 
 
-def main(folder: str, on_error: OnError, backend: Backend) -> None:
-    """What a process does: make each part whose shard's number comes in, until there are no more."""
+def serve(begin: Callable[[], Task]) -> None:
+    """What a process of `each` does: the task that `begin` returns, on each number that comes in, until no more do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     numbers: SimpleQueue[int] = SimpleQueue()
     threading.Thread(target=_listen, args=(numbers,), daemon=True).start()
     try:
-        parts = Parts(Path(folder).with_suffix(""))
-        plan = Plan.read(parts.plan_file)
-        tokenizer = Tokenizer.from_file(parts.folder / "tokenizer.json")
-        if tokenizer.sha256 != plan.settings["tokenizer_sha256"]:
-            raise ValueError(f"{parts.folder / 'tokenizer.json'}: is not the tokenizer of the plan: begin anew")
-        encoder = encoder_of(tokenizer, plan.settings, backend)
+        task = begin()
         while True:
             number = numbers.get()
             teller = _Teller()
-            make_part(parts, plan, plan.shards[number], encoder, on_error, teller)
+            task(number, teller)
             teller.say(done=1)
     except OSError as error:
         _say(kind="OSError", error=error.strerror or str(error), errno=error.errno, file=str(error.filename))
@@ -164,7 +150,3 @@ def _listen(numbers: SimpleQueue[int]) -> None:
     for line in sys.stdin:
         numbers.put(int(line))
     os._exit(0)  # the parent has gone, or needs us no longer: what is unfinished is under a temporary name
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])  # type: ignore[arg-type]
