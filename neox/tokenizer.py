@@ -87,6 +87,15 @@ class Tokenizer:
         """A tokenizer.json that encodes as this one does, for other libraries: without truncation and padding."""
         return str(self._inner.to_str())
 
+    @property
+    def normalizer(self) -> str:
+        """What brings a text into the form that is encoded, as the library writes it: `NFC()`, `None`, ..."""
+        return str(self._inner.normalizer)
+
+    def normalized(self, text: str) -> str:
+        """`text` in the form that is encoded, special tokens apart, and that decoding gives back."""
+        return str(self._inner.normalizer.normalize_str(text)) if self._inner.normalizer else text
+
     @cached_property
     def sha256(self) -> str:
         """Hex digest of the tokenizer.json, as `sha256sum tokenizer.json` prints it."""

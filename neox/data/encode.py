@@ -1,14 +1,18 @@
 """Texts to ids by the fastest way that gives the reference's ids: GigaToken where it is installed and agrees.
 
 The reference is the `tokenizers` library. GigaToken is compared with it on hard texts before the work begins, and on
-samples of the work itself; the first difference ends the work.
+samples of the work itself; the first difference ends the work. Where it is known to differ it is not asked: its
+Unicode is newer than the reference's, so that it composes and orders some rare marks otherwise.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,13 +58,19 @@ class Encoder:
         self.backend: Literal["gigatoken", "tokenizers"] = "tokenizers"
         self._seen = 0
         self._fast: Callable[[bytes], Ids] | None = None
+        self._odd: re.Pattern[str] | None = None
         if backend == "tokenizers":
             self.why = "data.backend"
             return
         try:
-            fast = _gigatoken(tokenizer)
-            self._spellings = tuple(tokenizer.special_tokens)
-            for text in self._hard():
+            fast, decode = _gigatoken(tokenizer)
+            self._spellings = () if specials else tuple(tokenizer.special_tokens)
+            form = tokenizer.normalizer
+            if form not in ODD:  # the same for all tokenizers of this form
+                composed = decode(fast(_rare_text().encode("utf-8"))).decode("utf-8")
+                ODD[form] = _odd_characters(tokenizer.normalized(_rare_text()), composed)
+            self._odd = ODD[form]
+            for text in filter(self._asks, self._hard()):
                 if not self._agree(text, fast):
                     raise ValueError(f"it gives other ids than `tokenizers` for {text[:60]!r}")
             self._fast, self.backend, self.why = fast, "gigatoken", "agrees with `tokenizers`"
@@ -80,7 +90,7 @@ class Encoder:
                 yield self._part(ids, text, True)
             return
         for number, text in enumerate(texts):
-            if self._fast is None or (not self.specials and any(spelling in text for spelling in self._spellings)):
+            if self._fast is None or not self._asks(text):
                 left = len(text)
                 pieces = self.tokenizer.pieces(text)
                 for piece, ids in zip(pieces, self.tokenizer.encode_pieces(text, self.specials), strict=True):
@@ -95,9 +105,15 @@ class Encoder:
                 left -= len(piece)
                 yield self._part(self._fast(piece.encode("utf-8")), piece, not left)
 
+    def _asks(self, text: str) -> bool:
+        """Whether the fast library is asked about this text."""
+        if any(spelling in text for spelling in self._spellings):  # which it would take for the token
+            return False
+        return text.isascii() or not self._odd or not self._odd.search(text)
+
     def _hard(self) -> Iterator[str]:
         yield from HARD
-        for spelling in self._spellings if self.specials else ():
+        for spelling in self.tokenizer.special_tokens:
             yield f"a{spelling}{spelling[:-1]} {spelling}\u0338b\n{spelling.upper()}{spelling[1:]}"
         letters = [chr(code) for code in (*range(0x250), *range(0x300, 0x370))]
         yield "".join(letters)
@@ -122,12 +138,46 @@ class Difference(Exception):
         self.document, self.text = document, text
 
 
-def _gigatoken(tokenizer: Tokenizer) -> Callable[[bytes], Ids]:
+def _gigatoken(tokenizer: Tokenizer) -> tuple[Callable[[bytes], Ids], Callable[[Ids], bytes]]:
+    """Its `encode` and `decode`."""
     try:
         gigatoken = importlib.import_module("gigatoken")
     except ImportError as error:
         raise ValueError(f"it is not installed ({error}): pip install 'neox[data]'") from None
     try:
-        return cast(Callable[[bytes], Ids], gigatoken.Tokenizer.from_json(tokenizer.to_json()).encode)
+        fast = gigatoken.Tokenizer.from_json(tokenizer.to_json())
     except Exception as error:  # the library's own, as the file goes
         raise ValueError(f"it cannot read this tokenizer ({' '.join(str(error).split())[:200]})") from None
+    return fast.encode, fast.decode
+
+
+ODD: dict[str, re.Pattern[str] | None] = {}
+
+
+@cache
+def _rare_text() -> str:
+    """A line for each mark, and for each character that this Python's Unicode does not know, between marks of the
+    highest and the lowest class: there it shows whether it moves, blocks a composition, or is a letter. And a line for
+    each character that decomposes, decomposed."""
+    tried = [chr(code) for code in (*range(0x300, 0xD800), *range(0xE000, 0x1F000))]
+    marks = [char for char in tried if unicodedata.category(char)[0] == "M" or unicodedata.category(char) == "Cn"]
+    pairs = [unicodedata.normalize("NFD", char) for char in tried if unicodedata.decomposition(char)]
+    return "\n".join([f"e\u0301{mark}\u0334" for mark in marks] + pairs)
+
+
+def _odd_characters(ours: str, theirs: str) -> re.Pattern[str] | None:
+    """A pattern of the characters that the two libraries bring into normal form differently; None where there is none.
+
+    From what each made of `_rare_text`. Beyond the first plane whole blocks of 4096 are taken, rare scripts all of
+    them, since pairs that compose there may be unknown here.
+    """
+    lines = [text.split("\n") for text in (_rare_text(), ours, theirs)]
+    if len(lines[1]) != len(lines[2]):
+        raise ValueError("it gives other ids than `tokenizers` for rare marks")
+    odd = [text for text, one, other in zip(*lines, strict=True) if one != other]
+    found = {char for text in odd for char in (text[2:-1] if text.startswith("e\u0301") else text)}
+    if not found:
+        return None
+    blocks = sorted({ord(char) >> 12 for char in found if ord(char) > 0xFFFF})
+    ranges = [f"{chr(block << 12)}-{chr((block << 12) + 0xFFF)}" for block in blocks]
+    return re.compile("[" + "".join(sorted(char for char in found if ord(char) <= 0xFFFF)) + "".join(ranges) + "]")

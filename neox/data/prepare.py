@@ -124,7 +124,8 @@ def prepare(
         job = _Job(
             found, plan, Path(out_prefix), tokenizer, on_error, backend, count, progress, report, faults, cleaning
         )
-        noted = job.at_once() if len(plan.shards) == 1 else job.by_parts()
+        alone = len(plan.shards) == 1 and not Parts(out_prefix).plan_file.exists()
+        noted = job.at_once() if alone else job.by_parts()
     if cleaning:
         cleaning.forget()
     return _report(out_prefix, noted, started)

@@ -222,9 +222,9 @@ def test_what_is_damaged_is_named_and_the_rest_goes_on(
     assert sum(row["documents"] for row in rows) == sum(kept.documents for kept in report.skipped.values())
     file = TokenFile(out)
     texts = [tokenizer.decode(file.document(n).tolist()[:-1]) for n in range(len(file))]
-    assert texts[:200] == ROWS[:200]
-    assert set(texts) < set(ROWS)
-    assert len(texts) >= 500
+    assert texts[-150:] == ROWS[400:450] + ROWS[500:]
+    assert texts[:-150] == ROWS[: len(texts) - 150]
+    assert len(texts) >= 350
 
 
 def test_the_parts_of_a_run_that_failed_are_kept(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:

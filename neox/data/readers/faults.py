@@ -107,13 +107,13 @@ def missing_key(where: str, text_key: str, keys: Sequence[object], documents: in
     )
 
 
-def optional(module: str, where: str) -> ModuleType:
-    """Import a module of the `data` extra. Raises ValueError that says what needs it and how to install it."""
+def optional(module: str, where: str, extra: str = "data") -> ModuleType:
+    """Import a module of an extra. Raises ValueError that says what needs it and how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ValueError(f"{where}: needs the package {package} ({error}): pip install 'neox[data]'") from None
+        raise ValueError(f"{where}: needs the package {package} ({error}): pip install 'neox[{extra}]'") from None
 
 
 def one_line(error: Exception) -> str:
