@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox.config import ConfigError, DataConfig
-from neox.data import build_datasets, megatron
+from neox.data import TokenFile, build_datasets, megatron
 from neox.data.arrays import cached_arrays, content_key
 from neox.data.build import whole
 from neox.data.pile import COMPONENTS
-from neox.data.sources import Origin, Sources, sources_file
+from neox.data.sources import Origin, SourceNotes, Sources, side_files
 from neox.data.weights import blend_weights, by_documents
 from tests.data.corpora import write_pair
 
@@ -39,11 +39,10 @@ def test_a_temperature_favours_what_is_small() -> None:
 
 
 def note(prefix: Path, *rows: tuple[str, str | None, int]) -> None:
-    first, out = 0, []
-    for source, component, count in rows:
-        out.append({"source": source, "component": component, "first_document": first, "count": count})
-        first += count
-    sources_file(prefix.with_suffix(".bin")).write_text(json.dumps(out))
+    notes = SourceNotes()
+    for row in rows:
+        notes.add(*row)
+    notes.write(prefix.with_suffix(".bin"))
 
 
 def test_the_piles_weights(tmp_path: Path) -> None:
@@ -62,7 +61,7 @@ def test_the_piles_weights(tmp_path: Path) -> None:
     note(files[0], ("x.jsonl", "ArXiv", 1), ("y.jsonl", "Github", 1))
     with pytest.raises(ValueError, match=r'a\.bin: data\.weigh = "pile" needs .* this holds ArXiv, Github: prepare'):
         build_datasets(config, files, [], 3, 10)
-    sources_file(files[0].with_suffix(".bin")).unlink()
+    side_files(files[0].with_suffix(".bin"))[0].unlink()
     with pytest.raises(ValueError, match=r"this holds None: prepare the components apart"):
         build_datasets(config, files, [], 3, 10)
 
@@ -74,19 +73,60 @@ def test_weights_from_two_places_are_refused() -> None:
         DataConfig(weights=(1.0,), order="preshuffled")
 
 
-def test_sources(tmp_path: Path) -> None:
-    prefix = write_pair(tmp_path / "x", [3] * 9)
-    bin_file = prefix.with_suffix(".bin")
-    assert Sources.of(bin_file)[5] == Origin(None, None)
-    note(prefix, ("a", None, 2), ("b", "ArXiv", 4), ("c", "Github", 3))
-    sources = Sources.of(bin_file)
-    assert [sources[n].source for n in range(9)] == list("aabbbbccc")
-    assert sources.components(0, 9) == [None, "ArXiv", "Github"]
-    assert sources.components(2, 6) == ["ArXiv"]
-    for broken in ('[{"source": "a"}]', "{", '[{"source":"a","component":null,"first_document":1,"count":2}]', "[3]"):
-        sources_file(bin_file).write_text(broken)
-        with pytest.raises(ValueError, match=r"x\.sources\.json: damaged .*: remove it, or prepare the data again"):
-            Sources.of(bin_file)
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from([None, "ArXiv", "Github"]), st.integers(1, 4)), min_size=1
+    ),
+    sizes=st.randoms(use_true_random=False),
+    first=st.integers(0, 5),
+)
+def test_sources_are_read_back(tmp_path_factory: pytest.TempPathFactory, rows, sizes, first) -> None:
+    """Against one tuple a document."""
+    every = [(source, component) for source, component, count in rows for _ in range(count)]
+    lengths = [sizes.randint(0, 9) for _ in every]
+    prefix = write_pair(tmp_path_factory.mktemp("data") / "x", lengths)
+    note(prefix, *rows)
+    file = TokenFile(prefix)
+    sources = Sources.of(file)
+    assert [tuple(sources[n]) for n in range(len(every))] == every
+    first = min(first, len(every) - 1)
+    wanted: dict[str | None, int] = {}
+    for (_, component), size in list(zip(every, lengths, strict=True))[first:]:
+        wanted[component] = wanted.get(component, 0) + size
+    assert sources.tokens(file.sizes[first:], first) == wanted
+
+
+def test_the_side_files_are_as_described(tmp_path: Path) -> None:
+    prefix = write_pair(tmp_path / "x", [3] * 6)
+    assert Sources.of(TokenFile(prefix))[5] == Origin(None, None)
+    path, numbers = side_files(prefix.with_suffix(".bin"))
+    sources = [{"source": "a", "count": 2}, {"source": "b", "count": 4}]
+    path.write_text(json.dumps({"documents": 6, "sources": sources, "components": ["ArXiv", "Github"]}))
+    numbers.write_bytes(bytes([0, 1, 1, 255, 0, 0]))
+    found = [tuple(Sources.of(TokenFile(prefix))[n]) for n in range(6)]
+    names = ["ArXiv", "Github", "Github", None, "ArXiv", "ArXiv"]
+    assert found == list(zip("aabbbb", names, strict=True))
+    note(prefix, ("c", "Books3", 6))
+    assert not numbers.exists()  # one component needs no byte a document
+    assert Sources.of(TokenFile(prefix))[3] == ("c", "Books3")
+    for broken in (
+        '{"documents": 6}',
+        "{",
+        "[3]",
+        json.dumps({"documents": 5, "sources": [{"source": "a", "count": 5}], "components": []}),
+        json.dumps({"documents": 6, "sources": [{"source": "a", "count": 6}], "components": ["a", "b"]}),
+    ):
+        path.write_text(broken)
+        with pytest.raises(
+            ValueError, match=r"x\.sources\.json: does not fit .*x\.bin .*: remove it, or prepare again"
+        ):
+            Sources.of(TokenFile(prefix))
+    many = SourceNotes()
+    for n in range(255):
+        many.add("a", f"c{n}")
+    with pytest.raises(ValueError, match="a: names a component beyond the 255 that can be told apart: c255"):
+        many.add("a", "c255")
 
 
 def test_megatrons_arrays_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
