@@ -37,13 +37,18 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
+def open_own(path: Path, mode: str) -> IO[bytes]:
+    """Open a file that we write ourselves, and no other one that a link of its name leads to. Raises OSError."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666))
+
+
 def write_synced(path: Path, write: Callable[[IO[bytes]], None], named: Path | None = None) -> None:
     """Call `write(file)` on a fresh binary file at `path` and fsync it; on failure no file stays behind.
 
     Raises OSError naming `named` (or `path`) when the disk is full or the folder is not writable.
     """
     try:
-        with open(path, "wb") as file:
+        with open_own(path, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -83,6 +83,10 @@ class Tokenizer:
         path = Path(path)
         write_atomic(path / "tokenizer.json" if path.is_dir() else path, self._text.encode("utf-8"))
 
+    def to_json(self) -> str:
+        """A tokenizer.json that encodes as this one does, for other libraries: without truncation and padding."""
+        return str(self._inner.to_str())
+
     @cached_property
     def sha256(self) -> str:
         """Hex digest of the tokenizer.json, as `sha256sum tokenizer.json` prints it."""

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import json
 import subprocess
 import sys
 import time
@@ -251,7 +252,17 @@ def test_prepare_says_what_it_left_out(neox_, tmp_path):
         f"  {folder / 'notes.md'}",
         "left out: 1 not JSON",
         f"  {folder / 'a.jsonl.gz'}:2",
+        f"all of it: {tmp_path / 'out.skipped.jsonl'}",
     ]
+    rows = [json.loads(line) for line in (tmp_path / "out.skipped.jsonl").read_text().splitlines()]
+    assert [(row["reason"], row["documents"]) for row in rows] == [("unknown kind", 1), ("not JSON", 1)]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*")}
+    status, out, _ = neox_("prepare", *options, "on_error=skip")
+    assert status == 0
+    assert "done before" in out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*")} == before
+    assert neox_("prepare", *options, "on_error=skip", "vocab_size=290")[0] == 0
+    assert Path(tmp_path / "out-tokenizer.json").stat().st_mtime_ns > before[tmp_path / "out-tokenizer.json"]
 
 
 # --- public names ----------------------------------------------------------------------------------------------------

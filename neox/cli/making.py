@@ -35,15 +35,23 @@ def quickstart(targets: list[str], options: list[str]) -> int:
     return 128 + result.signal if result.signal else 0
 
 
+PREPARE_KEYS = ("text_key", "append_eod", "on_error", "special_in_text", "workers", "backend")
+
+
 def prepare(targets: list[str], options: list[str]) -> None:
     """Turn text into tokens: SOURCES in, one .bin/.idx pair out.
 
     neox prepare SOURCE... out=PREFIX [tokenizer=tokenizer.json] [key=value ...]
 
-    SOURCE is a file (.txt, .jsonl, .json with a document a line; each also .gz or .zst; .parquet), a
-    folder of such files, a folder that Hugging Face's save_to_disk wrote, or a data set of the hub,
+    SOURCE is a file (.txt, .jsonl, .json with a document a line; each also .gz or .zst; .parquet,
+    .arrow), a glob, a folder of such files, the URL of any of these (s3://, gs://, http://), a folder
+    that Hugging Face's save_to_disk wrote, or a data set of the hub,
     hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]. What was read, and what was left out, is in
     PREFIX.json.
+
+    The work is cut into shards of about 64 MiB, whose parts lie in PREFIX.parts until all are done.
+    Interrupted and called again, it makes the parts that are missing; finished and called again, it
+    reads nothing. The output is the same from any number of processes.
 
     Options:
       out=PREFIX                writes PREFIX.bin and PREFIX.idx
@@ -54,12 +62,17 @@ def prepare(targets: list[str], options: list[str]) -> None:
       text_key=text             key of the text in JSON lines; column in Parquet and data sets
       special_in_text=token     text: <|endoftext|> spelled out in a document is text, and ends nothing
       append_eod=true           end each document with the end-of-document token
-      on_error=fail             skip: leave out what cannot be read, and report it
+      on_error=fail             skip: leave out what cannot be read, and report it in
+                                PREFIX.skipped.jsonl
+      workers=0                 processes; 0 = one a core
+      backend=auto              library that encodes: gigatoken or tokenizers; auto = gigatoken where
+                                it is installed and gives the same ids, which samples keep checking
 
     Examples:
       neox prepare corpus.txt out=data/corpus
       neox prepare a.jsonl.zst b.parquet out=data/ab tokenizer=tokenizer.json text_key=content
       neox prepare crawl/ out=data/crawl on_error=skip
+      neox prepare 's3://bucket/crawl/*.jsonl.zst' out=data/crawl tokenizer=tokenizer.json
       neox prepare hf:roneneldan/TinyStories#validation out=data/stories
     """
     from neox.config import load_config
@@ -73,8 +86,8 @@ def prepare(targets: list[str], options: list[str]) -> None:
             continue
         full = {"tokenizer": "tokenizer.path", "vocab_size": "tokenizer.vocab_size"}.get(key, key) + "=" + value
         section, name, _ = parse_override(full)
-        if section != "tokenizer" and name not in ("text_key", "append_eod", "on_error", "special_in_text"):
-            known = "out, tokenizer, vocab_size, text_key, append_eod, on_error, special_in_text"
+        if section != "tokenizer" and name not in PREPARE_KEYS:
+            known = ", ".join(("out", "tokenizer", "vocab_size", *PREPARE_KEYS))
             raise UsageError(f"prepare has no option {key}; it has {known}")
         if section == "tokenizer" and name != "path":
             trained = key
@@ -89,16 +102,13 @@ def prepare(targets: list[str], options: list[str]) -> None:
         raise UsageError(f"give tokenizer= to use one or {trained}= to train one, not both")
 
     from neox.data.prepare import prepare as run
-    from neox.data.readers import read_documents
-    from neox.tokenizer import Tokenizer, train_bpe
+    from neox.data.trained import trained_tokenizer
+    from neox.tokenizer import Tokenizer
 
     if path:
         tokenizer = Tokenizer.from_file(path)
     else:
-        texts = read_documents(targets, data.text_key, data.on_error)
-        tokenizer = train_bpe(texts, **config.tokenizer.training)
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(f"{out}-tokenizer.json")
+        tokenizer = trained_tokenizer(targets, out, config.tokenizer.training, data.text_key, data.on_error)
         print(f"{out}-tokenizer.json: {tokenizer.vocab_size} tokens")
     report = run(
         targets,
@@ -108,10 +118,13 @@ def prepare(targets: list[str], options: list[str]) -> None:
         data.append_eod,
         on_error=data.on_error,
         special_in_text=data.special_in_text,
+        backend=data.backend,
+        workers=data.workers,
     )
+    how = "done before" if report.done_before else f"{report.seconds:.1f} s"
     print(
         f"{report.prefix}.bin: {report.tokens:,} tokens of {report.documents:,} documents, "
-        f"{report.bytes / max(report.tokens, 1):.2f} bytes a token, {report.seconds:.1f} s"
+        f"{report.bytes / max(report.tokens, 1):.2f} bytes a token, {how}"
     )
     for line in report.left_out():
         print(line)

@@ -8,10 +8,11 @@ Source: EleutherAI/gpt-neox, megatron/data/indexed_dataset.py (MMapIndexedDatase
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
-from array import array
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from neox.files import sync_folder, temporary_name, write_atomic, write_error, write_synced
+from neox.files import open_own, sync_folder, temporary_name, write_atomic, write_error
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -74,91 +75,132 @@ class TokenWriter:
         self.manifest: dict[str, Any] | None = None
         """Written as JSON to `<prefix>.json` between `.bin` and `.idx`."""
         self.tokens = 0
-        self._sizes = array("i")
+        self.documents = 0
+        self._digest = hashlib.sha256()
         self._file: IO[bytes] | None = None
+        self._index: IO[bytes] | None = None
 
     @property
-    def documents(self) -> int:
-        """Documents added so far."""
-        return len(self._sizes)
+    def sha256(self) -> str:
+        """Of the tokens written so far: of the whole `.bin` in the end."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> TokenWriter:
         self.bin.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = temporary_name(self.bin)
-        self._file = _open_alone(self._temporary)
+        self._file = _open_alone(temporary_name(self.bin))
+        try:
+            # Sizes go to the index at once: those of all documents of a large corpus would fill the memory.
+            self._index = open_own(temporary_name(self.idx), "w+b")
+            self._index.write(bytes(HEADER.size))
+        except OSError as error:
+            self._discard()
+            raise write_error(error, self.idx) from error
         return self
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
         """Append one document: a flat sequence of integer ids that fit the dtype. Raises ValueError on others."""
-        assert self._file is not None, "add_document outside of the with block"
         ids = np.asarray(tokens)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(f"{self.bin}: a document must be a flat sequence of integers, not {ids.dtype} {ids.shape}")
+        self.add_tokens(ids)
+        self.add_sizes([ids.size])
+
+    def add_tokens(self, ids: npt.NDArray[Any]) -> None:
+        """Append tokens of a document, or of several, whose sizes follow. Raises ValueError on unfit ids; OSError."""
         limits = np.iinfo(self.dtype)
         if ids.size and not (limits.min <= int(ids.min()) and int(ids.max()) <= limits.max):
             raise ValueError(f"{self.bin}: token ids {ids.min()} to {ids.max()} do not fit {self.dtype}")
-        if ids.size > np.iinfo(np.int32).max:
-            raise ValueError(f"{self.bin}: a document of {ids.size} tokens is too long for the format; split it")
+        self.add_bytes(ids.astype(self.dtype).tobytes())
+
+    def add_bytes(self, tokens: bytes | memoryview) -> None:
+        """Append tokens as they are stored. Raises OSError."""
+        assert self._file is not None, "tokens added outside of the with block"
+        self._digest.update(tokens)
         try:
-            self._file.write(ids.astype(self.dtype).tobytes())
+            self._file.write(tokens)
         except OSError as error:
             raise write_error(error, self.bin) from error
-        self._sizes.append(ids.size)
-        self.tokens += ids.size
+        self.tokens += len(tokens) // self.dtype.itemsize
+
+    def add_sizes(self, sizes: Sequence[int] | npt.NDArray[Any]) -> None:
+        """Say how many tokens each of some documents has, whose tokens were added. Raises ValueError; OSError."""
+        assert self._index is not None, "sizes added outside of the with block"
+        longest = max(sizes, default=0)
+        if longest > np.iinfo(np.int32).max:
+            raise ValueError(f"{self.bin}: a document of {longest} tokens is too long for the format; split it")
+        try:
+            self._index.write(np.asarray(sizes, dtype="<i4").tobytes())
+        except OSError as error:
+            raise write_error(error, self.idx) from error
+        self.documents += len(sizes)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None
-        if kind is None:
-            try:
-                self._commit(self._file)
-            except BaseException:
-                self._discard(self._file)
-                raise
-        else:
-            self._discard(self._file)
-        self._file = None
-
-    def _commit(self, file: IO[bytes]) -> None:
         try:
-            file.flush()
-            os.fsync(file.fileno())
+            if kind is None:
+                self._commit()
+        finally:
+            self._discard()
+
+    def _commit(self) -> None:
+        assert self._file is not None
+        assert self._index is not None
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise write_error(error, self.bin) from error
-        new_idx = temporary_name(self.idx)
-        write_synced(new_idx, self._write_idx)
+        try:
+            self._finish(self._index)
+        except OSError as error:
+            raise write_error(error, self.idx) from error
         # The old index goes first: beside the new .bin it could pass for a complete pair.
         self.idx.unlink(missing_ok=True)
         sync_folder(self.bin.parent)
-        os.replace(self._temporary, self.bin)
-        file.close()
+        os.replace(temporary_name(self.bin), self.bin)
+        self._file.close()
         sync_folder(self.bin.parent)
         if self.manifest is not None:
             content = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
             write_atomic(self.bin.with_suffix(".json"), content.encode("utf-8"))
-        os.replace(new_idx, self.idx)
+        os.replace(temporary_name(self.idx), self.idx)
         sync_folder(self.bin.parent)
 
-    def _discard(self, file: IO[bytes]) -> None:
-        with suppress(OSError):  # closing flushes once more, and the disk may still be full
-            file.close()
-        for path in (self._temporary, temporary_name(self.idx)):
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+    def _discard(self) -> None:
+        """Close, and remove what was not put in place."""
+        for file, path in ((self._file, self.bin), (self._index, self.idx)):
+            if file is None:
+                continue
+            if not file.closed and self._ours(file, temporary_name(path)):
+                temporary_name(path).unlink(missing_ok=True)
+            with suppress(OSError):  # closing flushes once more, and the disk may still be full
+                file.close()
+        self._file = self._index = None
 
-    def _write_idx(self, file: IO[bytes]) -> None:
-        sizes = np.frombuffer(self._sizes, dtype=np.int32) if self._sizes else np.zeros(0, np.int32)
-        count = len(sizes)
-        file.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], count, count + 1))
-        file.write(sizes.astype("<i4").tobytes())
-        start = 0
+    def _ours(self, file: IO[bytes], path: Path) -> bool:
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+        return False
+
+    def _finish(self, file: IO[bytes]) -> None:
+        """Put pointers and documents behind the sizes, and the header before them."""
+        count, start = self.documents, 0
         for block in _blocks(count):
-            ends = start + np.cumsum(sizes[block], dtype=np.int64) * self.dtype.itemsize
+            file.seek(HEADER.size + 4 * block.start)
+            sizes = np.frombuffer(file.read(4 * (block.stop - block.start)), "<i4")
+            ends = start + np.cumsum(sizes, dtype=np.int64) * self.dtype.itemsize
+            file.seek(0, os.SEEK_END)
             file.write(np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes())
             start = int(ends[-1])
+        assert start == self.tokens * self.dtype.itemsize, "sizes that do not add up"
+        file.seek(0, os.SEEK_END)
         for block in _blocks(count + 1):
             file.write(np.arange(block.start, block.stop, dtype="<i8").tobytes())
+        file.seek(0)
+        file.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], count, count + 1))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _blocks(count: int) -> list[slice]:
@@ -177,7 +219,7 @@ def _stretches(count: int) -> list[slice]:
 def _open_alone(path: Path) -> IO[bytes]:
     """Open `path` for writing, emptied, unless another process is writing it: two at once would mix their tokens."""
     try:
-        file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
+        file = open_own(path, "ab")
     except OSError as error:
         raise write_error(error, path) from error
     try:

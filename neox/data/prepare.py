@@ -1,24 +1,29 @@
-"""Corpus files to one `.bin`/`.idx` pair: read, encode, write, with a manifest that says what went in."""
+"""Corpora to one `.bin`/`.idx` pair, with a manifest that says what went in: plan, parts by all cores, one pair."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from neox.data.mmap import TokenWriter, pair, token_dtype
+from neox.data import workers as processes
+from neox.data.encode import Backend
+from neox.data.mmap import TokenFile, TokenWriter, pair, token_dtype
+from neox.data.plan import Parts, Plan
 from neox.data.readers import Faults, OnError, Skipped, Source, find_sources
+from neox.data.readers.faults import SHOWN
+from neox.data.skipped import SkipReport
+from neox.data.tokenize import encoder_of, make_part, tokenize
 from neox.files import byte_progress
-from neox.tokenizer import END_OF_TEXT, PIECE_CHARACTERS, Tokenizer
+from neox.machine import available_cores
+from neox.tokenizer import END_OF_TEXT, Tokenizer
 
-BATCH_CHARACTERS = 1 << 20
-BATCH_DOCUMENTS = 4096
+JOINED = 1 << 22  # bytes of a part that are held at once
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,16 @@ class PrepareReport:
     skipped: dict[str, Skipped]
     """What could not be read and was left out, by reason; nothing unless `on_error` is "skip"."""
     seconds: float
+    done_before: bool = False
+    """Whether an earlier call had done all of it, and this one nothing."""
 
     def left_out(self) -> list[str]:
         """Lines for a user: the documents that were left out, by reason, with the first places; none where none was."""
         lines = [f"left out: {self.empty:,} empty"] if self.empty else []
         for reason, skipped in self.skipped.items():
             lines += [f"left out: {skipped.documents:,} {reason}", *(f"  {place}" for place in skipped.first)]
+        if self.skipped:
+            lines.append(f"all of it: {self.prefix}.skipped.jsonl")
         return lines
 
 
@@ -55,115 +64,220 @@ def prepare(
     progress: bool = True,
     on_error: OnError = "fail",
     special_in_text: Literal["token", "text"] = "token",
+    backend: Backend = "auto",
+    workers: int = 0,
 ) -> PrepareReport:
     """Encode the documents of `sources`, in order, into `<out_prefix>.bin`/`.idx`, plus `<out_prefix>.json`.
 
     A source is a file, a folder, a saved data set or one of the hub: see `find_sources`. What cannot be read raises,
-    or with `on_error="skip"` is left out, counted by reason in the report and the manifest, with the first places.
+    or with `on_error="skip"` is left out, counted by reason in the report and the manifest, with the first places, and
+    listed in `<out_prefix>.skipped.jsonl`.
 
     With `append_eod` each document ends in `<|endoftext|>`. Where its text spells out a special token, that becomes the
-    token, or with `special_in_text="text"` text like any other. All files appear at once, at the end, or none does;
-    files of an earlier run stay whole until then.
+    token, or with `special_in_text="text"` text like any other.
+
+    The work is cut into shards (see `neox.data.shards`), by the sources alone. Of several, each becomes a part in
+    `<out_prefix>.parts`, in `workers` processes (0: one a core); then the parts are joined and removed. A call that was
+    killed is continued by the same call; after one that finished, it reads nothing. The files do not depend on
+    `workers` nor on `backend`, which library encodes (see `neox.data.encode`). All of them appear at the end, or none
+    does; files of an earlier run stay whole until then.
+
     Raises FileNotFoundError or ValueError (file, line, what to do) on input that cannot be read, most of it before
-    anything is read, and on a corpus without text; OSError naming the file when it cannot be read or written.
+    anything is read, on a file that changes meanwhile, on a corpus without text, on parts of other settings, and while
+    another call writes the same output; OSError naming the file when it cannot be read or written.
     """
-    eod = tokenizer.eod_id if append_eod else None
-    if append_eod and eod is None:
-        raise ValueError(f"the tokenizer has no {END_OF_TEXT} token to end documents with; set data.append_eod=false")
-    _check_manifest(pair(out_prefix)[0].with_suffix(".json"))
-    # All of them before the first is read: the tenth file's typing error should not cost an hour.
-    found, faults = find_sources(sources, text_key, on_error), Faults(on_error)
     started = time.monotonic()
-    sizes = [source.size for source in found if source.size is not None]
-    total = sum(sizes) if len(sizes) == len(found) else None
-    text_bytes = empty = 0
-    specials = special_in_text == "token"
-    end = np.array([] if eod is None else [eod], dtype=np.int32)
-    with (
-        TokenWriter(out_prefix, token_dtype(tokenizer.vocab_size)) as writer,
-        byte_progress(progress) as bar,
-    ):
-        task = bar.add_task("prepare", total=total)
-        for batch, count in _batches(found, text_key, faults):
-            texts = [text for text in batch if text]
-            text_bytes += sum(len(text.encode("utf-8")) for text in texts)
-            empty += len(batch) - len(texts)
-            for ids in _encode(tokenizer, texts, specials, count, lambda done: bar.advance(task, done)):
-                writer.add_document(np.concatenate([ids, end]))
-        if total is not None:
-            bar.update(task, completed=total)
+    settings = settings_of(tokenizer, text_key, append_eod, special_in_text)
+    manifest_file = pair(out_prefix)[0].with_suffix(".json")
+    _check_manifest(manifest_file)
+    # All of them before the first is read: the tenth file's typing error should not cost an hour.
+    found = find_sources(sources, text_key, on_error)
+    plan = Plan.of(found, settings)
+    if done := _finished(out_prefix, plan, on_error):
+        return _report(out_prefix, done, started, done_before=True)
+    pair(out_prefix)[0].parent.mkdir(parents=True, exist_ok=True)
+    with SkipReport(out_prefix) as report:
+        faults = Faults(on_error, report)
+        for fault in (fault for source in found for fault in source.strangers()):
+            faults.add(fault)
+        count = workers or available_cores()
+        job = _Job(found, plan, Path(out_prefix), tokenizer, on_error, backend, count, progress, report, faults)
+        noted = job.at_once() if len(plan.shards) == 1 else job.by_parts()
+    return _report(out_prefix, noted, started)
+
+
+def settings_of(
+    tokenizer: Tokenizer, text_key: str, append_eod: bool, special_in_text: Literal["token", "text"]
+) -> dict[str, Any]:
+    """The settings of a plan. Raises ValueError where documents cannot end as they should."""
+    if append_eod and tokenizer.eod_id is None:
+        raise ValueError(f"the tokenizer has no {END_OF_TEXT} token to end documents with; set data.append_eod=false")
+    return {
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "text_key": text_key,
+        "append_eod": append_eod,
+        "special_in_text": special_in_text,
+    }
+
+
+@dataclass(frozen=True)
+class _Job:
+    sources: list[Source]
+    plan: Plan
+    out: Path
+    tokenizer: Tokenizer
+    on_error: OnError
+    backend: Backend
+    workers: int
+    progress: bool
+    report: SkipReport
+    faults: Faults
+
+    @property
+    def total(self) -> float | None:
+        """Bytes to read, where all sources say."""
+        sizes = [source.size for source in self.sources if source.size is not None]
+        return sum(sizes) if len(sizes) == len(self.sources) else None
+
+    def at_once(self) -> dict[str, Any]:
+        """One shard, straight into the output. Returns the manifest."""
+        encoder = encoder_of(self.tokenizer, self.plan.settings, self.backend)
+        with self.writer() as writer, byte_progress(self.progress) as bar:
+            task = bar.add_task(f"prepare ({encoder.backend})", total=self.total)
+
+            def advance(done: float) -> None:
+                bar.advance(task, done)
+
+            counts = tokenize(self.plan, self.plan.shards[0], encoder, writer, self.faults, advance)
+            if self.total is not None:
+                bar.update(task, completed=self.total)
+            return self.finish(writer, counts.bytes, counts.empty)
+
+    def by_parts(self) -> dict[str, Any]:
+        """Several shards: make the parts that are missing, and join all. Returns the manifest."""
+        parts = Parts(self.out)
+        with parts.locked() as lock:
+            try:
+                parts.begin(self.plan, self.tokenizer, self.faults)
+                self.make(parts, lock.fileno())
+                noted = self.join(parts)
+            except BaseException:
+                if parts.ours and not parts.any_done():
+                    parts.remove()
+                raise
+            parts.remove()
+        return noted
+
+    def make(self, parts: Parts, lock: int) -> None:
+        """Make the parts that are missing."""
+        encoder = encoder_of(self.tokenizer, self.plan.settings, self.backend)
+        with byte_progress(self.progress) as bar:
+            task = bar.add_task(f"prepare ({encoder.backend})", total=self.total)
+            missing = []
+            for shard in self.plan.shards:
+                if parts.marker(self.plan, shard, self.faults):
+                    bar.advance(task, shard.size)
+                else:
+                    missing.append(shard)
+
+            def advance(done: float) -> None:
+                bar.advance(task, done)
+
+            if self.workers > 1 and len(missing) > 1:
+                names = {shard.number: shard.pieces[0].name for shard in missing}
+                count = min(self.workers, len(missing))
+                processes.run(parts, names, count, self.on_error, encoder.backend, lock, advance)
+            else:
+                for shard in missing:
+                    make_part(parts, self.plan, shard, encoder, self.on_error, advance)
+            if self.total is not None:
+                bar.update(task, completed=self.total)
+
+    def join(self, parts: Parts) -> dict[str, Any]:
+        """All parts, one after another, into the output. Returns the manifest."""
+        self.plan.check_unchanged(list(self.plan.versions), self.faults)
+        text_bytes = empty = 0
+        with self.writer() as writer, byte_progress(self.progress) as bar:
+            prefixes = [parts.prefix(self.plan, shard) for shard in self.plan.shards]
+            task = bar.add_task("join", total=sum(pair(prefix)[0].stat().st_size for prefix in prefixes))
+            for prefix, shard in zip(prefixes, self.plan.shards, strict=True):
+                noted = parts.marker(self.plan, shard, self.faults)
+                assert noted, "a part that was made is gone"
+                _append(writer, prefix, noted["sha256"], lambda done: bar.advance(task, done))
+                text_bytes += noted["bytes"]
+                empty += noted["empty"]
+                for reason, row in noted["skipped"].items():
+                    kept = self.faults.skipped.setdefault(reason, Skipped())
+                    kept.documents += row["documents"]
+                    kept.first += row["first"][: SHOWN - len(kept.first)]
+                self.report.append(prefix)
+            return self.finish(writer, text_bytes, empty)
+
+    def writer(self) -> TokenWriter:
+        return TokenWriter(self.out, token_dtype(self.tokenizer.vocab_size))
+
+    def finish(self, writer: TokenWriter, text_bytes: int, empty: int) -> dict[str, Any]:
+        """Give the writer its manifest. Raises ValueError where there is no text at all."""
         if not writer.documents:
-            raise ValueError(_no_text(found, faults))
+            raise ValueError(_no_text(self.sources, self.faults.skipped))
+        self.report.place()
         writer.manifest = {
             "format": 1,
-            "sources": [source.noted for source in found],
-            "tokenizer_sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "text_key": text_key,
-            "append_eod": append_eod,
-            "special_in_text": special_in_text,
+            "sources": [source.noted for source in self.sources],
+            **self.plan.settings,
             "dtype": writer.dtype.name,
             "documents": writer.documents,
             "bytes": text_bytes,
             "tokens": writer.tokens,
             "empty": empty,
-            "skipped": {reason: asdict(skipped) for reason, skipped in faults.skipped.items()},
+            "skipped": {reason: vars(one) for reason, one in self.faults.skipped.items()},
+            "sha256": writer.sha256,
+            "plan": self.plan.key(),
         }
+        return writer.manifest
+
+
+def _append(writer: TokenWriter, prefix: Path, sha256: str, advance: Callable[[float], object]) -> None:
+    """Append a part. Raises ValueError where it is no longer what was written."""
+    part = TokenFile(prefix)
+    digest = hashlib.sha256()
+    with part.bin.open("rb", buffering=0) as file:
+        while block := file.read(JOINED):
+            digest.update(block)
+            writer.add_bytes(block)
+            advance(len(block))
+    if digest.hexdigest() != sha256:
+        raise ValueError(f"{part.bin}: damaged: its sha256 is no longer that of its manifest; remove it, run it again")
+    for start in range(0, len(part), JOINED):
+        writer.add_sizes(part.sizes[start : start + JOINED])
+
+
+def _finished(out_prefix: str | Path, plan: Plan, on_error: OnError) -> dict[str, Any] | None:
+    """The manifest of the output, if it is whole and what `plan` would give once more."""
+    with suppress(OSError, ValueError):
+        noted = json.loads(pair(out_prefix)[0].with_suffix(".json").read_bytes())
+        if noted.get("plan") == plan.key() and not (noted["skipped"] and on_error == "fail"):
+            file = TokenFile(out_prefix)
+            if (len(file), len(file.tokens)) == (noted["documents"], noted["tokens"]):
+                return dict(noted)
+    return None
+
+
+def _report(out_prefix: str | Path, noted: dict[str, Any], started: float, done_before: bool = False) -> PrepareReport:
     prefix = str(pair(out_prefix)[0].with_suffix(""))
+    skipped = {reason: Skipped(**one) for reason, one in noted["skipped"].items()}
+    counts = {key: noted[key] for key in ("documents", "bytes", "tokens", "empty")}
     seconds = time.monotonic() - started
-    return PrepareReport(prefix, writer.documents, text_bytes, writer.tokens, empty, faults.skipped, seconds)
+    return PrepareReport(prefix, **counts, skipped=skipped, seconds=seconds, done_before=done_before)
 
 
-def _no_text(sources: Sequence[Source], faults: Faults) -> str:
+def _no_text(sources: Sequence[Source], skipped: dict[str, Skipped]) -> str:
     names = ", ".join(source.name for source in sources[:8]) + (", ..." if len(sources) > 8 else "")
-    if not faults.skipped:
+    if not skipped:
         return f"no text in {names}: every document is empty"
-    reasons = "; ".join(f"{found.documents:,} {why}, first {found.first[0]}" for why, found in faults.skipped.items())
+    reasons = "; ".join(f"{found.documents:,} {why}, first {found.first[0]}" for why, found in skipped.items())
     return f"no text in {names}: every document is empty or was left out ({reasons})"
-
-
-def _batches(sources: Sequence[Source], text_key: str, faults: Faults) -> Iterator[tuple[list[str], float]]:
-    """Documents in groups large enough for all cores and small enough for memory, with the file bytes they took.
-
-    A document longer than a group comes alone.
-    """
-    batch: list[str] = []
-    characters, taken = 0, 0.0
-    for source in sources:
-        for text, count in source.records(text_key, faults):
-            if batch and (characters + len(text) > BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS):
-                yield batch, taken
-                batch, characters, taken = [], 0, 0.0
-            batch.append(text)
-            characters += len(text)
-            taken += count
-    if batch:
-        yield batch, taken
-
-
-def _encode(
-    tokenizer: Tokenizer, texts: list[str], specials: bool, count: float, advance: Callable[[float], object]
-) -> Iterator[npt.NDArray[np.int32]]:
-    """Ids of each text; `advance` gets `count` in all, in shares as the work is done."""
-    if len(texts) != 1:
-        encoded = tokenizer.encode_batch(texts, specials)
-        advance(count)
-        for ids in encoded:
-            yield _array(ids, tokenizer.vocab_size)
-        return
-    pieces = []
-    for ids in tokenizer.encode_pieces(texts[0], specials):
-        pieces.append(_array(ids, tokenizer.vocab_size))
-        advance(count * min(1.0, PIECE_CHARACTERS / len(texts[0])))
-    yield np.concatenate(pieces)
-
-
-def _array(ids: list[int], vocab_size: int) -> npt.NDArray[np.int32]:
-    array = np.array(ids, dtype=np.int32)
-    if array.size and not (array.min() >= 0 and array.max() < vocab_size):
-        wrong = array[(array < 0) | (array >= vocab_size)][0]
-        raise ValueError(f"token id {wrong} is outside of the tokenizer's vocabulary (0 to {vocab_size - 1})")
-    return array
 
 
 def _check_manifest(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from neox.data.readers import Faults, Source, find_sources
+from neox.data.readers import Faults, Source, find_sources, read_source
 from neox.files import byte_progress
 from neox.tokenizer import Tokenizer
 
@@ -135,7 +135,7 @@ def tokenizer_report(
 def _batches(source: Source, text_key: str) -> Iterator[tuple[list[str], float]]:
     batch: list[str] = []
     size, taken = 0, 0.0
-    for text, count in source.records(text_key, Faults("fail")):
+    for text, count, _ in read_source(source, text_key, Faults("fail")):
         taken += count
         if text:
             batch.append(text)

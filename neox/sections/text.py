@@ -69,6 +69,10 @@ class DataConfig(Section):
     """What the spelling of a special token in a document becomes: that token, which may end the document, or text."""
     on_error: Literal["fail", "skip"] = "fail"
     """What cannot be read: fail stops there, skip leaves it out, counts it and reports it."""
+    backend: Literal["auto", "gigatoken", "tokenizers"] = "auto"
+    """Library that encodes text; auto = gigatoken where it is installed and gives the ids of tokenizers."""
+    workers: NotNegative = 0
+    """Processes that encode text; 0 = one a core."""
 
     @property
     def fractions(self) -> tuple[float, float, float] | None:

@@ -95,6 +95,8 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
                 not quiet,
                 data.on_error,
                 data.special_in_text,
+                data.backend,
+                data.workers,
             )
             for line in report.left_out():
                 print(f"{name}: {line}", file=sys.stderr)

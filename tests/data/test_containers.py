@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox.data import prepare, read_documents
-from neox.data.readers import Faults, Skipped, find_sources
+from neox.data.readers import Faults, Skipped, find_sources, read_source
 from neox.data.readers.streams import CHUNK
 from neox.tokenizer import Tokenizer, train_bpe
 
@@ -98,7 +98,7 @@ def test_any_container_gives_the_same_token_files(
         for suffix in (".bin", ".idx"):
             found = (folder / "out" / f"{number}{suffix}").read_bytes()
             assert found == (folder / "out" / f"expected{suffix}").read_bytes(), source
-        taken = sum(count for _, count in find_sources(source)[0].records("text", Faults("fail")))
+        taken = sum(count for _, count, _ in read_source(find_sources(source)[0], "text", Faults("fail")))
         size = find_sources(source)[0].size
         assert size is not None
         assert 0 < taken < size + 1e-6
@@ -148,7 +148,7 @@ RAW = b"".join(json.dumps({"text": row}).encode() + b"\n" for row in ROWS)
 def skipping(path: Path) -> tuple[list[str], dict[str, Skipped]]:
     faults = Faults("skip")
     (source,) = find_sources(path, on_error="skip")
-    return [text for text, _ in source.records("text", faults)], faults.skipped
+    return [text for text, _, _ in read_source(source, "text", faults)], faults.skipped
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zst], ids=["gz", "zst"])
@@ -297,7 +297,7 @@ def test_the_wrong_column_costs_all_rows(tmp_path: Path, key: str, words: str, r
     assert words in str(caught.value)
     faults = Faults("skip")
     (source,) = find_sources(tmp_path / "a.parquet", key, "skip")
-    assert list(source.records(key, faults)) == []
+    assert list(read_source(source, key, faults)) == []
     assert {why: s.documents for why, s in faults.skipped.items()} == {reason: 400}
 
 

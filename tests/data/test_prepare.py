@@ -1,6 +1,8 @@
 """prepare: what it writes against the tokenizer alone, its report and manifest, and every way it can fail."""
 
 import errno
+import hashlib
+import importlib
 import json
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from neox.data import TokenFile, prepare
 from neox.tokenizer import Tokenizer, train_bpe
 
-module = sys.modules["neox.data.prepare"]
+module = importlib.import_module("neox.data.tokenize")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -73,7 +75,9 @@ def test_the_documents_of_the_files_in_order(
     assert report.empty == all_documents - len(documents)
     assert report.bytes == len("".join(documents).encode())
     manifest = json.loads((folder / "out.json").read_text())
+    assert len(manifest.pop("plan")) == 64
     assert manifest == {
+        "sha256": hashlib.sha256((folder / "out.bin").read_bytes()).hexdigest(),
         "format": 1,
         "sources": [{"path": str(path), "bytes": path.stat().st_size} for path in sources],
         "tokenizer_sha256": tokenizer.sha256,
@@ -111,7 +115,7 @@ def test_a_long_document_is_encoded_and_shown_in_pieces(
     source = jsonl(tmp_path / "b.jsonl", ["cat", text, "dog", ""])
     expected = [[*tokenizer.encode(part), 0] for part in (text, "cat", text, "dog")]
     monkeypatch.setattr("neox.tokenizer.PIECE_CHARACTERS", piece)
-    monkeypatch.setattr(module, "PIECE_CHARACTERS", piece)
+    monkeypatch.setattr("neox.data.encode.PIECE_CHARACTERS", piece)
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 10)
     shown: list[float] = []
     monkeypatch.setattr("rich.progress.Progress.advance", lambda self, task, share: shown.append(share))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox.data import read_documents
-from neox.data.readers import Faults, find_sources
+from neox.data.readers import Faults, find_sources, read_source
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 
@@ -42,7 +42,7 @@ def error_of(path: Path) -> str:
 
 def records_of(path: Path, key: str = "text", faults: Faults | None = None) -> list[tuple[str, float]]:
     (source,) = find_sources(path, key, "skip")
-    return list(source.records(key, faults or Faults("fail")))
+    return [(text, taken) for text, taken, _ in read_source(source, key, faults or Faults("fail"))]
 
 
 @settings(deadline=None)

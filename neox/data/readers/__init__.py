@@ -10,9 +10,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from neox.data.readers.faults import Fault, Faults, OnError, Skipped
-from neox.data.readers.sources import Source, find_sources
+from neox.data.readers.pieces import Document, Piece
+from neox.data.readers.sources import Source, find_sources, read_piece, read_source
 
-__all__ = ["Fault", "Faults", "OnError", "Skipped", "Source", "find_sources", "read_documents"]
+__all__ = [
+    "Document",
+    "Fault",
+    "Faults",
+    "OnError",
+    "Piece",
+    "Skipped",
+    "Source",
+    "find_sources",
+    "read_documents",
+    "read_piece",
+    "read_source",
+]
 
 
 def read_documents(
@@ -27,4 +40,4 @@ def read_documents(
     """
     found = find_sources(sources, text_key, on_error)
     faults = Faults(on_error)
-    return (text for source in found for text, _ in source.records(text_key, faults) if text)
+    return (document.text for source in found for document in read_source(source, text_key, faults) if document.text)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal
 
 OnError = Literal["fail", "skip"]
-Reason = Literal["not JSON", "not UTF-8", "no key", "no text", "lone surrogate", "damaged", "unknown kind"]
+Reason = Literal["not JSON", "not UTF-8", "no key", "no text", "lone surrogate", "damaged", "unknown kind", "changed"]
 SHOWN = 3  # places kept for each reason: enough to look at, few enough for a manifest
 
 
@@ -36,18 +36,22 @@ class Skipped:
 class Faults:
     """Takes each fault: raises it (`fail`), or counts it and goes on (`skip`)."""
 
-    def __init__(self, on_error: OnError) -> None:
+    def __init__(self, on_error: OnError, report: Callable[[Fault], object] | None = None) -> None:
+        """`report` is told of each fault that is skipped."""
         if on_error not in ("fail", "skip"):
             raise ValueError(f'data.on_error: must be "fail" or "skip", not {on_error!r}')
-        self._skip = on_error == "skip"
+        self.skips = on_error == "skip"
+        self._report = report
         self.skipped: dict[str, Skipped] = {}
         """By reason, in the order in which the reasons were met."""
 
     def add(self, fault: Fault) -> None:
         """Raises `fault`, with the way to go on without what it names, unless faults are skipped."""
-        if not self._skip:
+        if not self.skips:
             message = f"{fault}; or leave out what cannot be read: data.on_error=skip"
             raise Fault(fault.reason, message, fault.documents) from None
+        if self._report:
+            self._report(fault)
         kept = self.skipped.setdefault(fault.reason, Skipped())
         kept.documents += fault.documents
         if len(kept.first) < SHOWN:

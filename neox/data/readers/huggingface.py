@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from neox.data.readers.columns import ROWS, check_column, column_texts
+from neox.data.readers.columns import ROWS, check_column, column_documents
 from neox.data.readers.faults import Fault, Faults, one_line, optional
+from neox.data.readers.pieces import PIECE_BYTES, Document, Piece
 
 HUB = "hf:"
 HUB_NAME = re.compile(
-    r"hf:(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^@#]+))?(@(?P<revision>[^#]+))?(#(?P<split>[\w.-]+))?"
+    r"hf:(//(datasets/)?)?(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^@#]+))?(@(?P<revision>[^#]+))?(#(?P<split>[\w.-]+))?"
 )
 
 
@@ -40,24 +42,42 @@ class SavedDataset:
         """Raises Fault where the data set is damaged or has no column of texts."""
         self._load(text_key)
 
-    def records(self, text_key: str, faults: Faults) -> Iterator[tuple[str, float]]:
-        """Each text with its share of the bytes of the Arrow files, which are mapped, not loaded."""
+    def strangers(self) -> Iterator[Fault]:
+        """None: a data set knows its own files."""
+        return iter(())
+
+    def pieces(self) -> list[Piece]:
+        """Ranges of rows."""
+        size, rows = self.size or 0, 0
+        with suppress(Fault):
+            rows = len(self._load())
+        step = max(1, rows * PIECE_BYTES // max(size, PIECE_BYTES))
+        starts = range(0, max(rows, 1), step)
+        ends = [*starts[1:], None]
+        return [Piece(self.name, "saved", a, b, size // len(starts)) for a, b in zip(starts, ends, strict=True)]
+
+    def documents(self, piece: Piece, text_key: str, faults: Faults, meta_key: str | None) -> Iterator[Document]:
+        """Rows with their share of the bytes of the Arrow files, which are mapped, not loaded."""
         try:
             rows = self._load(text_key)
         except Fault as fault:
             faults.add(fault)
             return
         share = (self.size or 0) / max(len(rows), 1)
-        for number, table in enumerate(rows.select_columns([text_key]).with_format("arrow").iter(ROWS)):
-            yield from column_texts(table, self.name, number * ROWS, text_key, share, faults)
+        columns = [text_key, *([meta_key] if meta_key in rows.column_names else [])]
+        rows = rows.select(range(piece.start, len(rows) if piece.end is None else piece.end))
+        for number, table in enumerate(rows.select_columns(columns).with_format("arrow").iter(ROWS)):
+            first = piece.start + number * ROWS
+            yield from column_documents(table, self.name, first, text_key, share, faults, meta_key)
 
-    def _load(self, text_key: str) -> Any:
+    def _load(self, text_key: str | None = None) -> Any:
         try:
             rows = self._datasets.load_from_disk(self.name)
         except Exception as error:  # pyarrow's, json's or the system's, as the damage goes
             what = f"no data set that `datasets` can load ({one_line(error)})"
             raise Fault("damaged", f"{self.name}: {what}: fetch it or save it again") from None
-        check_column(rows.features.arrow_schema, self.name, text_key, len(rows))
+        if text_key is not None:
+            check_column(rows.features.arrow_schema, self.name, text_key, len(rows))
         return rows
 
 
@@ -88,6 +108,7 @@ class HubDataset:
         except Exception as error:  # the hub's, the network's or the library's own
             raise ValueError(f"{name}: cannot be opened: {one_line(error)}") from None
         self.identity = f"{repo}:{self._stream.info.config_name}@{commit}#{split}"
+        self._pinned = f"{HUB}{repo}{f':{config}' if config else ''}@{commit}#{split}"
         """The same for every name of the same data."""
         known = (self._stream.info.splits or {}).get(split)
         self._rows: int = known.num_examples if known else 0
@@ -99,21 +120,38 @@ class HubDataset:
         if self._stream.features:
             check_column(self._stream.features.arrow_schema, self.name, text_key, 0)
 
-    def records(self, text_key: str, faults: Faults) -> Iterator[tuple[str, float]]:
-        """Each text with its share of the bytes that the hub states; with its own bytes where it states none."""
-        row = 0
-        tables = iter(self._stream.with_format("arrow").iter(ROWS))
+    def strangers(self) -> Iterator[Fault]:
+        """None: a data set knows its own files."""
+        return iter(())
+
+    def pieces(self) -> list[Piece]:
+        """The files that the data set consists of, as `datasets` counts them."""
+        shards = int(self._stream.num_shards)
+        size = (self.size or 0) // shards
+        return [Piece(self._pinned, "hub", n, n + 1 if n + 1 < shards else None, size) for n in range(shards)]
+
+    def documents(self, piece: Piece, text_key: str, faults: Faults, meta_key: str | None) -> Iterator[Document]:
+        """Rows with their share of the bytes that the hub states; with their own bytes where it states none."""
+        row, name, stream, shards = 0, self.name, self._stream, int(self._stream.num_shards)
+        if shards > 1:
+            name = f"{self.name} (file {piece.start} of {shards})"
+            stream = stream.shard(num_shards=shards, index=piece.start)
+        tables = iter(stream.with_format("arrow").iter(ROWS))
+        share = (self.size or 0) / max(self._rows, 1)
         while True:
             try:
                 table = next(tables, None)
             except Exception as error:
-                raise ValueError(
-                    f"{self.name}: row {row}: cannot be read on: {one_line(error)}; run it again"
-                ) from None
+                raise ValueError(f"{name}: row {row}: cannot be read on: {one_line(error)}; run it again") from None
             if table is None:
                 return
-            check_column(table.schema, f"{self.name}: row {row}", text_key, len(table))
-            share = (self.size or 0) / max(self._rows, 1)
-            for text, _ in column_texts(table, self.name, row, text_key, share, faults):
-                yield text, share or len(text.encode("utf-8"))
+            check_column(table.schema, f"{name}: row {row}", text_key, len(table))
+            for document in column_documents(table, name, row, text_key, share, faults, meta_key):
+                yield document if share else document._replace(taken=len(document.text.encode("utf-8")))
             row += len(table)
+
+
+def read_dataset(piece: Piece, text_key: str, faults: Faults, meta_key: str | None = None) -> Iterator[Document]:
+    """The rows of a piece of a saved data set or of one on the hub."""
+    opened = SavedDataset(piece.name) if piece.kind == "saved" else HubDataset(piece.name)
+    return opened.documents(piece, text_key, faults, meta_key)

@@ -7,10 +7,12 @@ import io
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 from neox.data.readers.faults import optional
+from neox.data.readers.pieces import PIECE_BYTES
+from neox.data.readers.places import open_place
 
 CHUNK = 1 << 17
 # One step of zstd may give 32,000 times what it is fed; so small a piece keeps even that within memory.
@@ -26,23 +28,35 @@ class Damage(Exception):
 
 
 class FileStream(io.RawIOBase):
-    """The content of `path`, decompressed by its suffix; give it to io.BufferedReader for lines.
+    """The content of the file `name` from byte `start` on, decompressed by its suffix; give it to io.BufferedReader.
 
+    `start` and `end` are bytes of the file where a piece begins and where the next one does; in a compressed file each
+    is the first byte of a frame. What lies behind `end` can be read all the same: the last line may go on there.
     Raises OSError naming the file where it cannot be opened or read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("rb", buffering=0)
-        self._chunks = _chunks(path, self._file)
+    def __init__(self, name: str, start: int = 0, end: int | None = None) -> None:
+        self._name = name
+        self._file = open_place(name)
+        if start:
+            self._file.seek(start)
+        self._chunks = _chunks(self, self._file)
         self._rest = memoryview(b"")
+        self.start, self.end = start, end
         self.damage = ""
         """Why the content ended before its time; empty while all is well."""
+        self.boundary = None if end is None or is_compressed(name) else end - start
+        """Bytes of content before `end`, once that is known; None until then, and without an end."""
+
+    @property
+    def name(self) -> str:
+        """Path or URL."""
+        return self._name
 
     @property
     def position(self) -> int:
         """Bytes of the file (compressed ones) that were read so far."""
-        return self._file.tell()
+        return self._file.tell() - self.start
 
     def readable(self) -> bool:
         return True
@@ -58,7 +72,7 @@ class FileStream(io.RawIOBase):
             self.damage = str(error)
             return 0
         except OSError as error:  # read() itself does not say of which file
-            raise OSError(error.errno, error.strerror or str(error), str(self._path)) from error
+            raise OSError(error.errno, error.strerror or str(error), self._name) from error
         count = min(len(buffer), len(self._rest))
         buffer[:count] = self._rest[:count]
         self._rest = self._rest[count:]
@@ -69,17 +83,20 @@ class FileStream(io.RawIOBase):
         super().close()
 
 
-def _chunks(path: Path, file: IO[bytes]) -> Iterator[bytes]:
-    suffix = path.suffix.lower()
-    if suffix not in COMPRESSED:
+def is_compressed(name: str) -> bool:
+    """Whether the suffix says so."""
+    return PurePosixPath(name).suffix.lower() in COMPRESSED
+
+
+def _chunks(stream: FileStream, file: IO[bytes]) -> Iterator[bytes]:
+    if not is_compressed(stream.name):
         return iter(partial(file.read, CHUNK), b"")
-    return (_gzip if suffix == ".gz" else _zstd)(path, file)
+    return _gzip(file) if stream.name.lower().endswith(".gz") else _zstd(stream, file)
 
 
-def _gzip(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+def _gzip(file: IO[bytes]) -> Iterator[bytes]:
     members = gzip.GzipFile(fileobj=file, mode="rb")
-    if not path.stat().st_size:
-        raise Damage("it is empty, without even a gzip header")
+    begun = False
     while True:
         try:
             # Not read(): that would lose what it has when it meets the damage.
@@ -91,17 +108,21 @@ def _gzip(path: Path, file: IO[bytes]) -> Iterator[bytes]:
                 raise Damage("cut short: the gzip data end in the first bytes of a member") from None
             raise Damage(f"damaged gzip data: {error}") from None
         if not chunk:
+            if not begun and not file.tell():
+                raise Damage("it is empty, without even a gzip header")
             return
+        begun = True
         yield chunk
 
 
-def _zstd(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+def _zstd(stream: FileStream, file: IO[bytes]) -> Iterator[bytes]:
     # Frame by frame: the library's file reader takes a file that ends within a frame for a whole one.
-    zstandard = optional("zstandard", str(path))
+    zstandard = optional("zstandard", stream.name)
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
     frame = None
+    given = 0
     compressed = file.read(ZSTD_CHUNK)
-    if not compressed:
+    if not compressed and not stream.start:
         raise Damage("it is empty, without even a zstd header")
     while compressed:
         frame = frame or decompressor.decompressobj()
@@ -109,11 +130,52 @@ def _zstd(path: Path, file: IO[bytes]) -> Iterator[bytes]:
             chunk = frame.decompress(compressed)
         except zstandard.ZstdError as error:
             raise Damage(f"damaged zstd data: {error}") from None
+        given += len(chunk)
+        rest = frame.unused_data if frame.eof else b""
+        if frame.eof:
+            frame = None
+            if stream.boundary is None and stream.end is not None and file.tell() - len(rest) >= stream.end:
+                stream.boundary = given
         if chunk:
             yield chunk
-        compressed = b""
-        if frame.eof:
-            compressed, frame = frame.unused_data, None
-        compressed = compressed or file.read(ZSTD_CHUNK)
+        compressed = rest or file.read(ZSTD_CHUNK)
     if frame is not None:
         raise Damage("cut short: the zstd data end within a frame")
+
+
+def frame_starts(name: str) -> list[int]:
+    """Where frames of a .zst begin that lie at least `PIECE_BYTES` apart, the first at 0, found by their headers alone.
+
+    Just 0 where the first frame is longer than that: a file in one frame would have to be walked through to its end.
+    What is damaged begins no frame. Source: RFC 8878, 3.1.1 (frames, blocks) and 3.1.2 (skippable frames).
+    """
+    zstandard = optional("zstandard", name)
+    starts = [0]
+    with open_place(name) as file:
+        place = 0
+        while True:
+            begun = place
+            try:
+                file.seek(place)
+                head = file.read(18)
+                if len(head) < 8:
+                    return starts
+                if begun - starts[-1] >= PIECE_BYTES:
+                    starts.append(begun)
+                if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:
+                    place += 8 + int.from_bytes(head[4:8], "little")
+                    continue
+                place += zstandard.frame_header_size(head)
+                checked = zstandard.get_frame_parameters(head).has_checksum
+            except zstandard.ZstdError:
+                return starts if starts[-1] != begun or begun == 0 else starts[:-1]
+            last = False
+            while not last:
+                file.seek(place)
+                header = file.read(3)
+                block = int.from_bytes(header, "little")
+                last, kind, length = bool(block & 1), block >> 1 & 3, block >> 3
+                place += 3 + (1 if kind == 1 else length)  # 1: one byte, repeated
+                if len(header) < 3 or kind == 3 or (not begun and place > PIECE_BYTES):
+                    return starts
+            place += 4 if checked else 0

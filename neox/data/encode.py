@@ -1,0 +1,133 @@
+"""Texts to ids by the fastest way that gives the reference's ids: GigaToken where it is installed and agrees.
+
+The reference is the `tokenizers` library. GigaToken is compared with it on hard texts before the work begins, and on
+samples of the work itself; the first difference ends the work.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from neox.tokenizer import PIECE_CHARACTERS, Tokenizer
+
+Backend = Literal["auto", "gigatoken", "tokenizers"]
+Ids = npt.NDArray[Any]
+
+SAMPLED = 512  # one document of so many is encoded by the reference too: 0.2 % of them, and the first
+SAMPLE_CHARACTERS = 1 << 14  # of a longer one, this much
+HARD = (
+    "The cat's 3 mats, it'll don't WE'RE 1234567 ½ ² Ⅷ",
+    "  two   three\n\n\n  lines \t\ttabs\r\n\x0b\x0c\x00\x7f\x85\xa0\u2003\u3000 \u200b",
+    "e\u0301 A\u030a\u0323 \u212b \u1e9b\u0323 \u2126\u212a \u0958 \ufb2c \u0344 \u2adc \u1100\u1161\u11a8",
+    "\uac00\u11a8 \u0041\u030a\u0301",
+    "Ελληνικά кириллица עברית العربية हिन्दी ไทย 中文字 日本語カ゛ 한국어",
+    "\U0001f642\U0001f469\u200d\U0001f469\u200d\U0001f467\U0001f3fd \U0001f1e9\U0001f1ea \ufeff\ufffd\U0010fffd",
+    "x" * 300 + " " * 70 + "\n" * 40 + "=" * 80 + "0" * 50,
+)
+
+
+class Part(NamedTuple):
+    """Ids of one text, or of a piece of it."""
+
+    ids: Ids
+    characters: int
+    """How much of the text they stand for."""
+    last: bool
+    """Whether the text ends here."""
+
+
+class Encoder:
+    """`encode(texts)` gives the ids of each text. `backend` says which library does it, `why` what spoke for it."""
+
+    def __init__(self, tokenizer: Tokenizer, backend: Backend = "auto", specials: bool = True) -> None:
+        """With `backend="auto"` GigaToken where it is installed, reads this tokenizer and agrees on hard texts.
+
+        `specials=False` encodes the spelling of a special token as text.
+        Raises ValueError where "gigatoken" is asked for and one of those fails.
+        """
+        self.tokenizer, self.specials = tokenizer, specials
+        self.backend: Literal["gigatoken", "tokenizers"] = "tokenizers"
+        self._seen = 0
+        self._fast: Callable[[bytes], Ids] | None = None
+        if backend == "tokenizers":
+            self.why = "data.backend"
+            return
+        try:
+            fast = _gigatoken(tokenizer)
+            self._spellings = tuple(tokenizer.special_tokens)
+            for text in self._hard():
+                if not self._agree(text, fast):
+                    raise ValueError(f"it gives other ids than `tokenizers` for {text[:60]!r}")
+            self._fast, self.backend, self.why = fast, "gigatoken", "agrees with `tokenizers`"
+        except ValueError as error:
+            self.why = str(error)
+            if backend == "gigatoken":
+                raise ValueError(f"data.backend=gigatoken: {error}; take data.backend=tokenizers") from None
+
+    def encode(self, texts: Sequence[str]) -> Iterator[Part]:
+        """The ids of each text in turn, a long one's in several parts, so that memory stays small.
+
+        Raises Difference where the reference, asked about a sample, gives other ids; ValueError on an id outside of
+        the vocabulary.
+        """
+        if self._fast is None and sum(map(len, texts)) <= PIECE_CHARACTERS:
+            for text, ids in zip(texts, self.tokenizer.encode_batch(texts, self.specials), strict=True):
+                yield self._part(ids, text, True)
+            return
+        for number, text in enumerate(texts):
+            if self._fast is None or (not self.specials and any(spelling in text for spelling in self._spellings)):
+                left = len(text)
+                pieces = self.tokenizer.pieces(text)
+                for piece, ids in zip(pieces, self.tokenizer.encode_pieces(text, self.specials), strict=True):
+                    left -= len(piece)
+                    yield self._part(ids, piece, not left)
+                continue
+            if self._seen % SAMPLED == 0 and not self._agree(text[:SAMPLE_CHARACTERS], self._fast):
+                raise Difference(number, text[:SAMPLE_CHARACTERS])
+            self._seen += 1
+            left = len(text)
+            for piece in self.tokenizer.pieces(text):
+                left -= len(piece)
+                yield self._part(self._fast(piece.encode("utf-8")), piece, not left)
+
+    def _hard(self) -> Iterator[str]:
+        yield from HARD
+        for spelling in self._spellings if self.specials else ():
+            yield f"a{spelling}{spelling[:-1]} {spelling}\u0338b\n{spelling.upper()}{spelling[1:]}"
+        letters = [chr(code) for code in (*range(0x250), *range(0x300, 0x370))]
+        yield "".join(letters)
+        yield " ".join(letters)
+
+    def _agree(self, text: str, fast: Callable[[bytes], Ids]) -> bool:
+        return self.tokenizer.encode(text, self.specials) == fast(text.encode("utf-8")).tolist()
+
+    def _part(self, found: Ids | list[int], piece: str, last: bool) -> Part:
+        ids, size = np.asarray(found, dtype=np.int64), self.tokenizer.vocab_size
+        if ids.size and not (ids.min() >= 0 and ids.max() < size):
+            wrong = ids[(ids < 0) | (ids >= size)][0]
+            raise ValueError(f"token id {wrong} is outside of the tokenizer's vocabulary (0 to {size - 1})")
+        return Part(ids, len(piece), last)
+
+
+class Difference(Exception):
+    """The two libraries disagree about text number `document` of a batch, or about the part of it in `text`."""
+
+    def __init__(self, document: int, text: str) -> None:
+        super().__init__(f"gigatoken and tokenizers give different ids for a text that begins {text[:60]!r}")
+        self.document, self.text = document, text
+
+
+def _gigatoken(tokenizer: Tokenizer) -> Callable[[bytes], Ids]:
+    try:
+        gigatoken = importlib.import_module("gigatoken")
+    except ImportError as error:
+        raise ValueError(f"it is not installed ({error}): pip install 'neox[data]'") from None
+    try:
+        return cast(Callable[[bytes], Ids], gigatoken.Tokenizer.from_json(tokenizer.to_json()).encode)
+    except Exception as error:  # the library's own, as the file goes
+        raise ValueError(f"it cannot read this tokenizer ({' '.join(str(error).split())[:200]})") from None

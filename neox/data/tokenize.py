@@ -1,0 +1,126 @@
+"""One shard to tokens: the task that all of `prepare` is made of, whoever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from neox.data.encode import Backend, Difference, Encoder
+from neox.data.mmap import TokenWriter, token_dtype
+from neox.data.plan import Parts, Plan
+from neox.data.readers import Faults, OnError, read_piece
+from neox.data.readers.places import ends_digest
+from neox.data.shards import Shard
+from neox.data.skipped import SkipReport
+from neox.tokenizer import Tokenizer
+
+BATCH_CHARACTERS = 1 << 20
+BATCH_DOCUMENTS = 4096
+
+
+@dataclass
+class Counts:
+    """What was read."""
+
+    bytes: int = 0
+    """UTF-8 bytes of the documents' text."""
+    empty: int = 0
+    """Documents left out because they hold no text."""
+
+
+def encoder_of(tokenizer: Tokenizer, settings: dict[str, Any], backend: Backend) -> Encoder:
+    """The encoder for a plan's settings. Raises ValueError as Encoder does."""
+    return Encoder(tokenizer, backend, settings["special_in_text"] == "token")
+
+
+def tokenize(
+    plan: Plan,
+    shard: Shard,
+    encoder: Encoder,
+    writer: TokenWriter,
+    faults: Faults,
+    advance: Callable[[float], object],
+) -> Counts:
+    """Write the documents of a shard, in order; `advance` is told the bytes of the files as they are done.
+
+    Raises Fault on what cannot be read (unless `faults` skips it) and on a file that changes meanwhile; ValueError
+    where a sample shows that the encoder is not exact; OSError.
+    """
+    counts = Counts()
+    settings = plan.settings
+    end = np.array([encoder.tokenizer.eod_id] if settings["append_eod"] else [], dtype=np.int64)
+    for batch in _batches(shard, settings["text_key"], faults):
+        texts = [text for _, _, text, _ in batch if text]
+        counts.bytes += sum(len(text.encode("utf-8")) for text in texts)
+        counts.empty += len(batch) - len(texts)
+        taken = sum(share for _, _, _, share in batch) / max(1, sum(map(len, texts)))
+        sizes, size, held = [], 0, 0
+        ids = []
+        try:
+            for part in encoder.encode(texts):
+                ids += [part.ids, end] if part.last else [part.ids]
+                size += len(part.ids)
+                held += part.characters
+                if part.last:
+                    sizes.append(size + len(end))
+                    size = 0
+                else:
+                    writer.add_tokens(np.concatenate(ids))
+                    advance(taken * held)
+                    ids, held = [], 0
+        except Difference as error:
+            name, number, _, _ = [row for row in batch if row[2]][error.document]
+            raise ValueError(
+                f"{name}: document {number} of shard {shard.number}: {error}; what is done stays: go on with "
+                "data.backend=tokenizers"
+            ) from None
+        if ids:
+            writer.add_tokens(np.concatenate(ids))
+        writer.add_sizes(sizes)
+        advance(taken * held)
+    plan.check_unchanged(dict.fromkeys(piece.name for piece in shard.pieces), faults)
+    return counts
+
+
+def _batches(shard: Shard, text_key: str, faults: Faults) -> Iterator[list[tuple[str, int, str, float]]]:
+    """Documents (file, place in the shard, text, share of the file's bytes), large enough for all cores in groups and
+    small enough for memory; one longer than a group comes alone."""
+    batch: list[tuple[str, int, str, float]] = []
+    characters = number = 0
+    for piece in shard.pieces:
+        for text, share, _ in read_piece(piece, text_key, faults):
+            if batch and (characters + len(text) > BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS):
+                yield batch
+                batch, characters = [], 0
+            batch.append((piece.name, number, text, share))
+            number += 1
+            characters += len(text)
+    if batch:
+        yield batch
+
+
+def make_part(
+    parts: Parts, plan: Plan, shard: Shard, encoder: Encoder, on_error: OnError, advance: Callable[[float], object]
+) -> None:
+    """Make the part of one shard, whole or not at all, unless it is there already. Raises what `tokenize` raises."""
+    if parts.marker(plan, shard, Faults(on_error)):
+        advance(shard.size)
+        return
+    prefix = parts.prefix(plan, shard)
+    ends = {piece.name: ends_digest(piece.name) for piece in shard.pieces if piece.kind != "hub"}
+    with TokenWriter(prefix, token_dtype(plan.settings["vocab_size"])) as writer, SkipReport(prefix) as report:
+        faults = Faults(on_error, report)
+        counts = tokenize(plan, shard, encoder, writer, faults, advance)
+        report.place()
+        writer.manifest = {
+            "format": 1,
+            "documents": writer.documents,
+            "tokens": writer.tokens,
+            **asdict(counts),
+            "sha256": writer.sha256,
+            "ends": ends,
+            "skipped": {reason: asdict(skipped) for reason, skipped in faults.skipped.items()},
+        }
