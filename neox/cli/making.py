@@ -35,7 +35,7 @@ def quickstart(targets: list[str], options: list[str]) -> int:
     return 128 + result.signal if result.signal else 0
 
 
-PREPARE_KEYS = ("text_key", "append_eod", "on_error", "special_in_text", "workers", "backend")
+PREPARE_KEYS = ("text_key", "append_eod", "on_error", "special_in_text", "workers", "backend", "dedup", "decontaminate")
 
 
 def prepare(targets: list[str], options: list[str]) -> None:
@@ -64,6 +64,10 @@ def prepare(targets: list[str], options: list[str]) -> None:
       append_eod=true           end each document with the end-of-document token
       on_error=fail             skip: leave out what cannot be read, and report it in
                                 PREFIX.skipped.jsonl
+      dedup=none                exact: leave out documents of the same text as an earlier one; minhash:
+                                of nearly the same words. What went is in PREFIX.removed.jsonl
+      decontaminate=SETS        cut the text of evaluation sets out: .jsonl or .txt files, or tasks of
+                                lm-evaluation-harness; also in PREFIX.removed.jsonl
       workers=0                 processes; 0 = one a core
       backend=auto              library that encodes: gigatoken or tokenizers; auto = gigatoken where
                                 it is installed and gives the same ids, which samples keep checking
@@ -74,6 +78,7 @@ def prepare(targets: list[str], options: list[str]) -> None:
       neox prepare crawl/ out=data/crawl on_error=skip
       neox prepare 's3://bucket/crawl/*.jsonl.zst' out=data/crawl tokenizer=tokenizer.json
       neox prepare hf:roneneldan/TinyStories#validation out=data/stories
+      neox prepare crawl/ out=data/clean dedup=minhash decontaminate=lambada_test.jsonl
     """
     from neox.config import load_config
     from neox.options import parse_override
@@ -120,6 +125,7 @@ def prepare(targets: list[str], options: list[str]) -> None:
         special_in_text=data.special_in_text,
         backend=data.backend,
         workers=data.workers,
+        **data.cleaning,
     )
     how = "done before" if report.done_before else f"{report.seconds:.1f} s"
     print(

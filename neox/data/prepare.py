@@ -7,11 +7,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from neox.data import workers as processes
+from neox.data.clean import Cleaning, removed_lines
+from neox.data.dedup import Method
 from neox.data.encode import Backend
 from neox.data.mmap import TokenFile, TokenWriter, pair, token_dtype
 from neox.data.plan import Parts, Plan
@@ -41,6 +43,8 @@ class PrepareReport:
     """Documents left out because they hold no text."""
     skipped: dict[str, Skipped]
     """What could not be read and was left out, by reason; nothing unless `on_error` is "skip"."""
+    removed: dict[str, Any]
+    """What was left out as a repeat or for its overlap with evaluation sets: what `Cleaning.finish` counted."""
     seconds: float
     done_before: bool = False
     """Whether an earlier call had done all of it, and this one nothing."""
@@ -52,7 +56,7 @@ class PrepareReport:
             lines += [f"left out: {skipped.documents:,} {reason}", *(f"  {place}" for place in skipped.first)]
         if self.skipped:
             lines.append(f"all of it: {self.prefix}.skipped.jsonl")
-        return lines
+        return lines + removed_lines(self.removed, f"{self.prefix}.removed.jsonl")
 
 
 def prepare(
@@ -66,6 +70,9 @@ def prepare(
     special_in_text: Literal["token", "text"] = "token",
     backend: Backend = "auto",
     workers: int = 0,
+    dedup: Method | None = None,
+    decontaminate: Sequence[str] = (),
+    components: bool = False,
 ) -> PrepareReport:
     """Encode the documents of `sources`, in order, into `<out_prefix>.bin`/`.idx`, plus `<out_prefix>.json`.
 
@@ -82,6 +89,10 @@ def prepare(
     `workers` nor on `backend`, which library encodes (see `neox.data.encode`). All of them appear at the end, or none
     does; files of an earlier run stay whole until then.
 
+    `dedup` leaves out what repeats an earlier document, `decontaminate` the text of evaluation sets (see
+    `neox.data.clean`); what went and why is in `<out_prefix>.removed.jsonl`. With `components` each document's
+    `meta.pile_set_name` is noted for `neox.data.components.collect`.
+
     Raises FileNotFoundError or ValueError (file, line, what to do) on input that cannot be read, most of it before
     anything is read, on a file that changes meanwhile, on a corpus without text, on parts of other settings, and while
     another call writes the same output; OSError naming the file when it cannot be read or written.
@@ -92,7 +103,14 @@ def prepare(
     _check_manifest(manifest_file)
     # All of them before the first is read: the tenth file's typing error should not cost an hour.
     found = find_sources(sources, text_key, on_error)
+    if components:
+        settings["components"] = str(manifest_file.with_suffix(".components"))
     plan = Plan.of(found, settings)
+    cleaning = None
+    if dedup or decontaminate:
+        folder = manifest_file.with_suffix(".cleaning")
+        cleaning = Cleaning.of(plan.shards, folder, dedup, decontaminate, text_key, on_error)
+        plan = replace(plan, settings={**settings, "cleaning": cleaning.settings})
     if done := _finished(out_prefix, plan, on_error):
         return _report(out_prefix, done, started, done_before=True)
     pair(out_prefix)[0].parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +119,14 @@ def prepare(
         for fault in (fault for source in found for fault in source.strangers()):
             faults.add(fault)
         count = workers or available_cores()
-        job = _Job(found, plan, Path(out_prefix), tokenizer, on_error, backend, count, progress, report, faults)
+        if cleaning:
+            cleaning.find(count, progress)
+        job = _Job(
+            found, plan, Path(out_prefix), tokenizer, on_error, backend, count, progress, report, faults, cleaning
+        )
         noted = job.at_once() if len(plan.shards) == 1 else job.by_parts()
+    if cleaning:
+        cleaning.forget()
     return _report(out_prefix, noted, started)
 
 
@@ -133,6 +157,7 @@ class _Job:
     progress: bool
     report: SkipReport
     faults: Faults
+    cleaning: Cleaning | None
 
     @property
     def total(self) -> float | None:
@@ -235,6 +260,8 @@ class _Job:
             "sha256": writer.sha256,
             "plan": self.plan.key(),
         }
+        if self.cleaning:
+            writer.manifest["removed"] = self.cleaning.finish(pair(self.out)[0].with_suffix(".removed.jsonl"))
         return writer.manifest
 
 
@@ -269,7 +296,8 @@ def _report(out_prefix: str | Path, noted: dict[str, Any], started: float, done_
     skipped = {reason: Skipped(**one) for reason, one in noted["skipped"].items()}
     counts = {key: noted[key] for key in ("documents", "bytes", "tokens", "empty")}
     seconds = time.monotonic() - started
-    return PrepareReport(prefix, **counts, skipped=skipped, seconds=seconds, done_before=done_before)
+    removed = noted.get("removed", {})
+    return PrepareReport(prefix, **counts, skipped=skipped, removed=removed, seconds=seconds, done_before=done_before)
 
 
 def _no_text(sources: Sequence[Source], skipped: dict[str, Skipped]) -> str:

@@ -11,10 +11,11 @@ import numpy as np
 from neox.data.encode import Backend, Difference, Encoder
 from neox.data.mmap import TokenWriter, token_dtype
 from neox.data.plan import Parts, Plan
-from neox.data.readers import Faults, OnError, read_piece
+from neox.data.readers import Document, Faults, OnError
 from neox.data.readers.places import ends_digest
 from neox.data.shards import Shard
 from neox.data.skipped import SkipReport
+from neox.data.stages import reader
 from neox.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -52,11 +53,11 @@ def tokenize(
     counts = Counts()
     settings = plan.settings
     end = np.array([encoder.tokenizer.eod_id] if settings["append_eod"] else [], dtype=np.int64)
-    for batch in _batches(shard, settings["text_key"], faults):
-        texts = [text for _, _, text, _ in batch if text]
+    for batch in _batches(reader(plan)(shard, settings["text_key"], faults, None)):
+        texts = [text for _, text, _ in batch if text]
         counts.bytes += sum(len(text.encode("utf-8")) for text in texts)
         counts.empty += len(batch) - len(texts)
-        taken = sum(share for _, _, _, share in batch) / max(1, sum(map(len, texts)))
+        taken = sum(share for _, _, share in batch) / max(1, sum(map(len, texts)))
         sizes, size, held = [], 0, 0
         ids = []
         try:
@@ -72,9 +73,9 @@ def tokenize(
                     advance(taken * held)
                     ids, held = [], 0
         except Difference as error:
-            name, number, _, _ = [row for row in batch if row[2]][error.document]
+            number = [row for row in batch if row[1]][error.document][0]
             raise ValueError(
-                f"{name}: document {number} of shard {shard.number}: {error}; what is done stays: go on with "
+                f"{shard.pieces[0].name}: document {number} from there: {error}; what is done stays: go on with "
                 "data.backend=tokenizers"
             ) from None
         if ids:
@@ -85,19 +86,17 @@ def tokenize(
     return counts
 
 
-def _batches(shard: Shard, text_key: str, faults: Faults) -> Iterator[list[tuple[str, int, str, float]]]:
-    """Documents (file, place in the shard, text, share of the file's bytes), large enough for all cores in groups and
-    small enough for memory; one longer than a group comes alone."""
-    batch: list[tuple[str, int, str, float]] = []
-    characters = number = 0
-    for piece in shard.pieces:
-        for text, share, _ in read_piece(piece, text_key, faults):
-            if batch and (characters + len(text) > BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS):
-                yield batch
-                batch, characters = [], 0
-            batch.append((piece.name, number, text, share))
-            number += 1
-            characters += len(text)
+def _batches(documents: Iterator[Document]) -> Iterator[list[tuple[int, str, float]]]:
+    """Documents (number, text, share of the file's bytes), large enough for all cores in groups and small enough for
+    memory; one longer than a group comes alone."""
+    batch: list[tuple[int, str, float]] = []
+    characters = 0
+    for number, document in enumerate(documents):
+        if batch and (characters + len(document.text) > BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS):
+            yield batch
+            batch, characters = [], 0
+        batch.append((number, document.text, document.taken))
+        characters += len(document.text)
     if batch:
         yield batch
 

@@ -73,6 +73,15 @@ class DataConfig(Section):
     """Library that encodes text; auto = gigatoken where it is installed and gives the ids of tokenizers."""
     workers: NotNegative = 0
     """Processes that encode text; 0 = one a core."""
+    dedup: Literal["none", "exact", "minhash"] = "none"
+    """Documents left out: exact, those of the same text as an earlier one; minhash, those of nearly the same words."""
+    decontaminate: Strings = ()
+    """Evaluation sets whose text is cut out of documents: .jsonl or .txt files, or tasks of lm-evaluation-harness."""
+
+    @property
+    def cleaning(self) -> dict[str, Any]:
+        """What `prepare` is called with to leave documents out."""
+        return {"dedup": None if self.dedup == "none" else self.dedup, "decontaminate": self.decontaminate}
 
     @property
     def fractions(self) -> tuple[float, float, float] | None:

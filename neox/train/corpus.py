@@ -97,6 +97,7 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
                 data.special_in_text,
                 data.backend,
                 data.workers,
+                **data.cleaning,
             )
             for line in report.left_out():
                 print(f"{name}: {line}", file=sys.stderr)

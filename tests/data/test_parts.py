@@ -81,7 +81,7 @@ def test_a_finished_run_reads_nothing(
     first = prepare(corpus, tmp_path / "c", tokenizer, progress=False, workers=1)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.glob("c.*")}
     with monkeypatch.context() as patch:
-        patch.setattr("neox.data.tokenize.read_piece", None)
+        patch.setattr("neox.data.tokenize.reader", None)
         again = prepare(corpus, tmp_path / "c", tokenizer, progress=False, workers=1)
     assert again.done_before
     assert not first.done_before
@@ -276,15 +276,15 @@ def test_a_change_that_kept_size_and_time_is_noticed(tmp_path: Path, corpus: Pat
 def test_a_file_that_changes_while_it_is_tokenized(
     tmp_path: Path, corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("neox.data.tokenize")
-    real = module.read_piece
+    shards = importlib.import_module("neox.data.shards")
+    real = shards.read_piece
 
     def meanwhile(piece: Any, *rest: Any) -> Any:
         yield from real(piece, *rest)
         if piece.name.endswith("b.jsonl.zst"):
             os.utime(piece.name, (1, 1))
 
-    monkeypatch.setattr(module, "read_piece", meanwhile)
+    monkeypatch.setattr(shards, "read_piece", meanwhile)
     fails(corpus, tmp_path / "c", tokenizer, r"b\.jsonl\.zst: has changed since this run of prepare began")
 
 

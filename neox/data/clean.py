@@ -1,0 +1,282 @@
+"""Which documents `prepare` leaves out, and why: repeats of earlier ones, and text of evaluation sets.
+
+    shards -> Cleaning.find: keys of each shard, repeats of each shard -> Cleaning.documents -> finish: removed.jsonl
+
+The keys of a shard are a task of its own, whose marker is written last: a run that was killed goes on behind the
+markers, and the number of workers plays no part in what comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from hashlib import blake2b
+from itertools import accumulate
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neox.data.dedup import PARAMETERS, Method, repeated, write_keys
+from neox.data.overlap import RUN, Overlaps, cut, evaluation_texts
+from neox.data.readers import Document, Fault, Faults, OnError, read_piece
+from neox.data.readers.places import version_of
+from neox.data.shards import Shard
+from neox.files import byte_progress, write_atomic, write_synced
+
+REASONS: Mapping[Method, str] = {"exact": "duplicate", "minhash": "near-duplicate"}
+OVERLAP = "overlap"
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What is left out of a corpus. Once `find` is done any process can apply it: what it needs is in `folder`."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    dedup: Method | None
+    decontaminate: tuple[str, ...]
+    text_key: str
+    on_error: OnError
+    keys: tuple[str, ...]
+    """Tell the documents of each shard, and how they are compared, from others."""
+    key: str
+    """Tells this cleaning of these files from any other."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `again` makes the same cleaning from, as JSON holds it."""
+        return {
+            "folder": str(self.folder),
+            "dedup": self.dedup,
+            "decontaminate": list(self.decontaminate),
+            "key": self.key,
+        }
+
+    @classmethod
+    def again(cls, settings: dict[str, Any], shards: Sequence[Shard]) -> Cleaning:
+        """A cleaning whose `find` is done, elsewhere perhaps, to be applied."""
+        chosen = (settings["dedup"], tuple(settings["decontaminate"]))
+        return cls(Path(settings["folder"]), tuple(shards), *chosen, "", "fail", (), settings["key"])
+
+    @classmethod
+    def of(
+        cls,
+        shards: Sequence[Shard],
+        folder: Path,
+        dedup: Method | None = None,
+        decontaminate: Sequence[str] = (),
+        text_key: str = "text",
+        on_error: OnError = "fail",
+    ) -> Cleaning:
+        """A cleaning whose evaluation sets are read and indexed; of the shards nothing is read yet.
+
+        `decontaminate` names files or tasks, see `neox.data.overlap.evaluation_texts`. Raises ValueError on one that
+        cannot be read, or none of whose examples has 13 words; OSError on a file of the shards that has gone.
+        """
+        overlaps = Overlaps.of((name, evaluation_texts(name)) for name in decontaminate)
+        for known in overlaps.sets:
+            if known.short == known.examples:
+                raise ValueError(f"decontaminate: {known.name}: none of its {known.examples} examples has {RUN} words")
+        overlaps.save(folder / "overlaps.npz")
+        keys = tuple(_key(dedup, PARAMETERS, text_key, on_error, _versions(shard)) for shard in shards)
+        key = _key(keys, overlaps.digest)
+        return cls(folder, tuple(shards), dedup, tuple(decontaminate), text_key, on_error, keys, key)
+
+    def find(self, workers: int = 1, progress: bool = True) -> None:
+        """Find the repeats in all shards; what was found before in `folder`, for the same files, stands.
+
+        Raises what the readers raise.
+        """
+        done = self.folder / "repeats" / "done.json"
+        if not self.dedup or (done.exists() and json.loads(done.read_bytes()) == list(self.keys)):
+            return
+        done.unlink(missing_ok=True)
+        with byte_progress(progress) as bar:
+            task = bar.add_task(f"dedup={self.dedup}", total=sum(shard.size for shard in self.shards) or None)
+            for shard, _ in zip(self.shards, self._write_all(workers), strict=True):
+                bar.advance(task, shard.size)
+            written = []
+            for marker in self._markers():
+                files = [self.folder / "keys" / name for name in marker["files"]]
+                written.append((sum(marker["counts"]), files))
+            size = sum(path.stat().st_size for _, files in written for path in files)
+            task = bar.add_task("compare", total=size)
+            found = repeated(written, lambda share: bar.advance(task, share * size))
+        done.parent.mkdir(exist_ok=True)
+        for shard, repeats in zip(self.shards, found, strict=True):
+            rows = np.stack((repeats.numbers, repeats.shards, repeats.kept))
+            write_synced(self._found(shard.number), partial(np.save, arr=rows))
+        write_atomic(done, json.dumps(self.keys).encode())
+        for _, files in written:
+            for path in files:  # of minhash 224 bytes a document
+                path.unlink()
+
+    def _write_all(self, workers: int) -> Iterator[None]:
+        """Write the keys of each shard, in this process or in several; yields once for each, in order."""
+        assert self.dedup
+        write = partial(_write_shard, self.folder, self.dedup, self.text_key, self.on_error)
+        if workers == 1 or len(self.shards) == 1:
+            yield from map(write, self.shards, self.keys)
+            return
+        # Spawned: what this process has running (threads of the tokenizer) does not survive a fork.
+        with ProcessPoolExecutor(min(workers, len(self.shards)), get_context("spawn")) as pool:
+            try:
+                yield from pool.map(write, self.shards, self.keys)
+            except BrokenProcessPool:
+                raise OSError("dedup: a worker died, perhaps for want of memory; what is done stays") from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def documents(
+        self, shard: Shard, text_key: str = "text", faults: Faults | None = None, meta_key: str | None = None
+    ) -> Iterator[Document]:
+        """What stays of a shard, in place of `neox.data.shards.documents`, which gives all of it.
+
+        When it has come to its end, what was left out is on the disk for `finish`.
+        Raises ValueError where the shard no longer holds the documents that were compared, Fault as the readers do.
+        """
+        faults = faults or Faults("fail")
+        repeats = self._repeats(shard.number) if self.dedup else {}
+        removed: list[dict[str, Any]] = []
+        place, taken = 0, 0.0
+        for piece in shard.pieces:
+            for document in read_piece(piece, text_key, faults, meta_key):
+                row = {"source": piece.name, "shard": shard.number, "document": place}
+                taken += document.taken
+                texts = [document.text]
+                if self.dedup and (kept := repeats.get(place)):
+                    texts = []
+                    removed.append({**row, "reason": REASONS[self.dedup], "kept": self._place(*kept)})
+                elif found := self._overlaps.find(document.text):
+                    texts = cut(document.text, found)
+                    sizes = {"characters": len(document.text), "left": sum(map(len, texts)), "pieces": len(texts)}
+                    overlaps = [asdict(overlap) for overlap in found]
+                    removed.append({**row, "reason": OVERLAP, **sizes, "overlaps": overlaps})
+                place += 1
+                for text in texts:
+                    yield document._replace(text=text, taken=taken)
+                    taken = 0.0
+        if self.dedup and place != sum(self._counts[shard.number]):
+            raise ValueError(f"{shard.pieces[0].name}: changed while it was read; prepare it again")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in removed)
+        write_atomic(self._removed(shard.number), lines.encode())
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """Write what was left out of all shards to `out`, a line of JSON each; returns the counts, for a manifest.
+
+        A line has `source`, `shard`, `document` (its number in the shard) and `reason`. For a repeat `kept` names the
+        document that stays; for an overlap `overlaps` has each set, its words and their place, and `pieces` and `left`
+        say what stays.
+        """
+        reasons: Counter[str] = Counter()
+        hit: Counter[str] = Counter()
+
+        def write(file: Any) -> None:
+            for shard in self.shards:
+                for line in self._removed(shard.number).read_bytes().splitlines(keepends=True):
+                    row = json.loads(line)
+                    reasons[row["reason"]] += 1
+                    reasons["whole"] += row.get("pieces") == 0
+                    hit.update({overlap["set"] for overlap in row.get("overlaps", ())})
+                    file.write(line)
+
+        temporary = out.with_name(out.name + ".tmp")
+        write_synced(temporary, write, named=out)
+        temporary.replace(out)
+        counts: dict[str, Any] = {REASONS[self.dedup]: reasons[REASONS[self.dedup]]} if self.dedup else {}
+        if self.decontaminate:
+            sets = [{**asdict(known), "documents": hit[known.name]} for known in self._overlaps.sets]
+            counts[OVERLAP] = {"documents": reasons[OVERLAP], "whole": reasons["whole"], "sets": sets}
+        return counts
+
+    def forget(self) -> None:
+        """Remove the folder, once what it led to is whole."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _repeats(self, number: int) -> dict[int, tuple[int, int]]:
+        rows = np.load(self._found(number))
+        return {place: (shard, kept) for place, shard, kept in rows.T.tolist()}
+
+    def _place(self, number: int, place: int) -> dict[str, Any]:
+        """The names of a document of any shard."""
+        ends = accumulate(self._counts[number])
+        pieces = zip(self.shards[number].pieces, ends, strict=True)
+        source = next(piece.name for piece, end in pieces if place < end)
+        return {"source": source, "shard": number, "document": place}
+
+    def _removed(self, number: int) -> Path:
+        return self.folder / "removed" / f"{number:05d}.jsonl"
+
+    def _found(self, number: int) -> Path:
+        return self.folder / "repeats" / f"{number:05d}.npy"
+
+    def _markers(self) -> list[dict[str, Any]]:
+        return [json.loads(_marker(self.folder, shard.number).read_bytes()) for shard in self.shards]
+
+    @cached_property
+    def _counts(self) -> list[list[int]]:
+        """Documents of each piece of each shard."""
+        return [marker["counts"] for marker in self._markers()]
+
+    @cached_property
+    def _overlaps(self) -> Overlaps:
+        return Overlaps.load(self.folder / "overlaps.npz")
+
+
+def removed_lines(counts: dict[str, Any], path: str) -> list[str]:
+    """What `Cleaning.finish` counted, in lines for a user; `path` is where all of it was written."""
+    lines = [f"left out: {counts[reason]:,} {reason}s" for reason in REASONS.values() if reason in counts]
+    if overlap := counts.get(OVERLAP):
+        whole = overlap["whole"]
+        lines.append(f"cut: {overlap['documents'] - whole:,} documents with overlaps; left out: {whole:,} more of them")
+        for known in overlap["sets"]:
+            short = f" ({known['short']:,} too short to be found)" if known["short"] else ""
+            lines.append(
+                f"  {known['name']}: {known['examples']:,} examples{short} in {known['documents']:,} documents"
+            )
+    return [*lines, f"all of it: {path}"] if lines else []
+
+
+def _write_shard(folder: Path, dedup: Method, text_key: str, on_error: OnError, shard: Shard, key: str) -> None:
+    """The keys of one shard, unless they are there."""
+    marker = _marker(folder, shard.number)
+    if marker.exists():
+        known = json.loads(marker.read_bytes())
+        if known["key"] == key and all((marker.parent / name).exists() for name in known["files"]):
+            return
+    faults = Faults(on_error)
+    counts = [0] * len(shard.pieces)
+
+    def texts() -> Iterator[str]:
+        for place, piece in enumerate(shard.pieces):
+            for document in read_piece(piece, text_key, faults):
+                counts[place] += 1
+                yield document.text
+
+    try:
+        _, files = write_keys(texts(), dedup, marker.with_suffix(""))
+    except Fault as fault:
+        raise ValueError(str(fault)) from None  # a Fault does not come through from another process
+    content = {"key": key, "counts": counts, "files": [path.name for path in files]}
+    write_atomic(marker, json.dumps(content).encode())
+
+
+def _marker(folder: Path, number: int) -> Path:
+    return folder / "keys" / f"{number:05d}.json"
+
+
+def _versions(shard: Shard) -> list[Any]:
+    """What tells the files of a shard from changed ones; a data set of the hub has its commit in its name."""
+    return [(asdict(piece), None if piece.kind == "hub" else version_of(piece.name)) for piece in shard.pieces]
+
+
+def _key(*parts: Any) -> str:
+    return blake2b(json.dumps([1, *parts]).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,20 @@
+"""What lies between the documents of a shard and their tokens: what a plan leaves out, and notes of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from neox.data.clean import Cleaning
+from neox.data.components import Components, Read
+from neox.data.plan import Plan
+from neox.data.shards import documents
+
+
+def reader(plan: Plan) -> Read:
+    """What reads a shard of the plan: all of its documents, or those that the plan's settings leave."""
+    read: Read = documents
+    if cleaning := plan.settings.get("cleaning"):
+        read = Cleaning.again(cleaning, plan.shards).documents
+    if folder := plan.settings.get("components"):
+        read = Components(Path(folder), read).documents
+    return read
