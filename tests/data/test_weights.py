@@ -1,6 +1,5 @@
 """Where the shares of a blend come from, what is known of a document's source, arrays that are kept on the disk."""
 
-import json
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -15,9 +14,9 @@ from neox.data import TokenFile, build_datasets, megatron
 from neox.data.arrays import cached_arrays, content_key
 from neox.data.build import whole
 from neox.data.pile import COMPONENTS
-from neox.data.sources import Origin, SourceNotes, Sources, side_files
+from neox.data.sources import Origin, Sources
 from neox.data.weights import blend_weights, by_documents
-from tests.data.corpora import write_pair
+from tests.data.corpora import note, write_pair
 
 
 @settings(deadline=None)
@@ -38,13 +37,6 @@ def test_a_temperature_favours_what_is_small() -> None:
     assert by_documents([900, 100], 2.0) == pytest.approx((0.9, 0.1))
 
 
-def note(prefix: Path, *rows: tuple[str, str | None, int]) -> None:
-    notes = SourceNotes()
-    for row in rows:
-        notes.add(*row)
-    notes.write(prefix.with_suffix(".bin"))
-
-
 def test_the_piles_weights(tmp_path: Path) -> None:
     files = [write_pair(tmp_path / name, [20, 20], 1000 * n) for n, name in enumerate("abc")]
     names = ["ArXiv", "Enron Emails", "Pile-CC"]
@@ -61,7 +53,7 @@ def test_the_piles_weights(tmp_path: Path) -> None:
     note(files[0], ("x.jsonl", "ArXiv", 1), ("y.jsonl", "Github", 1))
     with pytest.raises(ValueError, match=r'a\.bin: data\.weigh = "pile" needs .* this holds ArXiv, Github: prepare'):
         build_datasets(config, files, [], 3, 10)
-    side_files(files[0].with_suffix(".bin"))[0].unlink()
+    files[0].with_suffix(".components.json").unlink()
     with pytest.raises(ValueError, match=r"this holds None: prepare the components apart"):
         build_datasets(config, files, [], 3, 10)
 
@@ -76,13 +68,16 @@ def test_weights_from_two_places_are_refused() -> None:
 @settings(deadline=None, max_examples=60)
 @given(
     rows=st.lists(
-        st.tuples(st.sampled_from("abc"), st.sampled_from([None, "ArXiv", "Github"]), st.integers(1, 4)), min_size=1
+        st.tuples(st.sampled_from("abc"), st.sampled_from(["Books3", "ArXiv", "Github"]), st.integers(1, 4)),
+        min_size=1,
     ),
+    known=st.booleans(),
     sizes=st.randoms(use_true_random=False),
     first=st.integers(0, 5),
 )
-def test_sources_are_read_back(tmp_path_factory: pytest.TempPathFactory, rows, sizes, first) -> None:
+def test_sources_are_read_back(tmp_path_factory: pytest.TempPathFactory, rows, known, sizes, first) -> None:
     """Against one tuple a document."""
+    rows = [(source, component if known else None, count) for source, component, count in rows]
     every = [(source, component) for source, component, count in rows for _ in range(count)]
     lengths = [sizes.randint(0, 9) for _ in every]
     prefix = write_pair(tmp_path_factory.mktemp("data") / "x", lengths)
@@ -97,36 +92,25 @@ def test_sources_are_read_back(tmp_path_factory: pytest.TempPathFactory, rows, s
     assert sources.tokens(file.sizes[first:], first) == wanted
 
 
-def test_the_side_files_are_as_described(tmp_path: Path) -> None:
+def test_files_beside_that_do_not_fit(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "x", [3] * 6)
     assert Sources.of(TokenFile(prefix))[5] == Origin(None, None)
-    path, numbers = side_files(prefix.with_suffix(".bin"))
-    sources = [{"source": "a", "count": 2}, {"source": "b", "count": 4}]
-    path.write_text(json.dumps({"documents": 6, "sources": sources, "components": ["ArXiv", "Github"]}))
-    numbers.write_bytes(bytes([0, 1, 1, 255, 0, 0]))
-    found = [tuple(Sources.of(TokenFile(prefix))[n]) for n in range(6)]
-    names = ["ArXiv", "Github", "Github", None, "ArXiv", "ArXiv"]
-    assert found == list(zip("aabbbb", names, strict=True))
-    note(prefix, ("c", "Books3", 6))
-    assert not numbers.exists()  # one component needs no byte a document
-    assert Sources.of(TokenFile(prefix))[3] == ("c", "Books3")
-    for broken in (
-        '{"documents": 6}',
-        "{",
-        "[3]",
-        json.dumps({"documents": 5, "sources": [{"source": "a", "count": 5}], "components": []}),
-        json.dumps({"documents": 6, "sources": [{"source": "a", "count": 6}], "components": ["a", "b"]}),
+    for name, broken in (
+        ("x.json", b'{"origins": [["a", 5]]}'),
+        ("x.json", b'{"origins": [3]}'),
+        ("x.json", b"{"),
+        ("x.json", b"[]"),
+        ("x.components.json", b'{"counts": []}'),
+        ("x.components.npy", b"\x93NUMPY"),
     ):
-        path.write_text(broken)
-        with pytest.raises(
-            ValueError, match=r"x\.sources\.json: does not fit .*x\.bin .*: remove it, or prepare again"
-        ):
+        note(prefix, ("a", "ArXiv", 6))
+        assert Sources.of(TokenFile(prefix))[5] == Origin("a", "ArXiv")
+        (tmp_path / name).write_bytes(broken)
+        with pytest.raises(ValueError, match=rf"{name}: does not fit .*x\.bin .*: remove it, or prepare again"):
             Sources.of(TokenFile(prefix))
-    many = SourceNotes()
-    for n in range(255):
-        many.add("a", f"c{n}")
-    with pytest.raises(ValueError, match="a: names a component beyond the 255 that can be told apart: c255"):
-        many.add("a", "c255")
+    np.save(tmp_path / "x.components.npy", np.zeros(5, np.uint16))
+    with pytest.raises(ValueError, match=r"x\.components\.npy: does not fit .* tells of \(5,\) documents, there are 6"):
+        Sources.of(TokenFile(prefix))
 
 
 def test_megatrons_arrays_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

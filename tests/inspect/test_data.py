@@ -10,11 +10,11 @@ import pytest
 from neox import cli
 from neox.config import load_config
 from neox.data import Loader, TokenDataset, TokenWriter
-from neox.data.sources import SourceNotes
 from neox.inspect.reading import of_config, of_run
 from neox.inspect.search import Search, portions
 from neox.tokenizer import train_bpe
 from neox.train import Trainer
+from tests.data.corpora import note
 from tests.train.helpers import TINY
 
 WORDS = ["a bright café", "night <b>&amp;", "the cat", "sat on", "the mat\n", "naïve", "x" * 9, "日本", "\x1b[2J"]
@@ -43,10 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with TokenWriter(folder / name, np.uint16) as writer:
             for text in own:
                 writer.add_document([*tokenizer.encode(text), tokenizer.eod_id])
-    notes = SourceNotes()
-    notes.add("x.jsonl", "ArXiv", 90)
-    notes.add("y.jsonl", "Github", 30)
-    notes.write(folder / "a.bin")
+    note(folder / "a", ("x.jsonl", "ArXiv", 90), ("y.jsonl", "Github", 30))
     return folder
 
 
