@@ -129,17 +129,12 @@ def _step(reading: Reading, step: int, row: int | None, out: Path | None) -> Non
 
 def _find(reading: Reading, text: str, until: int, limit: int) -> None:
     from neox.files import byte_progress
-    from neox.inspect.search import ranges, search
+    from neox.inspect.search import Search
 
-    samples = reading.samples_before(until)
-    total = sum(
-        (stop - start) * reading.dataset.parts[part].file.dtype.itemsize
-        for part, start, stop in ranges(reading.dataset, samples)
-    )
-    count = 0
+    count, search = 0, Search(reading, text, until)
     with byte_progress(sys.stderr.isatty()) as bar:
-        task = bar.add_task("find", total=total)
-        for hit in search(reading, text, until, lambda done: bar.advance(task, done)):
+        task = bar.add_task("find", total=search.size)
+        for hit in search.hits(lambda done: bar.advance(task, done)):
             count += 1
             stretch = reading.stretch(hit.piece)
             known = [word for word in (stretch.origin.component, stretch.origin.source) if word]

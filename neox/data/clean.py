@@ -118,7 +118,7 @@ class Cleaning:
                     removed.append({**row, "reason": OVERLAP, **sizes, "overlaps": overlaps})
                 place += 1
                 for text in texts:
-                    yield document._replace(text=text, taken=taken)
+                    yield document._replace(text=text, taken=taken, source=piece.name)
                     taken = 0.0
         if self.dedup and place != sum(self._counts[shard.number]):
             raise ValueError(f"{shard.pieces[0].name}: changed while it was read; prepare it again")

@@ -41,7 +41,7 @@ def _export(dataset: Dataset, samples: int, seed: int, name: str) -> list[Path]:
         doc_idx: npt.NDArray[Any] = dataset.doc_idx
         shuffle: Iterator[npt.NDArray[Any]] = iter([dataset.shuffle_idx])
         shuffled, dtype = count, dataset.shuffle_idx.dtype
-        begins = (dataset.sample_idx(numbers) for numbers in _blocks(count + 1))
+        begins = dataset.whole_sample_idx()
     else:
         if not isinstance(dataset, TokenDataset) or len(dataset.parts) != 1 or dataset.preshuffled:
             raise ValueError(

@@ -292,17 +292,21 @@ class TokenFile:
         """
         start = 0
         for block in _stretches(len(self.sizes)):
-            sizes = self.sizes[block].astype(np.int64) * self.dtype.itemsize
+            # Read, not mapped: the system maps far more around what is looked at, and counts it as ours.
+            count, sizes_at, pointers_at = block.stop - block.start, HEADER.size, HEADER.size + 4 * len(self)
+            sizes = np.fromfile(self.idx, "<i4", count, offset=sizes_at + 4 * block.start).astype(np.int64)
+            sizes *= self.dtype.itemsize
+            pointers = np.fromfile(self.idx, "<i8", count, offset=pointers_at + 8 * block.start)
             if block.start:
-                start = int(self._pointers[block.start])
+                start = int(pointers[0])
             expected = start + np.cumsum(sizes) - sizes
-            wrong = np.flatnonzero((self._pointers[block] != expected) | (sizes < 0))
+            wrong = np.flatnonzero((pointers != expected) | (sizes < 0))
             if wrong.size:
                 first = int(wrong[0])
                 raise self._broken(
                     self.idx,
-                    f"document {block.start + first} of {self.sizes[block][first]} tokens should start at byte "
-                    f"{expected[first]} of the .bin, found {self._pointers[block][first]}",
+                    f"document {block.start + first} of {self.sizes[block.start + first]} tokens should start at byte "
+                    f"{expected[first]} of the .bin, found {pointers[first]}",
                 )
             start = int(expected[-1] + sizes[-1])
         return start // self.dtype.itemsize

@@ -19,7 +19,7 @@ from neox.data.plan import Parts, Plan
 from neox.data.readers import Faults, OnError, Skipped, Source, find_sources
 from neox.data.readers.faults import SHOWN
 from neox.data.skipped import SkipReport
-from neox.data.tokenize import encoder_of, make_part, tokenize
+from neox.data.tokenize import Counts, encoder_of, make_part, tokenize
 from neox.data.workers import each
 from neox.files import byte_progress
 from neox.machine import available_cores
@@ -178,7 +178,7 @@ class _Job:
             counts = tokenize(self.plan, self.plan.shards[0], encoder, writer, self.faults, advance)
             if self.total is not None:
                 bar.update(task, completed=self.total)
-            return self.finish(writer, counts.bytes, counts.empty)
+            return self.finish(writer, counts)
 
     def by_parts(self) -> dict[str, Any]:
         """Several shards: make the parts that are missing, and join all. Returns the manifest."""
@@ -224,7 +224,7 @@ class _Job:
     def join(self, parts: Parts) -> dict[str, Any]:
         """All parts, one after another, into the output. Returns the manifest."""
         self.plan.check_unchanged(list(self.plan.versions), self.faults)
-        text_bytes = empty = 0
+        counts = Counts()
         with self.writer() as writer, byte_progress(self.progress) as bar:
             prefixes = [parts.prefix(self.plan, shard) for shard in self.plan.shards]
             task = bar.add_task("join", total=sum(pair(prefix)[0].stat().st_size for prefix in prefixes))
@@ -232,19 +232,20 @@ class _Job:
                 noted = parts.marker(self.plan, shard, self.faults)
                 assert noted, "a part that was made is gone"
                 _append(writer, prefix, noted["sha256"], lambda done: bar.advance(task, done))
-                text_bytes += noted["bytes"]
-                empty += noted["empty"]
+                counts.bytes += noted["bytes"]
+                counts.empty += noted["empty"]
+                counts.add_origins(noted["origins"])
                 for reason, row in noted["skipped"].items():
                     kept = self.faults.skipped.setdefault(reason, Skipped())
                     kept.documents += row["documents"]
                     kept.first += row["first"][: SHOWN - len(kept.first)]
                 self.report.append(prefix)
-            return self.finish(writer, text_bytes, empty)
+            return self.finish(writer, counts)
 
     def writer(self) -> TokenWriter:
         return TokenWriter(self.out, token_dtype(self.tokenizer.vocab_size))
 
-    def finish(self, writer: TokenWriter, text_bytes: int, empty: int) -> dict[str, Any]:
+    def finish(self, writer: TokenWriter, counts: Counts) -> dict[str, Any]:
         """Give the writer its manifest. Raises ValueError where there is no text at all."""
         if not writer.documents:
             raise ValueError(_no_text(self.sources, self.faults.skipped))
@@ -255,9 +256,10 @@ class _Job:
             **self.plan.settings,
             "dtype": writer.dtype.name,
             "documents": writer.documents,
-            "bytes": text_bytes,
+            "bytes": counts.bytes,
             "tokens": writer.tokens,
-            "empty": empty,
+            "empty": counts.empty,
+            "origins": counts.origins,
             "skipped": {reason: vars(one) for reason, one in self.faults.skipped.items()},
             "sha256": writer.sha256,
             "plan": self.plan.key(),

@@ -53,4 +53,5 @@ def documents(
     """
     faults = faults or Faults("fail")
     for piece in shard.pieces:
-        yield from read_piece(piece, text_key, faults, meta_key)
+        for document in read_piece(piece, text_key, faults, meta_key):
+            yield document._replace(source=piece.name)

@@ -1,17 +1,24 @@
-"""Where the documents of a token file came from: `PREFIX.sources.json`, beside `.bin` and `.idx`.
+"""Where the documents of a token file came from, by what `prepare` left beside it.
 
-A list of rows, each for documents that follow each other, together all of them in order:
-`{"source": path, "component": name or null, "first_document": i, "count": n}`.
-A file that another program wrote has none: then its documents have no known source.
+`PREFIX.json`, the manifest: `"origins": [[path, n], ...]`, n documents from each, in the order of the documents.
+`PREFIX.components.npy`: for each document, uint16, the place of its component in the "names" of
+`PREFIX.components.json`. A pair that another program wrote has neither: nothing is known of its documents.
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from neox.data.mmap import TokenFile
+
+BLOCK = 1 << 20  # documents looked at at once
 
 
 class Origin(NamedTuple):
@@ -21,46 +28,61 @@ class Origin(NamedTuple):
     component: str | None = None
 
 
-def sources_file(bin_file: Path) -> Path:
-    """The side file of a `.bin`."""
-    return bin_file.with_suffix(".sources.json")
-
-
 class Sources:
     """Source and component of each document of a token file."""
 
-    def __init__(self, firsts: Sequence[int], origins: Sequence[Origin]) -> None:
-        """From document `firsts[i]` on, up to the next, documents come from `origins[i]`."""
-        self.firsts, self.origins = firsts, origins
+    def __init__(
+        self,
+        firsts: Sequence[int],
+        paths: Sequence[str | None],
+        names: Sequence[str],
+        numbers: npt.NDArray[np.uint16] | None,
+    ) -> None:
+        """From document `firsts[i]` on, up to the next, documents come from `paths[i]`; `numbers` are the places of
+        their components in `names`, None where these are not known."""
+        self.firsts, self.paths, self.names, self.numbers = firsts, paths, names, numbers
 
     @classmethod
-    def of(cls, bin_file: Path) -> Sources:
-        """What is noted beside a `.bin`; raises ValueError, naming the file, where that cannot be read."""
-        path = sources_file(bin_file)
-        if not path.exists():
-            return cls([0], [Origin()])
-        firsts, origins, following = [], [], 0
+    def of(cls, file: TokenFile) -> Sources:
+        """What is noted beside a token file. Raises ValueError, naming the file, where that does not fit it."""
+        manifest, names, numbers = (
+            file.bin.with_suffix(f".{end}") for end in ("json", "components.json", "components.npy")
+        )
+        counts = [len(file)]
+        paths: list[str | None] = [None]
+        listed: list[str] = []
+        places: npt.NDArray[np.uint16] | None = None
+        path = manifest
         try:
-            for row in json.loads(path.read_bytes()):
-                if row["first_document"] != following:
-                    raise ValueError(f"a row begins at document {row['first_document']}, not at {following}")
-                firsts.append(following)
-                origins.append(Origin(row["source"], row["component"]))
-                following += row["count"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: damaged ({error}): remove it, or prepare the data again") from None
-        return cls(firsts or [0], origins or [Origin()])
+            if manifest.exists() and (origins := json.loads(manifest.read_bytes()).get("origins")):
+                counts, paths = [int(count) for _, count in origins], [str(source) for source, _ in origins]
+            if sum(counts) != len(file):
+                raise ValueError(f"it tells of {sum(counts)} documents, there are {len(file)}")
+            path = names
+            if names.exists():
+                listed = [str(name) for name in json.loads(names.read_bytes())["names"]]
+                path = numbers
+                places = np.load(numbers, mmap_mode="r", allow_pickle=False) if len(file) else None
+                if places is not None and places.shape != (len(file),):
+                    raise ValueError(f"it tells of {places.shape} documents, there are {len(file)}")
+        except (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: does not fit {file.bin} ({error}): remove it, or prepare again") from None
+        return cls(list(accumulate(counts, initial=0))[:-1], paths, listed, places)
 
     def __getitem__(self, document: int) -> Origin:
-        return self.origins[bisect_right(self.firsts, document) - 1]
+        component = None if self.numbers is None else self.names[int(self.numbers[document])]
+        return Origin(self.paths[bisect_right(self.firsts, document) - 1], component)
 
-    def runs(self, first: int, last: int) -> Iterator[tuple[int, int, Origin]]:
-        """Documents first .. last - 1 as (first, behind the last, where from) of those that follow each other."""
-        ends = [*self.firsts[1:], last]
-        for start, end, origin in zip(self.firsts, ends, self.origins, strict=True):
-            if max(start, first) < min(end, last):
-                yield max(start, first), min(end, last), origin
-
-    def components(self, first: int, last: int) -> list[str | None]:
-        """The components of documents first .. last - 1, each once, in order of appearance."""
-        return list(dict.fromkeys(origin.component for _, _, origin in self.runs(first, last)))
+    def tokens(self, sizes: npt.NDArray[np.int32], first: int) -> dict[str | None, int]:
+        """Tokens of each component among the documents from `first` on that have these sizes."""
+        if self.numbers is None:
+            return {None: int(sizes.sum(dtype=np.int64))}
+        totals = np.zeros(len(self.names))
+        here = np.zeros(len(self.names), bool)
+        for start in range(0, len(sizes), BLOCK):
+            block = sizes[start : start + BLOCK]
+            own = self.numbers[first + start : first + start + len(block)]
+            # Exact: float64 holds whole numbers up to 2**53.
+            totals += np.bincount(own, weights=block, minlength=len(totals))
+            here |= np.bincount(own, minlength=len(totals)) > 0
+        return {name: int(total) for name, total, there in zip(self.names, totals, here, strict=True) if there}

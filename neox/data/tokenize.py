@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,16 @@ class Counts:
     """UTF-8 bytes of the documents' text."""
     empty: int = 0
     """Documents left out because they hold no text."""
+    origins: list[list[Any]] = field(default_factory=list)
+    """[source, documents that hold text], in order."""
+
+    def add_origins(self, origins: Iterable[Sequence[Any]]) -> None:
+        """Count more documents of these sources, which come next."""
+        for source, count in origins:
+            if self.origins and self.origins[-1][0] == source:
+                self.origins[-1][1] += count
+            else:
+                self.origins.append([source, count])
 
 
 def encoder_of(tokenizer: Tokenizer, settings: dict[str, Any], backend: Backend) -> Encoder:
@@ -57,10 +67,11 @@ def tokenize(
     settings = plan.settings
     end = np.array([encoder.tokenizer.eod_id] if settings["append_eod"] else [], dtype=np.int64)
     for batch in _batches(reader(plan)(shard, settings["text_key"], faults, None)):
-        texts = [text for _, text, _ in batch if text]
+        texts = [document.text for _, document in batch if document.text]
+        counts.add_origins((document.source, 1) for _, document in batch if document.text)
         counts.bytes += sum(len(text.encode("utf-8")) for text in texts)
         counts.empty += len(batch) - len(texts)
-        taken = sum(share for _, _, share in batch) / max(1, sum(map(len, texts)))
+        taken = sum(document.taken for _, document in batch) / max(1, sum(map(len, texts)))
         sizes, size, held = [], 0, 0
         ids = []
         try:
@@ -76,7 +87,7 @@ def tokenize(
                     advance(taken * held)
                     ids, held = [], 0
         except Difference as error:
-            number = [row for row in batch if row[1]][error.document][0]
+            number = [number for number, document in batch if document.text][error.document]
             raise ValueError(
                 f"{shard.pieces[0].name}: document {number} from there: {error}; what is done stays: go on with "
                 "data.backend=tokenizers"
@@ -89,16 +100,16 @@ def tokenize(
     return counts
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[tuple[int, str, float]]]:
-    """Documents (number, text, share of the file's bytes), large enough for all cores in groups and small enough for
+def _batches(documents: Iterator[Document]) -> Iterator[list[tuple[int, Document]]]:
+    """Documents with their numbers, large enough for all cores in groups and small enough for
     memory; one longer than a group comes alone."""
-    batch: list[tuple[int, str, float]] = []
+    batch: list[tuple[int, Document]] = []
     characters = 0
     for number, document in enumerate(documents):
         if batch and (characters + len(document.text) > BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS):
             yield batch
             batch, characters = [], 0
-        batch.append((number, document.text, document.taken))
+        batch.append((number, document))
         characters += len(document.text)
     if batch:
         yield batch

@@ -61,7 +61,7 @@ class Reading:
     @cached_property
     def sources(self) -> list[Sources]:
         """Of each part where its documents come from."""
-        return [Sources.of(part.file.bin) for part in self.dataset.parts]
+        return [Sources.of(part.file) for part in self.dataset.parts]
 
     def samples_before(self, step: int) -> int:
         """The sample number up to which steps 1 to `step` read."""

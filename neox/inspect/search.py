@@ -26,77 +26,86 @@ class Hit:
     places: list[tuple[int, int, int]]  # step, row, epoch: of each time that any of it was read
 
 
-def search(reading: Reading, text: str, until: int, advance: Callable[[int], object] = int) -> Iterator[Hit]:
-    """Where `text` stands in documents that steps 1 to `until` read, in the order of the text, not of the steps.
+class Search:
+    """Where `text` stands in documents, of what steps 1 to `until` read any part of.
 
-    `advance` gets the bytes of the token files that were looked through. Memory does not grow with the text.
     Raises ValueError without a byte-level tokenizer, and where there is nothing to look for.
     """
-    tokenizer = reading.tokenizer
-    if tokenizer is None:
-        raise ValueError("find needs a tokenizer, and there is none beside the data: give tokenizer=tokenizer.json")
-    # As the tokenizer composes characters: so stands the text in the data.
-    wanted = b"".join(tokenizer.bytes_of_tokens[token] for token in tokenizer.encode(text, specials=False))
-    if not wanted:
-        raise ValueError("find: nothing to look for")
-    samples = reading.samples_before(until)
-    for part, start, stop in ranges(reading.dataset, samples):
-        for piece in _found(reading, part, start, stop, wanted, advance):
-            if places := reading.places(piece, until):
-                yield Hit(piece, places)
+
+    def __init__(self, reading: Reading, text: str, until: int) -> None:
+        tokenizer = reading.tokenizer
+        if tokenizer is None:
+            raise ValueError("find needs a tokenizer, and there is none beside the data: give tokenizer=tokenizer.json")
+        self.reading, self.until, self.table = reading, until, tokenizer.bytes_of_tokens
+        # As the tokenizer composes characters: so stands the text in the data.
+        self.wanted = b"".join(self.table[token] for token in tokenizer.encode(text, specials=False))
+        if not self.wanted:
+            raise ValueError("find: nothing to look for")
+        # What is read up to the middle of the string has its other end at most as many tokens away.
+        self.ranges = ranges(reading.dataset, reading.samples_before(until), margin=len(self.wanted))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the token files to look through."""
+        parts = self.reading.dataset.parts
+        return sum((stop - start) * parts[part].file.dtype.itemsize for part, start, stop in self.ranges)
+
+    def hits(self, advance: Callable[[int], object] = int) -> Iterator[Hit]:
+        """In the order of the text, not of the steps. Memory does not grow with the text; `advance` gets the bytes that
+        were looked through."""
+        for part, start, stop in self.ranges:
+            for piece in self._found(part, start, stop, advance):
+                if places := self.reading.places(piece, self.until):
+                    yield Hit(piece, places)
+
+    def _found(self, number: int, start: int, stop: int, advance: Callable[[int], object]) -> Iterator[Piece]:
+        """The pieces of documents that hold the string and begin among tokens start .. stop - 1 of a part."""
+        part, wanted = self.reading.dataset.parts[number], self.wanted
+        for first in range(start, stop, CHUNK):
+            # A token is at least a byte: what begins in this chunk ends within as many more tokens.
+            texts = self._texts(part.tokens[first : min(first + CHUNK + len(wanted), stop)])
+            text = b"".join(texts)
+            at, ends = text.find(wanted), None
+            while at >= 0:
+                if ends is None:
+                    ends = np.cumsum([len(own) for own in texts])
+                low = int(np.searchsorted(ends, at, side="right"))
+                high = int(np.searchsorted(ends, at + len(wanted) - 1, side="right"))
+                if low >= CHUNK:
+                    break
+                pieces = part.pieces(first + low, first + high + 1)
+                if len(pieces) == 1:  # not over the end of a document
+                    yield Piece(number, *pieces[0])
+                at = text.find(wanted, at + 1)
+            advance((min(first + CHUNK, stop) - first) * part.file.dtype.itemsize)
+
+    def _texts(self, tokens: npt.NDArray[Any]) -> list[bytes]:
+        table = self.table
+        try:
+            return [table[token] for token in tokens.tolist()]
+        except IndexError:  # rows of padding that no token has
+            return [table[token] if token < len(table) else b"" for token in tokens.tolist()]
 
 
-def ranges(dataset: Dataset, samples: int) -> list[Range]:
-    """What has to be looked through for the samples before number `samples`: what they hold where they are few, else
-    all text."""
+def ranges(dataset: Dataset, samples: int, margin: int = 0) -> list[Range]:
+    """What has to be looked through for the samples before number `samples`: what they hold and `margin` tokens around
+    it where they are few, else all text."""
     whole = [(number, 0, len(part.tokens)) for number, part in enumerate(dataset.parts)]
-    if samples > FEW or samples * (dataset.seq_length + 1) >= sum(stop for _, _, stop in whole):
+    if samples > FEW or samples * (dataset.seq_length + 1 + 2 * margin) >= sum(stop for _, _, stop in whole):
         return whole
-    read = sorted(
-        (piece.part, first := dataset.parts[piece.part].place(piece.document) + piece.offset, first + piece.tokens)
-        for sample in range(samples)
-        for piece in dataset.trace([sample])[0]
-    )
+    read = []
+    for sample in range(samples):
+        for piece in dataset.trace([sample])[0]:
+            first = dataset.parts[piece.part].place(piece.document) + piece.offset
+            stop = min(first + piece.tokens + margin, whole[piece.part][2])
+            read.append((piece.part, max(0, first - margin), stop))
     merged: list[Range] = []
-    for part, start, stop in read:
+    for part, start, stop in sorted(read):
         if merged and merged[-1][0] == part and start <= merged[-1][2]:
             merged[-1] = part, merged[-1][1], max(stop, merged[-1][2])
         else:
             merged.append((part, start, stop))
     return merged
-
-
-def _found(
-    reading: Reading, number: int, start: int, stop: int, wanted: bytes, advance: Callable[[int], object]
-) -> Iterator[Piece]:
-    """The pieces of documents among tokens start .. stop - 1 of a part that hold `wanted`."""
-    assert reading.tokenizer is not None
-    part, table = reading.dataset.parts[number], reading.tokenizer.bytes_of_tokens
-    for first in range(start, stop, CHUNK):
-        # A token is at least a byte: what begins in this chunk ends within as many more tokens.
-        tokens = part.tokens[first : min(first + CHUNK + len(wanted), stop)]
-        texts = _texts(tokens, table)
-        text = b"".join(texts)
-        at, ends = text.find(wanted), None
-        while at >= 0:
-            if ends is None:
-                ends = np.cumsum([len(own) for own in texts])
-            low = int(np.searchsorted(ends, at, side="right"))
-            high = int(np.searchsorted(ends, at + len(wanted) - 1, side="right"))
-            if low >= CHUNK:
-                break
-            pieces = part.pieces(first + low, first + high + 1)
-            if len(pieces) == 1:  # not over the end of a document
-                yield Piece(number, *pieces[0])
-            at = text.find(wanted, at + 1)
-        advance((min(first + CHUNK, stop) - first) * part.file.dtype.itemsize)
-
-
-def _texts(tokens: npt.NDArray[Any], table: list[bytes]) -> list[bytes]:
-    try:
-        return [table[token] for token in tokens.tolist()]
-    except IndexError:  # rows of padding that no token has
-        return [table[token] if token < len(table) else b"" for token in tokens.tolist()]
 
 
 @dataclass(frozen=True)
@@ -128,15 +137,6 @@ def portions(reading: Reading, until: int, advance: Callable[[int], object] = in
         advance(1)
     found = []
     for number, part in enumerate(reading.dataset.parts):
-        whole = _sizes(reading, number)
+        whole = reading.sources[number].tokens(part.sizes, part.first)
         found += [Portion(part.file.bin.stem, name, read.get((number, name), 0), whole[name]) for name in whole]
-    return found
-
-
-def _sizes(reading: Reading, number: int) -> dict[str | None, int]:
-    """Tokens of each component of a part."""
-    part, sources = reading.dataset.parts[number], reading.sources[number]
-    found: dict[str | None, int] = {}
-    for first, last, origin in sources.runs(part.first, part.last):
-        found[origin.component] = found.get(origin.component, 0) + part.place(last) - part.place(first)
     return found

@@ -135,8 +135,9 @@ def tokenizer_report(
 def _batches(source: Source, text_key: str) -> Iterator[tuple[list[str], float]]:
     batch: list[str] = []
     size, taken = 0, 0.0
-    for text, count, _ in read_source(source, text_key, Faults("fail")):
-        taken += count
+    for document in read_source(source, text_key, Faults("fail")):
+        text = document.text
+        taken += document.taken
         if text:
             batch.append(text)
             size += len(text)

@@ -37,7 +37,7 @@ def names(dataset: Dataset) -> list[str]:
     """What the entries of data.train are called: their component where they hold one, else their file; no two alike."""
     found: list[str] = []
     for part in dataset.parts:
-        components = Sources.of(part.file.bin).components(part.first, part.last)
+        components = list(Sources.of(part.file).tokens(part.sizes, part.first))
         name = (components[0] if len(components) == 1 else None) or part.file.bin.stem
         found.append(f"{name} ({len(found)})" if name in found else name)
     return found

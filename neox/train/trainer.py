@@ -382,6 +382,7 @@ class Trainer:
                 self.run / "order",
             )
         self.progress = Progress(config, datasets.train, datasets.fingerprint, self.goodput, datasets.weights)
+        self.progress.epochs()  # what is wrong with the notes beside the tokens is said before the first step
         self.valid = datasets.valid
         self.batches = Batches(config, self.layout, self.device)
         self.prefetch = Prefetch(lambda step: self.batches(self.progress.loader, step), config.train.steps, self.device)

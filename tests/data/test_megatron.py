@@ -91,6 +91,7 @@ def test_equals_the_description(
         assert dataset.shuffle_idx.tolist() == expected.shuffle_idx
         count = len(expected.shuffle_idx)
         assert dataset.sample_idx(np.arange(count + 1)).tolist() == [list(pair) for pair in expected.sample_idx]
+        assert np.concatenate([*dataset.whole_sample_idx()]).tolist() == [list(pair) for pair in expected.sample_idx]
         assert len(dataset) == len(expected) == count - 1
         assert count >= num_samples
         samples = [*range(count), *((count + far,) if count > 1 else ())]

@@ -46,16 +46,18 @@ def test_the_documents_of_the_files_in_order(
     batch: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("prepare")
-    sources, documents = [], []
+    sources, documents, of_source = [], [], []
     for number, (one_text, content) in enumerate(files):
         if one_text:
             path = folder / f"{number}.txt"
             joined = "|".join(content)
             path.write_bytes(joined.encode())
             documents.append(joined.removeprefix("\ufeff"))
+            of_source.append(documents[-1:])
         else:
             path = jsonl(folder / f"{number}.jsonl", content)
             documents += content
+            of_source.append(content)
         sources.append(path)
     all_documents = len(documents)
     documents = [text for text in documents if text]
@@ -76,6 +78,8 @@ def test_the_documents_of_the_files_in_order(
     assert report.bytes == len("".join(documents).encode())
     manifest = json.loads((folder / "out.json").read_text())
     assert len(manifest.pop("plan")) == 64
+    came_from = [[str(path), len([text for text in own if text])] for path, own in zip(sources, of_source, strict=True)]
+    assert manifest.pop("origins") == [row for row in came_from if row[1]]
     assert manifest == {
         "sha256": hashlib.sha256((folder / "out.bin").read_bytes()).hexdigest(),
         "format": 1,

@@ -42,7 +42,7 @@ def error_of(path: Path) -> str:
 
 def records_of(path: Path, key: str = "text", faults: Faults | None = None) -> list[tuple[str, float]]:
     (source,) = find_sources(path, key, "skip")
-    return [(text, taken) for text, taken, _ in read_source(source, key, faults or Faults("fail"))]
+    return [(found.text, found.taken) for found in read_source(source, key, faults or Faults("fail"))]
 
 
 @settings(deadline=None)

@@ -144,3 +144,27 @@ def test_preshuffled_documents_are_the_samples(tmp_path: Path) -> None:
     other = write_pair(tmp_path / "other", [5, 4])
     with pytest.raises(ValueError, match=r"other\.bin: document 1 has 4 tokens; .* documents of .* = 5: set data\.seq"):
         build_datasets(config, [other], [], 1, 6)
+
+
+@pytest.mark.parametrize("case", ["blended", "megatron blended"])
+@pytest.mark.parametrize("ranks", [1, 3, 5])
+def test_changed_weights_on_any_number_of_ranks(tmp_path: Path, case: str, ranks: int) -> None:
+    sizes = [[9, 0, 7, 12, 30], [3, 3, 20, 8]]
+    files = [write_pair(tmp_path / f"f{n}", own, 1000 * n) for n, own in enumerate(sizes)]
+    config = DataConfig(train=tuple(map(str, files)), seq_length=4, **CASES[case])
+    began = build_datasets(config, files, [], 5, 70)
+    dataset = began.train.with_phases([*began.train.history.phases, (21, (0.9, 0.1)), (28, (1.0, 1.0))])
+    loader = Loader(dataset, 7, [(30, 33)])
+    alone = Loader(dataset, 7, [(30, 33)])
+    for step in range(9):
+        parts = [part for rank in range(ranks) for part in loader.microbatches(step, 2, rank, ranks)]
+        tokens = [
+            row
+            for part in parts
+            for row, own in zip(part.tokens.tolist(), part.labels.tolist(), strict=True)
+            if max(own) >= 0
+        ]
+        assert tokens == alone.batch(step).tokens.tolist()
+        if step < 3:  # what came before a change is what it was
+            assert tokens == Loader(began.train, 7).batch(step).tokens.tolist()
+    assert loader.batch(4).tokens.tolist() != Loader(began.train, 7, [(30, 33)]).batch(4).tokens.tolist()

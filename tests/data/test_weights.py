@@ -1,6 +1,5 @@
 """Where the shares of a blend come from, what is known of a document's source, arrays that are kept on the disk."""
 
-import json
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -11,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox.config import ConfigError, DataConfig
-from neox.data import build_datasets, megatron
+from neox.data import TokenFile, build_datasets, megatron
 from neox.data.arrays import cached_arrays, content_key
 from neox.data.build import whole
 from neox.data.pile import COMPONENTS
-from neox.data.sources import Origin, Sources, sources_file
+from neox.data.sources import Origin, Sources
 from neox.data.weights import blend_weights, by_documents
-from tests.data.corpora import write_pair
+from tests.data.corpora import note, write_pair
 
 
 @settings(deadline=None)
@@ -38,14 +37,6 @@ def test_a_temperature_favours_what_is_small() -> None:
     assert by_documents([900, 100], 2.0) == pytest.approx((0.9, 0.1))
 
 
-def note(prefix: Path, *rows: tuple[str, str | None, int]) -> None:
-    first, out = 0, []
-    for source, component, count in rows:
-        out.append({"source": source, "component": component, "first_document": first, "count": count})
-        first += count
-    sources_file(prefix.with_suffix(".bin")).write_text(json.dumps(out))
-
-
 def test_the_piles_weights(tmp_path: Path) -> None:
     files = [write_pair(tmp_path / name, [20, 20], 1000 * n) for n, name in enumerate("abc")]
     names = ["ArXiv", "Enron Emails", "Pile-CC"]
@@ -62,7 +53,7 @@ def test_the_piles_weights(tmp_path: Path) -> None:
     note(files[0], ("x.jsonl", "ArXiv", 1), ("y.jsonl", "Github", 1))
     with pytest.raises(ValueError, match=r'a\.bin: data\.weigh = "pile" needs .* this holds ArXiv, Github: prepare'):
         build_datasets(config, files, [], 3, 10)
-    sources_file(files[0].with_suffix(".bin")).unlink()
+    files[0].with_suffix(".components.json").unlink()
     with pytest.raises(ValueError, match=r"this holds None: prepare the components apart"):
         build_datasets(config, files, [], 3, 10)
 
@@ -74,19 +65,52 @@ def test_weights_from_two_places_are_refused() -> None:
         DataConfig(weights=(1.0,), order="preshuffled")
 
 
-def test_sources(tmp_path: Path) -> None:
-    prefix = write_pair(tmp_path / "x", [3] * 9)
-    bin_file = prefix.with_suffix(".bin")
-    assert Sources.of(bin_file)[5] == Origin(None, None)
-    note(prefix, ("a", None, 2), ("b", "ArXiv", 4), ("c", "Github", 3))
-    sources = Sources.of(bin_file)
-    assert [sources[n].source for n in range(9)] == list("aabbbbccc")
-    assert sources.components(0, 9) == [None, "ArXiv", "Github"]
-    assert sources.components(2, 6) == ["ArXiv"]
-    for broken in ('[{"source": "a"}]', "{", '[{"source":"a","component":null,"first_document":1,"count":2}]', "[3]"):
-        sources_file(bin_file).write_text(broken)
-        with pytest.raises(ValueError, match=r"x\.sources\.json: damaged .*: remove it, or prepare the data again"):
-            Sources.of(bin_file)
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from(["Books3", "ArXiv", "Github"]), st.integers(1, 4)),
+        min_size=1,
+    ),
+    known=st.booleans(),
+    sizes=st.randoms(use_true_random=False),
+    first=st.integers(0, 5),
+)
+def test_sources_are_read_back(tmp_path_factory: pytest.TempPathFactory, rows, known, sizes, first) -> None:
+    """Against one tuple a document."""
+    rows = [(source, component if known else None, count) for source, component, count in rows]
+    every = [(source, component) for source, component, count in rows for _ in range(count)]
+    lengths = [sizes.randint(0, 9) for _ in every]
+    prefix = write_pair(tmp_path_factory.mktemp("data") / "x", lengths)
+    note(prefix, *rows)
+    file = TokenFile(prefix)
+    sources = Sources.of(file)
+    assert [tuple(sources[n]) for n in range(len(every))] == every
+    first = min(first, len(every) - 1)
+    wanted: dict[str | None, int] = {}
+    for (_, component), size in list(zip(every, lengths, strict=True))[first:]:
+        wanted[component] = wanted.get(component, 0) + size
+    assert sources.tokens(file.sizes[first:], first) == wanted
+
+
+def test_files_beside_that_do_not_fit(tmp_path: Path) -> None:
+    prefix = write_pair(tmp_path / "x", [3] * 6)
+    assert Sources.of(TokenFile(prefix))[5] == Origin(None, None)
+    for name, broken in (
+        ("x.json", b'{"origins": [["a", 5]]}'),
+        ("x.json", b'{"origins": [3]}'),
+        ("x.json", b"{"),
+        ("x.json", b"[]"),
+        ("x.components.json", b'{"counts": []}'),
+        ("x.components.npy", b"\x93NUMPY"),
+    ):
+        note(prefix, ("a", "ArXiv", 6))
+        assert Sources.of(TokenFile(prefix))[5] == Origin("a", "ArXiv")
+        (tmp_path / name).write_bytes(broken)
+        with pytest.raises(ValueError, match=rf"{name}: does not fit .*x\.bin .*: remove it, or prepare again"):
+            Sources.of(TokenFile(prefix))
+    np.save(tmp_path / "x.components.npy", np.zeros(5, np.uint16))
+    with pytest.raises(ValueError, match=r"x\.components\.npy: does not fit .* tells of \(5,\) documents, there are 6"):
+        Sources.of(TokenFile(prefix))
 
 
 def test_megatrons_arrays_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

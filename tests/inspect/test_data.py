@@ -10,11 +10,11 @@ import pytest
 from neox import cli
 from neox.config import load_config
 from neox.data import Loader, TokenDataset, TokenWriter
-from neox.data.sources import sources_file
 from neox.inspect.reading import of_config, of_run
-from neox.inspect.search import portions, ranges, search
+from neox.inspect.search import Search, portions
 from neox.tokenizer import train_bpe
 from neox.train import Trainer
+from tests.data.corpora import note
 from tests.train.helpers import TINY
 
 WORDS = ["a bright café", "night <b>&amp;", "the cat", "sat on", "the mat\n", "naïve", "x" * 9, "日本", "\x1b[2J"]
@@ -36,16 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two token files of short documents with known text, in one tokenizer, with their sources beside them."""
     folder = tmp_path_factory.mktemp("data")
     draw = np.random.default_rng(0)
-    texts = [["".join(draw.choice(WORDS, size=draw.integers(1, 9))) for _ in range(count)] for count in (40, 25)]
+    texts = [["".join(draw.choice(WORDS, size=draw.integers(1, 9))) for _ in range(count)] for count in (120, 75)]
     tokenizer = train_bpe([text for own in texts for text in own], vocab_size=300, progress=False)
     tokenizer.save(folder / "tokenizer.json")
     for name, own in zip("ab", texts, strict=True):
         with TokenWriter(folder / name, np.uint16) as writer:
             for text in own:
                 writer.add_document([*tokenizer.encode(text), tokenizer.eod_id])
-    note = [("x.jsonl", "ArXiv", 30), ("y.jsonl", "Github", 10)]
-    rows = [{"source": s, "component": c, "first_document": 30 * n, "count": k} for n, (s, c, k) in enumerate(note)]
-    sources_file(folder / "a.bin").write_text(json.dumps(rows))
+    note(folder / "a", ("x.jsonl", "ArXiv", 90), ("y.jsonl", "Github", 30))
     return folder
 
 
@@ -104,7 +102,7 @@ def test_the_rows_of_a_step_are_what_the_run_trained_on(folder: Path, run: Path)
             for stretch in row.stretches:
                 own = row.tokens[at : at + stretch.piece.tokens].tolist()
                 assert stretch.text == tokenizer.decode(own)
-                component = None if stretch.piece.part else "ArXiv" if stretch.piece.document < 30 else "Github"
+                component = None if stretch.piece.part else "ArXiv" if stretch.piece.document < 90 else "Github"
                 assert stretch.origin.component == component
                 at += len(own)
     noted = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
@@ -123,22 +121,18 @@ def test_a_search_finds_what_a_slow_one_finds(
     monkeypatch.setattr("neox.inspect.search.CHUNK", chunk)
     monkeypatch.setattr("neox.inspect.search.FEW", few)
     reading = of_run(run)
-    until = 4
+    until = 3
     wanted = every_place(reading, text.replace("e\u0301", "é").encode(), until)
     assert wanted
-    done: list[int] = []
+    looking, done = Search(reading, text, until), []
     found: dict[tuple[int, int, int], set[tuple[int, int]]] = {}
-    for hit in search(reading, text, until, done.append):
-        places = found.setdefault(hit.piece[:3], set())
-        places |= {(step, row) for step, row, _ in hit.places}
-    if few:  # only what was read is looked through: a string may go on behind it
-        assert found.keys() <= wanted.keys()
-        assert all(places <= wanted[key] for key, places in found.items())
-        assert found
-    else:
-        assert found == wanted
-    spans = ranges(reading.dataset, until * BATCH)
-    assert sum(done) == 2 * sum(stop - start for _, start, stop in spans)
+    for hit in looking.hits(done.append):
+        found.setdefault(hit.piece[:3], set()).update((step, row) for step, row, _ in hit.places)
+    assert found == wanted
+    assert sum(done) == looking.size
+    whole = sum(len(part.tokens) for part in reading.dataset.parts)
+    partly = few and until * BATCH * (17 + 2 * len(looking.wanted)) < whole
+    assert looking.size < 2 * whole if partly else looking.size == 2 * whole
 
 
 def test_portions_are_the_labels_of_the_rows(run: Path) -> None:
@@ -153,14 +147,14 @@ def test_portions_are_the_labels_of_the_rows(run: Path) -> None:
     assert {(p.file, p.component): p.tokens for p in found if p.tokens} == counted
     assert sum(p.tokens for p in found) == 3 * BATCH * 16
     sizes = [part.file.sizes for part in reading.dataset.parts]
-    assert [p.whole for p in found] == [sizes[0][:30].sum(), sizes[0][30:].sum(), sizes[1].sum()]
+    assert [p.whole for p in found] == [sizes[0][:90].sum(), sizes[0][90:].sum(), sizes[1].sum()]
 
 
 @pytest.mark.parametrize("options", [(), ("order=megatron",), ("order=megatron", "weights=[2.0,1.0]")])
 def test_without_a_run(folder: Path, options: tuple[str, ...]) -> None:
     reading = of_config(settings(folder, folder / "none", *options), str(folder / "tokenizer.json"))
     rows = {(step, row.row): row for step in range(1, STEPS + 1) for row in reading.rows(step)}
-    for name in ("a:3", "b:20", "a:39"):
+    for name in ("a:3", "b:20", "a:119"):
         piece = reading.document(name)
         places = reading.places(piece, STEPS)
         holding = [place for place, row in rows.items() if any(s.piece[:2] == piece[:2] for s in row.stretches)]
@@ -226,7 +220,7 @@ def test_what_the_verb_prints(run: Path, tmp_path: Path, neox_) -> None:
     assert [line for line in out.splitlines() if line.startswith("  step")] == [
         f"  step {step}, row {row}, epoch {epoch}" for step, row, epoch in reading.places(piece, STEPS)
     ]
-    hits = list(search(reading, "cat", STEPS))
+    hits = list(Search(reading, "cat", STEPS).hits())
     out = neox_("inspect", "data", str(run), "find=cat", "limit=0")[1]
     assert out.endswith(f"{len(hits)} places in what steps 1 to 6 read\n")
     out = neox_("inspect", "data", str(run), "find=cat", "limit=2")[1]
@@ -247,7 +241,7 @@ def test_what_the_verb_prints(run: Path, tmp_path: Path, neox_) -> None:
         (("step=1", "row=4"), 1, "row=4: rows of a step are 0 to 3"),
         (("step=1", "out=x.pdf"), 1, "out=x.pdf: must end in .html"),
         (("document=3",), 1, "document=3: must be a number, of several files FILE:NUMBER; the files: a, b"),
-        (("document=a:40",), 1, "has documents 0 to 39 here"),
+        (("document=a:120",), 1, "has documents 0 to 119 here"),
         (("find=",), 1, "find: nothing to look for"),
         (("steps=3",), 2, "steps=3: a run keeps its config"),
     ],

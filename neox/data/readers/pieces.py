@@ -17,6 +17,8 @@ class Document(NamedTuple):
     """Its share of the bytes that the progress bar counts: of the file, compressed where that is."""
     meta: Any = None
     """What stands beside the text under `meta_key`, such as the Pile's `{"pile_set_name": ...}`; None without one."""
+    source: str = ""
+    """The file or data set that it is from, as `Piece.name`; said where several pieces are read as one."""
 
 
 @dataclass(frozen=True)
