@@ -94,6 +94,17 @@ def test_scoring_computes_what_is_common_once_and_the_head_at_continuations_only
     assert sum(rows) == 4 * 2
 
 
+def test_continuations_that_differ_in_the_last_token_are_computed_once():
+    engine = Engine(MODELS["gpt_neox"])
+    context = list(range(30))
+    requests = [(context, [end]) for end in (3, 9, 9, 4)] + [(context, [3, end]) for end in (5, 6)]
+    requests += [([*context, 3], [5])]  # the same tokens, cut elsewhere: less of them is scored
+    scores = engine.score(requests)
+    assert scores == [Engine(MODELS["gpt_neox"]).score([request])[0] for request in requests]
+    assert engine.stats.misses + engine.stats.hits == 30 + 31 + 31
+    assert [len(score.logprobs) for score in scores] == [1, 1, 1, 1, 2, 2, 1]
+
+
 def test_what_cannot_be_scored_is_one_clear_line():
     engine = Engine(MODELS["gpt_neox"])
     with pytest.raises(ValueError, match=r"^request 1: a context and a continuation have at least one token each$"):
