@@ -15,12 +15,13 @@ _HOME = {
     "ModelConfig": "neox.config",
     "Tokenizer": "neox.tokenizer",
     "Trainer": "neox.train",
+    "evaluate": "neox.evaluation",
     "load": "neox.checkpoint",
     "preset": "neox.presets",
     "save": "neox.checkpoint",
 }
 
-__all__ = ["Config", "Engine", "GPTNeoX", "ModelConfig", "Tokenizer", "Trainer", "load", "preset", "save"]
+__all__ = ["Config", "Engine", "GPTNeoX", "ModelConfig", "Tokenizer", "Trainer", "evaluate", "load", "preset", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,14 +15,15 @@ from collections.abc import Sequence
 from inspect import getdoc
 
 import neox
+from neox.cli.judging import eval_
 from neox.cli.looking import TOPICS, doctor, inspect, show
 from neox.cli.making import prepare, quickstart, train
 from neox.cli.using import bench, convert, generate
 from neox.cli.verb import UsageError, Verb
 
 VERBS: dict[str, Verb] = {
-    function.__name__: function
-    for function in (quickstart, prepare, train, generate, convert, show, inspect, bench, doctor)
+    function.__name__.rstrip("_"): function
+    for function in (quickstart, prepare, train, eval_, generate, convert, show, inspect, bench, doctor)
 }
 
 

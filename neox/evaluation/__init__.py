@@ -8,5 +8,6 @@ except ModuleNotFoundError as error:
     raise ValueError("evaluation needs the package lm-eval: pip install 'neox[eval]'") from None
 
 from neox.evaluation.adapter import EngineLM
+from neox.evaluation.run import evaluate
 
-__all__ = ["EngineLM"]
+__all__ = ["EngineLM", "evaluate"]

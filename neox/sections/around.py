@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from neox.options import Section
-from neox.sections.kinds import Biases, NotNegative, OptionalInt, OptionalStr, Positive, Strings, listed
+from neox.sections.kinds import (
+    Biases,
+    Names,
+    NotNegative,
+    OptionalFloat,
+    OptionalInt,
+    OptionalStr,
+    Positive,
+    Strings,
+    listed,
+)
 
 
 class CheckpointConfig(Section):
@@ -49,12 +59,26 @@ class LogConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation on data.valid during training."""
+    """Evaluation: of the loss on data.valid during training, and of tasks by `neox eval`."""
 
     every: NotNegative = 0
-    """Steps between evaluations; 0 = never."""
+    """Steps between evaluations on data.valid; 0 = never."""
     batches: Positive = 10
-    """Global batches per evaluation."""
+    """Global batches per evaluation on data.valid."""
+    tasks: Names = ()
+    """Tasks, groups or tags of lm-evaluation-harness, or YAML files of tasks: a,b."""
+    include_path: OptionalStr = None
+    """A folder of YAML files with tasks of one's own; none = only lm-evaluation-harness's."""
+    limit: OptionalFloat = Field(default=None, gt=0)
+    """The first so many documents of each task, below 1 this fraction of them; none = all."""
+    num_fewshot: OptionalInt = Field(default=None, ge=0)
+    """Examples before each question; none = as many as the task says."""
+    seed: OptionalInt = Field(default=None, ge=0)
+    """Of examples and of everything else drawn; none = lm-evaluation-harness's own seeds."""
+    log_samples: bool = False
+    """Also write each document with its prompts, answers and scores."""
+    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 8
+    """Requests that a backend of lm-evaluation-harness (hf:, lm-eval:) computes at a time; ours packs by tokens."""
 
 
 class GenerateConfig(Section):

@@ -25,10 +25,16 @@ def pairs(value: Any) -> Any:
     return tuple(listed(pair) for pair in pairs)
 
 
+def separated(value: Any) -> Any:
+    """Names as one writes them on a command line: a,b."""
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else listed(value)
+
+
 OptionalInt = Annotated[int | None, BeforeValidator(none)]
 OptionalFloat = Annotated[float | None, BeforeValidator(none)]
 OptionalStr = Annotated[str | None, BeforeValidator(none)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(listed)]
+Names = Annotated[tuple[str, ...], BeforeValidator(separated)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(listed)]
 Weights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(listed)]
 Biases = Annotated[tuple[tuple[str, Annotated[float, Field(ge=-100, le=100)]], ...], BeforeValidator(pairs)]

@@ -1,0 +1,82 @@
+"""The verb that says how good a model is: eval."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from neox.cli.verb import UsageError
+
+OWN = ("out", "device", "dtype", "weights", "model_args")
+TRAINING = ("every", "batches")  # of section eval, but about data.valid
+
+
+def eval_(targets: list[str], options: list[str]) -> None:
+    """Evaluate a model on tasks of lm-evaluation-harness: its prompts, metrics and standard errors.
+
+    neox eval MODEL tasks=NAME[,NAME ...] [key=value ...]
+
+    MODEL is a run directory, one of its step folders, a Hugging Face folder or a hub id (OWNER/MODEL,
+    OWNER/MODEL@REVISION), run by our engine; to compare with, hf:ID is any model of transformers in
+    lm-eval's own backend, lm-eval:BACKEND any of its backends, an OpenAI-compatible API for one.
+
+    Every answer is kept in OUT/answers.jsonl as it comes: interrupted or killed, the same command
+    asks the rest; finished, it asks nothing. OUT also gets results.json (lm-eval's schema),
+    results.md and results.html, which the next evaluation with this out= replaces.
+
+    Options:
+      tasks=NAMES        tasks, groups or tags of lm-eval, or YAML files of your own
+      include_path=DIR   a folder of YAML files with tasks of your own
+      limit=N            the first N documents of each task; 0.1: a tenth of them
+      num_fewshot=N      examples before each question; default: as many as the task says
+      seed=N             of examples and of everything else drawn; default: lm-eval's seeds
+      log_samples=true   also write OUT/samples_TASK.jsonl: documents, prompts, answers
+      out=DIR            default: evals/MODEL
+      weights=auto       as in `neox generate`; auto loses nothing
+      device=auto        cpu, cuda or mps
+      dtype=fp32         fp32, bf16 or fp16; default: fp32 on a CPU, the stored type elsewhere
+      batch_size=8       of hf: and lm-eval: backends; auto tries how much fits
+      model_args=A=B,C=D arguments of hf: and lm-eval: backends, as lm-eval writes them
+
+    Examples:
+      neox eval EleutherAI/pythia-160m tasks=lambada_openai,arc_easy
+      neox eval runs/first tasks=sums include_path=tasks limit=100
+      neox eval hf:KoboldAI/fairseq-dense-6.7B tasks=lambada_openai dtype=bf16
+      neox eval lm-eval:local-completions tasks=arc_easy \\
+        model_args=model=EleutherAI/pythia-160m,base_url=http://localhost:8000/v1/completions
+    """
+    from neox.config import load_config
+    from neox.options import parse_override
+
+    own: dict[str, str] = {}
+    overrides = []
+    for option in options:
+        key, _, value = option.partition("=")
+        if key in OWN:
+            own[key] = value
+            continue
+        full = key if "." in key else f"eval.{key}"
+        section, name, *_ = parse_override(f"{full}={value}")
+        if section != "eval" or name in TRAINING:
+            raise UsageError(f"eval has no option {key}, see `neox eval --help`")
+        overrides.append(f"{full}={value}")
+    if len(targets) != 1:
+        raise UsageError("eval needs one MODEL")
+    config = load_config(overrides=overrides).eval
+    if not config.tasks:
+        raise UsageError("eval needs tasks=NAME, such as tasks=lambada_openai,arc_easy")
+    out = Path(own.pop("out", "") or Path("evals") / re.sub(r"[^\w.@-]+", "__", targets[0].strip("./")))
+
+    from neox.evaluation import evaluate
+    from neox.evaluation.report import markdown
+
+    asked = config.model_dump(exclude=set(TRAINING))
+    try:
+        results = evaluate(targets[0], out=out, **asked, **own)  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        if out.is_dir():
+            print(f"neox: interrupted; the same command asks what {out} does not answer yet", file=sys.stderr)
+        raise
+    print(markdown(results), end="")
+    print(f"{out}: results.json, results.md, results.html")

@@ -1,0 +1,123 @@
+"""Answers of models to requests, kept in a file as they come: what was asked once is not asked again."""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM, hash_args
+from torch import Tensor
+
+from neox.files import read_rows
+
+METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+SECONDS = 5.0  # between two times that the file is forced onto the disk
+VALUES = 4096  # of each tensor, spread over it, that tell two models apart
+
+
+def fingerprint(tensors: Mapping[str, Tensor], *others: Any) -> str:
+    """Which model this is: a hash of names, shapes, types and some values of its tensors, and of `others`, as JSON."""
+    digest = hashlib.sha256(json.dumps(others, default=str).encode())
+    for name, tensor in tensors.items():
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, len(flat) // VALUES)].contiguous().cpu()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Answers:
+    """The file `path`, one JSON object a line: a key, made of who was asked and what, and the answer.
+
+    Stands where lm-eval has its cache hook, which a model tells each answer as it comes. Several models and several
+    processes may share a file. A line that a crash cut is left out. Raises OSError where it cannot be written.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.identity, self.added = path, identity, 0
+        # Unbuffered: a line is one write, and what could not be written is not tried again when the file is closed.
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  (__exit__ closes it)
+        self._known = {row["key"]: row["answer"] for row in read_rows(path) if row.keys() >= {"key", "answer"}}
+        size = self._file.seek(0, os.SEEK_END)
+        if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+            self._file.write(b"\n")
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._file:
+            os.fsync(self._file.fileno())
+
+    def key(self, method: str, arguments: Sequence[Any]) -> str | None:
+        """None for what is drawn at random: such answers are not alike."""
+        if method == "generate_until" and _is_drawn(arguments[1]):
+            return None
+        return hash_args(f"{self.identity} {method}", arguments)
+
+    def add_partial(self, method: str, arguments: Sequence[Any], answer: Any) -> None:
+        """Keep an answer; lm-eval's name for it."""
+        key = self.key(method, arguments)
+        if key is None or key in self._known:
+            return
+        self._known[key] = answer
+        self.added += 1
+        try:
+            self._file.write(json.dumps({"key": key, "answer": answer}).encode() + b"\n")
+            if time.monotonic() > self._synced + SECONDS:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        except OSError as error:
+            reason = f"{error.strerror or error}: what was written is kept, the same command continues"
+            raise OSError(error.errno, reason, str(self.path)) from error
+
+    def asked(self, method: str, ask: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        """`ask`, a method of a model, for those requests only that are not answered yet, and once for equal ones."""
+
+        def answers(requests: list[Instance], **options: Any) -> list[Any]:
+            keys = [self.key(method, request.args) for request in requests]
+            missing: list[int] = []
+            asking = set(self._known)
+            for number, key in enumerate(keys):
+                if key is None or key not in asking:
+                    missing.append(number)
+                    asking |= {key} if key else set()
+            new = ask([requests[number] for number in missing], **options) if missing else []
+            drawn = {}
+            for number, answer in zip(missing, new, strict=True):
+                drawn[number] = answer
+                self.add_partial(method, requests[number].args, answer)
+            found = [drawn[number] if key is None else self._known[key] for number, key in enumerate(keys)]
+            # JSON has no tuples; lm-eval's are (log-likelihood, is_greedy).
+            return [tuple(answer) if isinstance(answer, list) else answer for answer in found]
+
+        return answers
+
+
+@contextlib.contextmanager
+def remembered(model: LM, answers: Answers) -> Iterator[None]:
+    """Inside, `model` answers from `answers` what is known there, and adds to it what is not."""
+    hook = model.cache_hook
+    model.set_cache_hook(answers)
+    for method in METHODS:
+        setattr(model, method, answers.asked(method, getattr(model, method)))
+    try:
+        yield
+    finally:
+        for method in METHODS:
+            delattr(model, method)
+        model.set_cache_hook(hook)
+
+
+def _is_drawn(options: dict[str, Any]) -> bool:
+    do_sample = options.get("do_sample")
+    return bool(do_sample or (do_sample is None and float(options.get("temperature", 0.0)) > 0))

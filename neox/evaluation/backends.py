@@ -1,0 +1,83 @@
+"""Who is asked: a model of ours in the engine, one of `transformers`, or whatever else lm-eval has a backend for."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.registry import get_model, model_registry
+from lm_eval.utils import simple_parse_args_string
+
+from neox.data.readers.faults import one_line
+from neox.evaluation.adapter import EngineLM
+from neox.evaluation.answers import fingerprint
+from neox.generate import Engine
+from neox.generate.loading import load_engine
+from neox.runtime import resolve_device
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# These say how a backend is asked, never what it answers; some are secret.
+MANNERS = ("auth_token", "batch_size", "header", "max_retries", "num_concurrent", "timeout")
+
+
+def load_model(
+    model: str | Path | Engine,
+    device: str = "auto",
+    dtype: str | None = None,
+    weights: str = "auto",
+    model_args: str = "",
+    batch_size: int | str = 8,
+    progress: bool = True,
+) -> tuple[LM, str, dict[str, Any]]:
+    """What lm-eval asks, a hash that says who that is, and lm-eval's `model` and `model_args` to name it by.
+
+    `model` is an engine; or what `checkpoint.load` takes; or hf:ID, with an @REVISION if wanted, a model that
+    `transformers` loads, in lm-eval's own backend; or lm-eval:BACKEND, any backend of lm-eval by its name.
+    `model_args` are a backend's arguments as lm-eval writes them, name=value,name=value. Raises ValueError, naming the
+    model, for what cannot be loaded.
+    """
+    kind, _, name = str(model).partition(":")
+    if isinstance(model, Engine) or not (name and kind in ("hf", "lm-eval")):
+        if model_args:
+            raise ValueError("model_args= is for hf:ID and lm-eval:BACKEND; others take device=, dtype=, weights=")
+        return _ours(model, device, dtype, weights, progress)
+    if weights != "auto":
+        raise ValueError(f"weights={weights}: {model} is run by its own library, which takes dtype= or model_args=")
+    arguments = simple_parse_args_string(model_args)
+    if kind == "hf":
+        place, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+        where = {"pretrained": place, **({"revision": revision} if revision else {})}
+        how = {"device": str(resolve_device(device)), "dtype": DTYPES.get(dtype or "", dtype or "auto")}
+        arguments = where | how | arguments
+        name = "hf"
+    elif dtype or device != "auto":
+        raise ValueError(f"{model} takes device and dtype in model_args=, as far as the backend has them")
+    return _theirs(str(model), name, {"batch_size": batch_size} | arguments)
+
+
+def _ours(
+    model: str | Path | Engine, device: str, dtype: str | None, weights: str, progress: bool
+) -> tuple[LM, str, dict[str, Any]]:
+    engine = model if isinstance(model, Engine) else load_engine(model, device, dtype, weights)
+    source = "engine" if isinstance(model, Engine) else str(model)
+    try:
+        asked = EngineLM(engine, progress)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    identity = fingerprint(engine.model.state_dict(), engine.model.config.model_dump(), asked.tokens.sha256)
+    return asked, identity, {"model": "neox", "model_args": {"pretrained": source, "weights": weights, "dtype": dtype}}
+
+
+def _theirs(model: str, backend: str, arguments: dict[str, Any]) -> tuple[LM, str, dict[str, Any]]:
+    if backend not in model_registry:
+        near = difflib.get_close_matches(backend, list(model_registry), 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(model_registry))}"
+        raise ValueError(f"{model}: lm-eval has no backend {backend!r}; {hint}")
+    try:
+        asked = get_model(backend).create_from_arg_obj(arguments)
+    except Exception as error:  # each backend has its own
+        raise ValueError(f"{model}: cannot be loaded: {one_line(error)}") from error
+    told = {name: value for name, value in arguments.items() if name not in MANNERS}
+    loaded: Any = getattr(asked, "model", None)  # an API's is its name
+    identity = fingerprint(loaded.state_dict() if hasattr(loaded, "state_dict") else {}, backend, sorted(told.items()))
+    return asked, identity, {"model": backend, "model_args": told}

@@ -1,0 +1,95 @@
+"""Results as files: lm-eval's own JSON, a Markdown and an HTML table, samples."""
+
+import html
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lm_eval.utils import handle_non_serializable, hash_string, sanitize_list
+
+from neox.files import write_atomic
+
+Results = dict[str, Any]
+HEADS = ("Task", "Version", "Filter", "Shots", "Metric", "Value", "Stderr")
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
+table { border-collapse: collapse } th, td { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left }
+td { white-space: pre; font-variant-numeric: tabular-nums }
+"""
+
+
+def rows(results: Results) -> Iterator[list[str]]:
+    """A line of text for each metric of each task, as HEADS names its cells; tasks of a group below it, indented."""
+    members = results.get("group_subtasks", {})
+    inner = {name for names in members.values() for name in names}
+
+    def below(name: str, depth: int) -> Iterator[tuple[str, int]]:
+        yield name, depth
+        for member in members.get(name, ()):
+            yield from below(member, depth + 1)
+
+    for top in [*members, *results["results"]]:
+        for name, depth in below(top, 0) if top not in inner else ():
+            found = results["results"].get(name, {})
+            told = ["  " * depth + name, str(results["versions"].get(name, "")), str(results["n-shot"].get(name, ""))]
+            for key, value in found.items():
+                metric, comma, filter = key.partition(",")
+                if comma and not metric.endswith("_stderr"):
+                    error = found.get(f"{metric}_stderr,{filter}", "")
+                    yield [told[0], told[1], filter, told[2], metric, _text(value), _text(error)]
+
+
+def markdown(results: Results) -> str:
+    """The rows as a Markdown table that is also readable as it is."""
+    table = [list(HEADS), *([cell.replace("|", "\\|") for cell in row] for row in rows(results))]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def page(results: Results) -> str:
+    """The rows as one HTML page that needs no other file."""
+    name = html.escape(str(results["model_name"]))
+    body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows(results))
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>\n'
+        f"<h1>{name}</h1>\n<p>lm-evaluation-harness {html.escape(results['lm_eval_version'])}</p>\n"
+        f"<table>\n<tr>{''.join(f'<th>{head}</th>' for head in HEADS)}</tr>\n{body}\n</table>\n</html>\n"
+    )
+
+
+def write(results: Results, out: Path) -> None:
+    """results.json, results.md and results.html in the folder `out`, and samples_TASK.jsonl where there are samples."""
+    for task, samples in (results.get("samples") or {}).items():
+        lines = [json.dumps(_flat(one), default=handle_non_serializable, ensure_ascii=False) + "\n" for one in samples]
+        write_atomic(out / f"samples_{task.replace('/', '__')}.jsonl", "".join(lines).encode())
+    whole = {key: value for key, value in results.items() if key != "samples"}
+    text = json.dumps(whole, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    write_atomic(out / "results.md", markdown(results).encode())
+    write_atomic(out / "results.html", page(results).encode())
+    write_atomic(out / "results.json", text.encode())
+
+
+def task_hashes(samples: dict[str, list[Results]]) -> dict[str, str]:
+    """lm-eval's hash of each task's documents, prompts and targets."""
+    parts = ("doc_hash", "prompt_hash", "target_hash")
+    return {task: hash_string("".join(one[part] for one in many for part in parts)) for task, many in samples.items()}
+
+
+def _flat(sample: Results) -> Results:
+    """A sample as lm-eval's files have it: what a data set reader can make columns of."""
+    arguments = {
+        f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(one)} for i, one in enumerate(sample["arguments"])
+    }
+    return sample | {
+        "arguments": arguments,
+        "resps": sanitize_list(sample["resps"]),
+        "filtered_resps": sanitize_list(sample["filtered_resps"]),
+        "target": str(sample["target"]),
+    }
+
+
+def _text(cell: Any) -> str:
+    return f"{cell:.4f}" if isinstance(cell, float) else str(cell)
