@@ -15,10 +15,13 @@ from neox.evaluation import report
 from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import Answers, remembered
 from neox.evaluation.backends import load_model
+from neox.evaluation.sharing import shared
 from neox.evaluation.tasks import load_tasks
 from neox.generate import Engine
+from neox.runtime import Processes
 
 ANSWERS = "answers.jsonl"
+ALONE = Processes()
 
 
 def evaluate(
@@ -30,6 +33,7 @@ def evaluate(
     dtype: str | None = None,
     weights: str = "auto",
     model_args: str = "",
+    processes: Processes = ALONE,
     **options: Any,
 ) -> report.Results:
     """The results of `model` on `tasks`, as `lm_eval.simple_evaluate` returns and its result files hold them.
@@ -38,6 +42,8 @@ def evaluate(
     of the config's section `eval`. With `out`, a folder, every answer is kept in OUT/answers.jsonl as it comes, and
     what it holds already is not asked again; at the end results.json, .md, .html and, on request, samples are written.
 
+    With several `processes`, all of which make this call, each asks its share and the first one writes.
+
     Raises ValueError, one line, for tasks and models that cannot be loaded, and for a backend that fails on the way.
     """
     config = EvalConfig(**{"tasks": tasks, **options})
@@ -45,6 +51,8 @@ def evaluate(
         raise ValueError("eval.tasks: name at least one task, such as tasks=lambada_openai,arc_easy")
     found, manager = load_tasks(config.tasks, config.include_path)
     asked, identity, named = load_model(model, device, dtype, weights, model_args, config.batch_size, progress)
+    if processes.world > 1 and not isinstance(asked, EngineLM):
+        raise ValueError(f"{model}: several processes share the requests of our own engine only: leave torchrun away")
     tracker = GeneralConfigTracker()
     tracker.log_experiment_args(named["model"], named["model_args"], None, None, True)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -53,6 +61,7 @@ def evaluate(
         if out is not None:
             answers = stack.enter_context(Answers(Path(out) / ANSWERS, identity))
             stack.enter_context(remembered(asked, answers))
+        stack.enter_context(shared(asked, processes))
         try:
             results: report.Results = lm_eval.simple_evaluate(
                 model=asked,
@@ -73,6 +82,6 @@ def evaluate(
     results["config"] |= named
     tracker.log_end_time()
     results |= {"task_hashes": report.task_hashes(results.get("samples") or {}), **asdict(tracker)}
-    if out is not None:
+    if out is not None and not processes.rank:
         report.write(results, Path(out))
     return results
