@@ -266,6 +266,7 @@ PUBLIC = {
     "save": "neox.checkpoint",
     "Trainer": "neox.train",
     "Engine": "neox.generate",
+    "evaluate": "neox.evaluation",
 }
 
 

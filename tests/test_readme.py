@@ -31,11 +31,12 @@ def test_its_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_its_six_examples_run(tmp_path):
+def test_its_examples_run(tmp_path):
     (commands,) = blocks("bash")
     (program,) = blocks("python")
     shutil.copy(ROOT / "README.md", tmp_path)
-    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for folder in ("docs", "recipes"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     binaries = tmp_path / "bin"
     binaries.mkdir()
     script = binaries / "neox"
@@ -46,9 +47,10 @@ def test_its_six_examples_run(tmp_path):
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
     }
     lines = [line for line in commands.splitlines() if line]
-    assert len(lines) == 6
+    assert len(lines) == 7
     outputs = {}
     for line in lines:
         done = subprocess.run(
@@ -58,6 +60,7 @@ def test_its_six_examples_run(tmp_path):
         outputs[line.split()[1]] = done.stdout
     assert "162,322,944" in outputs["show"]
     assert outputs["generate"].startswith("The model ")
+    assert re.search(r"\| sums .* acc ", outputs["eval"])
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )

@@ -13,7 +13,7 @@ TRAINING = ("every", "batches", "tasks_every")  # of section eval, but for `neox
 
 
 def eval_(targets: list[str], options: list[str]) -> None:
-    """Evaluate a model on tasks of lm-evaluation-harness: its prompts, metrics and standard errors.
+    """Evaluate a model on tasks of lm-evaluation-harness, or of your own.
 
     neox eval MODEL tasks=NAME[,NAME ...] [key=value ...]
 
@@ -42,7 +42,7 @@ def eval_(targets: list[str], options: list[str]) -> None:
       weights=auto       as in `neox generate`; auto loses nothing
       device=auto        cpu, cuda or mps
       dtype=fp32         fp32, bf16 or fp16; default: fp32 on a CPU, the stored type elsewhere
-      batch_size=8       of hf: and lm-eval: backends; auto tries how much fits
+      batch_size=8       of hf: and lm-eval: backends; none: as many as fit
       model_args=A=B,C=D arguments of hf: and lm-eval: backends, as lm-eval writes them
 
     Examples:

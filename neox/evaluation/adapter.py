@@ -1,5 +1,6 @@
 """The engine as lm-evaluation-harness wants a model: what its `hf` backend answers, request by request."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from neox.generate import Engine, Sampling, Score
 
+logger = logging.getLogger(__name__)
 Pair = tuple[Sequence[int], Sequence[int]]
 Keyed = tuple[tuple[str, str], list[int], list[int]]
 CHUNK = 256  # requests that are scored between two looks at the bar, and stored at once
@@ -65,6 +67,8 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Keyed], **kwargs: Any) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         pairs = [self._cut(*request) for request in requests]
+        if cut := sum(len(mine[0]) < len(asked[1]) for mine, asked in zip(pairs, requests, strict=True)):
+            logger.warning("%d of %d prompts lose their beginning: the context is %d", cut, len(pairs), self.max_length)
         with self._bar("loglikelihood", len(requests)) as bar:
             for number, score in self._scores(pairs):
                 answers[number] = score.logprob, score.is_greedy

@@ -58,14 +58,14 @@ class Answers:
         with self._file:
             os.fsync(self._file.fileno())
 
-    def key(self, method: str, arguments: Sequence[Any]) -> str | None:
-        """None for what is drawn at random: such answers are not alike."""
-        if method == "generate_until" and is_drawn(arguments[1]):
+    def key(self, method: str, arguments: Sequence[Any] | None) -> str | None:
+        """None for what is drawn at random, as such answers are not alike, and for a part of a request."""
+        if arguments is None or (method == "generate_until" and is_drawn(arguments[1])):
             return None
         return hash_args(f"{self.identity} {method}", arguments)
 
-    def add_partial(self, method: str, arguments: Sequence[Any], answer: Any) -> None:
-        """Keep an answer; lm-eval's name for it."""
+    def add_partial(self, method: str, arguments: Sequence[Any] | None, answer: Any) -> None:
+        """Keep an answer; lm-eval's name for it. A window of a rolling request comes without arguments."""
         key = self.key(method, arguments)
         if key is None or key in self._known:
             return

@@ -29,7 +29,7 @@ def rows(results: Results) -> Iterator[list[str]]:
         for member in members.get(name, ()):
             yield from below(member, depth + 1)
 
-    for top in [*members, *results["results"]]:
+    for top in dict.fromkeys([*members, *results["results"]]):
         for name, depth in below(top, 0) if top not in inner else ():
             found = results["results"].get(name, {})
             told = ["  " * depth + name, str(results["versions"].get(name, "")), str(results["n-shot"].get(name, ""))]

@@ -49,8 +49,9 @@ def evaluate(
     config = EvalConfig(**{"tasks": tasks, **options})
     if not config.tasks:
         raise ValueError("eval.tasks: name at least one task, such as tasks=lambada_openai,arc_easy")
+    batch_size = config.batch_size or "auto"
     found, manager = load_tasks(config.tasks, config.include_path)
-    asked, identity, named = load_model(model, device, dtype, weights, model_args, config.batch_size, progress)
+    asked, identity, named = load_model(model, device, dtype, weights, model_args, batch_size, progress)
     if processes.world > 1 and not isinstance(asked, EngineLM):
         raise ValueError(f"{model}: several processes share the requests of our own engine only: leave torchrun away")
     tracker = GeneralConfigTracker()
@@ -69,7 +70,7 @@ def evaluate(
                 tasks=found,
                 task_manager=manager,
                 num_fewshot=config.num_fewshot,
-                batch_size=config.batch_size,
+                batch_size=batch_size,
                 limit=config.limit,
                 log_samples=config.log_samples,
                 **({} if config.seed is None else dict.fromkeys(seeds, config.seed)),

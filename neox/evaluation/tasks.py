@@ -30,7 +30,8 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> tuple[l
             loaded = manager.load([name])
         except Exception as error:  # whatever a task's own code, its data's reader or the network raise
             raise ValueError(f"eval.tasks: {name} cannot be loaded: {one_line(error)}") from error
-        found += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
+        inner = {member for members in loaded["group_map"].values() for member in members}
+        found += [group for name, group in loaded["groups"].items() if name not in inner] or loaded["tasks"].values()
     return found, manager
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -79,8 +79,8 @@ class EvalConfig(Section):
     """Of examples and of everything else drawn; none = lm-evaluation-harness's own seeds."""
     log_samples: bool = False
     """Also write each document with its prompts, answers and scores."""
-    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 8
-    """Requests that a backend of lm-evaluation-harness (hf:, lm-eval:) computes at a time; ours packs by tokens."""
+    batch_size: OptionalInt = Field(default=8, gt=0)
+    """Requests that a backend of lm-evaluation-harness (hf:, lm-eval:) computes at a time; none = as many as fit."""
 
 
 class GenerateConfig(Section):

@@ -22,12 +22,19 @@ CONTEXT = 64
 TEXT = "Where is the naïve café? 🙂🙃 In 東京, said the quick brown fox; 12 + 7 = 19.\nThe answer is: yes.\n\n"
 
 
-def save_model(folder: Path, tokenizer: Tokenizer, **changes) -> Path:
+def save_model(
+    folder: Path,
+    tokenizer: Tokenizer,
+    kind: str = "gpt_neox",
+    context: int = CONTEXT,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """A random model of `transformers`, a few padding rows wider than its tokenizer, as `transformers` saves both."""
     import transformers
 
-    shape = {"vocab_size": tokenizer.vocab_size + 7, "max_position_embeddings": CONTEXT} | changes
-    tiny.theirs(**shape).save_pretrained(folder)
+    length = "n_positions" if kind == "gptj" else "max_position_embeddings"
+    shape = {"vocab_size": tokenizer.vocab_size + 7, length: context}
+    tiny.theirs(kind, **shape).to(dtype).save_pretrained(folder)
     tokenizer.save(folder)
     wrapped = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
@@ -40,16 +47,24 @@ def save_model(folder: Path, tokenizer: Tokenizer, **changes) -> Path:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    tokenizer = train_bpe([TEXT * 20], 420, progress=False)
+def tokenizer() -> Tokenizer:
+    return train_bpe([TEXT * 20], 420, progress=False)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer) -> Path:
     return save_model(tmp_path_factory.mktemp("model") / "tiny", tokenizer)
+
+
+def hf_backend(folder: Path, **options) -> HFLM:
+    """lm-eval's own backend, in float32 throughout, with the plainest attention."""
+    plain = {"dtype": "float32", "softmax_dtype": "float32", "attn_implementation": "eager"}
+    return HFLM(str(folder), device="cpu", **({"batch_size": 4} | plain | options))
 
 
 @pytest.fixture(scope="session")
 def theirs(folder) -> HFLM:
-    return HFLM(
-        str(folder), dtype="float32", softmax_dtype="float32", device="cpu", batch_size=4, attn_implementation="eager"
-    )
+    return hf_backend(folder)
 
 
 @pytest.fixture(scope="session")

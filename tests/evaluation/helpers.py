@@ -4,6 +4,8 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+
 SUMS = {
     "choose": """
 output_type: multiple_choice
@@ -27,6 +29,9 @@ metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher
 }
 
 
+REST = "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: 0\n"
+
+
 def write_tasks(folder: Path, count: int = 12) -> Path:
     """Tasks sums_choose, sums_write and sums_read, `count` documents each; group sums of the three."""
     draw = random.Random(0)
@@ -44,10 +49,23 @@ def write_tasks(folder: Path, count: int = 12) -> Path:
             f'test_split: test\nfewshot_split: test\ndoc_to_text: "{{{{question}}}}"\nmetadata: {{version: 1}}\n{rest}'
         )
     (folder / "lost.yaml").write_text(
-        f"task: lost\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'lost.jsonl'}}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: 0\n"
+        f"task: lost\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'lost.jsonl'}}}}}\n{REST}"
     )
+    (folder / "group.yaml").write_text(
+        "group: sums\ntask: [sums_choose, sums_write]\n"
+        "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\n"
+    )
+    (folder / "far.yaml").write_text(f"task: far\ndataset_path: nobody/far-away\n{REST}")
     return folder
 
 
 ALL = tuple(f"sums_{name}" for name in SUMS)
+
+
+def close(one, other) -> bool:
+    """Whether two results are the same but for the last bits of their numbers."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(close, one, other))
+    return one == pytest.approx(other, rel=1e-5) if isinstance(one, float) else one == other

@@ -1,6 +1,7 @@
 """Request by request what lm-eval's own `hf` backend answers, on one tiny random model that `transformers` saved."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
@@ -8,7 +9,7 @@ from lm_eval.api.instance import Instance
 from neox.evaluation import EngineLM
 from neox.generate import Engine
 from neox.generate.loading import load_engine
-from tests.evaluation.conftest import CONTEXT, TEXT
+from tests.evaluation.conftest import CONTEXT, TEXT, hf_backend, save_model
 
 LONG = TEXT * 12  # several contexts
 
@@ -25,24 +26,35 @@ def assert_alike(ours, theirs, arguments: list[tuple[str, str]]) -> None:
         assert greedy is their_greedy, pair
 
 
+QUESTION = "Where is the fox?\nThe answer is:"
+PAIRS = [
+    *((QUESTION, choice) for choice in (" yes", " no", " in 東京", " the naïve café 🙂")),
+    *((QUESTION + "  \n ", choice) for choice in ("yes", " yes")),  # white space at the end
+    ("", "The answer"),
+    ("", "<|endoftext|>The answer"),  # its first token is the context
+    ("<|endoftext|>", "The"),
+    (LONG, " yes"),  # cut on the left
+    (LONG, " yes, said the quick brown fox"),
+    (QUESTION, TEXT[:40]),
+    *[("twice", " asked")] * 2,
+]
+
+
 def test_choices_contexts_and_lengths(ours, theirs):
-    question = "Where is the fox?\nThe answer is:"
-    assert_alike(
-        ours,
-        theirs,
-        [
-            *((question, choice) for choice in (" yes", " no", " in 東京", " the naïve café 🙂")),
-            *((question + "  \n ", choice) for choice in ("yes", " yes")),  # white space at the end
-            ("", "The answer"),
-            ("", "<|endoftext|>The answer"),  # its first token is the context
-            ("<|endoftext|>", "The"),
-            (LONG, " yes"),  # cut on the left
-            (LONG, " yes, said the quick brown fox"),
-            (question, TEXT[:40]),
-            *[("twice", " asked")] * 2,
-        ],
-    )
+    assert_alike(ours, theirs, PAIRS)
     assert ours.loglikelihood([]) == []
+
+
+@pytest.mark.parametrize("kind", ["gptj", "gpt_neo"])
+def test_the_relatives(kind, tokenizer, tmp_path):
+    save_model(tmp_path, tokenizer, kind)
+    assert_alike(EngineLM(load_engine(tmp_path, "cpu"), progress=False), hf_backend(tmp_path), PAIRS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_stored_in_16_bits_are_multiplied_in_float32(dtype, tokenizer, tmp_path):
+    save_model(tmp_path, tokenizer, dtype=dtype)
+    assert_alike(EngineLM(load_engine(tmp_path, "cpu"), progress=False), hf_backend(tmp_path), PAIRS)
 
 
 def test_continuations_that_are_greedy(ours, theirs):
@@ -139,6 +151,11 @@ def test_answers_are_handed_on_as_they_come(ours, monkeypatch):
         ("loglikelihood_rolling", (LONG,), rolled[0]),
         ("generate_until", ("The", {"max_gen_toks": 3, "until": ["x"]}), written[0]),
     ]
+
+
+def test_prompts_that_lose_their_beginning_are_counted(ours, caplog):
+    ours.loglikelihood(asked("loglikelihood", [(LONG, " yes"), ("The", " yes"), (LONG, " no")]))
+    assert caplog.messages == ["2 of 3 prompts lose their beginning: the context is 64"]
 
 
 def test_what_cannot_be_asked_is_said(ours, folder):

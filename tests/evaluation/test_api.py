@@ -13,7 +13,7 @@ import neox
 from neox import cli
 from neox.generate import Sampling
 from tests.evaluation.conftest import CONTEXT
-from tests.evaluation.helpers import write_tasks
+from tests.evaluation.helpers import close, write_tasks
 
 pytest.importorskip("tenacity", reason="lm-eval's API backends need it: pip install 'neox[eval]'")
 
@@ -46,15 +46,18 @@ def completion(engine, asked: dict) -> dict:
 def serving(engine, patience: Sequence[int] = ()):
     """A local API; yields its address and the requests that it answered: after as many as `patience` says, 500."""
     answered: list[dict] = []
+    one_at_a_time = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             dead = self.path != "/v1/completions" or any(len(answered) >= limit for limit in patience)
-            body = b"gone" if dead else json.dumps(completion(engine, asked)).encode()
+            with one_at_a_time:
+                body = b"gone" if dead else json.dumps(completion(engine, asked)).encode()
             if not dead:
                 answered.append(asked)
             self.send_response(500 if dead else 200)
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -91,18 +94,21 @@ def command(folder, tmp_path, monkeypatch):
     return options
 
 
-def test_an_api_scores_and_writes_as_the_model_behind_it(ours, command, tmp_path):
-    names, out = "sums_choose,sums_write", tmp_path / "out"
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_api_scores_and_writes_as_the_model_behind_it(ours, command, tmp_path, at_once):
+    names, out = "sums_choose,sums_write,sums_read", tmp_path / "out"
     with serving(ours.engine) as (address, answered):
-        target, include, *rest = command(address)
-        assert cli.main(["eval", target, f"tasks={names}", include, *rest, f"out={out}", "log_samples=true"]) == 0
+        target, include, arguments, *rest = command(address)
+        arguments += f",num_concurrent={at_once}"
+        asked = ["eval", target, f"tasks={names}", include, arguments, *rest, f"out={out}", "log_samples=true"]
+        assert cli.main(asked) == 0
     results = json.loads((out / "results.json").read_text())
     tasks = include.partition("=")[2]
     alone = neox.evaluate(ours.engine, names, include_path=tasks, log_samples=True, progress=False)
-    assert results["results"] == alone["results"]
+    assert close(results["results"], alone["results"])
     assert results["config"]["model"] == "local-completions"
     scored = [request for request in answered if request.get("echo")]
-    assert len(scored) == 5 * 4
+    assert len(scored) == 5 * 4 + 5
     chosen = [json.loads(line) for line in (out / "samples_sums_choose.jsonl").read_text().splitlines()]
     for theirs, mine in zip(chosen, alone["samples"]["sums_choose"], strict=True):
         for [[logprob, greedy]], [[our_logprob, our_greedy]] in zip(theirs["resps"], mine["resps"], strict=True):

@@ -1,10 +1,11 @@
 """Whole evaluations: the scores of lm-eval's own backend, files, answers that are not asked for twice, errors."""
 
 import json
+import multiprocessing
+import os
 import re
 import signal
-import subprocess
-import sys
+from functools import partial
 
 import lm_eval.evaluator
 import pytest
@@ -17,7 +18,7 @@ from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import METHODS, Answers
 from neox.generate.loading import load_engine
 from tests import tiny
-from tests.evaluation.helpers import ALL, write_tasks
+from tests.evaluation.helpers import ALL, close, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_the_scores_are_those_of_lm_evals_own_backend(folder, tasks, theirs, tmp
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     reference = lm_eval.simple_evaluate(theirs, tasks=list(ALL), task_manager=manager)
     for part in ("results", "n-shot", "versions", "n-samples", "higher_is_better", "group_subtasks"):
-        assert _close(ours[part], reference[part]), part
+        assert close(ours[part], reference[part]), part
     assert set(reference) - {"git_hash"} <= set(ours) | {
         # These describe a tokenizer of transformers.
         *("tokenizer_pad_token", "tokenizer_eos_token", "tokenizer_bos_token", "eot_token_id", "max_length")
@@ -62,7 +63,7 @@ def test_the_scores_are_those_of_lm_evals_own_backend(folder, tasks, theirs, tmp
     for task in ALL:
         for mine, other in zip(ours["samples"][task], reference["samples"][task], strict=True):
             assert mine["prompt_hash"] == other["prompt_hash"]
-            assert _close(mine["filtered_resps"], other["filtered_resps"])
+            assert close(mine["filtered_resps"], other["filtered_resps"])
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["results"] == ours["results"]
     assert stored["config"]["model"] == "neox"
@@ -70,14 +71,6 @@ def test_the_scores_are_those_of_lm_evals_own_backend(folder, tasks, theirs, tmp
     samples = [json.loads(line) for line in (tmp_path / "samples_sums_choose.jsonl").read_text().splitlines()]
     assert [sample["doc_id"] for sample in samples] == list(range(12))
     assert samples[0]["arguments"]["gen_args_0"]["arg_1"] == " " + samples[0]["doc"]["choices"][0]
-
-
-def _close(one, other) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_close(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_close, one, other))
-    return one == pytest.approx(other, rel=1e-5) if isinstance(one, float) else one == other
 
 
 def test_a_command_prints_and_writes_tables(folder, tasks, tmp_path, capsys, monkeypatch):
@@ -122,27 +115,26 @@ def test_what_was_answered_is_not_asked_again(folder, tasks, tmp_path, asked):
     assert asked == [48]
 
 
-def test_a_killed_run_asks_only_the_rest(folder, tasks, tmp_path, asked):
-    out = tmp_path / "out"
-    code = (
-        "import os, signal, sys\n"
-        "import neox\n"
-        "from neox.evaluation import answers\n"
-        "keep = answers.Answers.add_partial\n"
-        "def add(self, *answer):\n"
-        "    keep(self, *answer)\n"
-        "    if self.added == 20: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "answers.Answers.add_partial = add\n"
-        "neox.evaluate(sys.argv[1], ['sums_choose'], sys.argv[2], include_path=sys.argv[3], device='cpu')\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, folder, out, tasks], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+def test_a_killed_run_asks_only_the_rest(folder, tasks, tmp_path, asked, monkeypatch):
+    out, keep = tmp_path / "out", Answers.add_partial
+
+    def add_and_die(self, *answer):
+        keep(self, *answer)
+        if self.added == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run = partial(neox.evaluate, folder, ["sums_choose"], include_path=str(tasks), progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "add_partial", add_and_die)
+        child = multiprocessing.get_context("fork").Process(target=run, kwargs={"out": out})
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert len((out / "answers.jsonl").read_text().splitlines()) == 20
     assert not (out / "results.json").exists()
-    results = neox.evaluate(folder, ["sums_choose"], out, include_path=str(tasks), device="cpu", progress=False)
+    results = run(out=out)
     assert asked == [48 - 20]
-    alone = neox.evaluate(folder, ["sums_choose"], include_path=str(tasks), device="cpu", progress=False)
-    assert results["results"] == alone["results"]
+    assert results["results"] == run()["results"]
 
 
 def test_what_is_drawn_at_random_is_not_kept(tmp_path):
@@ -172,15 +164,15 @@ def test_what_is_wrong_is_said_in_one_line(folder, tasks, tmp_path, capsys, monk
     import datasets
     import huggingface_hub
 
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True, raising=False)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True, raising=False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("neox.evaluation.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     own = f"include_path={tasks}"
-    assert "did you mean lambada_openai" in said(capsys, folder, "tasks=lambada_opnai")
+    assert "did you mean sums_choose" in said(capsys, folder, "tasks=sums_chose", own)
     assert "lost cannot be loaded: " in (line := said(capsys, folder, "tasks=lost", own))
     assert "lost.jsonl" in line
-    assert "arc_easy cannot be loaded: " in (line := said(capsys, folder, "tasks=arc_easy"))
-    assert "ai2_arc" in line
+    assert "far cannot be loaded: " in (line := said(capsys, folder, "tasks=far", own))
+    assert "nobody/far-away" in line
     assert "is no folder" in said(capsys, folder, "tasks=a", "include_path=nowhere")
     assert "needs tasks=NAME" in said(capsys, folder)
     assert "no option every" in said(capsys, folder, "tasks=a", "every=3")
@@ -190,3 +182,21 @@ def test_what_is_wrong_is_said_in_one_line(folder, tasks, tmp_path, capsys, monk
     bare = tmp_path / "bare"
     neox.save(tiny.ours(), bare)
     assert f"{bare}: evaluation needs a tokenizer" in said(capsys, bare, "tasks=sums_read", own)
+
+
+def test_groups_and_files(folder, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr("neox.evaluation.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    neox.evaluate(folder, "sums", tmp_path, include_path=str(tasks), limit=3, progress=False)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["groups"]["sums"]["acc,none"] == results["results"]["sums_choose"]["acc,none"]
+    assert [line.split("|")[1][1:].rstrip() for line in (tmp_path / "results.md").read_text().splitlines()[2:]] == [
+        "sums",
+        "  sums_choose",
+        "  sums_write",
+    ]
+    assert set(neox.evaluate(folder, str(tasks / "read.yaml"), progress=False)["results"]) == {"sums_read"}
+
+
+@pytest.mark.slow
+def test_lm_evals_own_tasks_are_known(folder, capsys):
+    assert "did you mean lambada_openai" in said(capsys, folder, "tasks=lambada_opnai")
