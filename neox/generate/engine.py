@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neox import machine
 from neox.cache import BLOCK, KVCache, KVPool, Span
-from neox.generate.invariant import row_tile
+from neox.generate.invariant import key_steps, row_tile
 from neox.generate.prefix import PrefixTree, Stats
 from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, TokenLogprob
 from neox.generate.sampling import Sampler, Sampling
@@ -67,6 +67,7 @@ class Engine:
         self._window = config.local_window if config.local_layers else 0
         self._invariant = self.weight.device.type == "cpu" if invariant is None else invariant
         self._rows: int | None = None if self._invariant else 1
+        self._keys = (0, 1)
         self._pool = KVPool(config, blocks, self.weight.device, self.weight.dtype)
         self._scheduler = Scheduler(self._pool, PrefixTree(blocks), slots, budget)
         self._requests: dict[int, Generation] = {}
@@ -268,10 +269,11 @@ class Engine:
         """The final hidden states [N, C] of the planned tokens of each request, one after the other."""
         if self._rows is None:
             self._rows = row_tile(self.model, max(128, self._scheduler.budget))
+            self._keys = key_steps(self.model)
         spans = [Span(request.table, request.computed, count) for request, count in plan]
         tokens = [t for request, count in plan for t in (request.tokens + request.draft)[request.computed :][:count]]
         tokens += [0] * (-len(tokens) % self._rows)
-        cache = KVCache(self._pool, spans, self._window, QUERIES if self._invariant else 1, len(tokens))
+        cache = KVCache(self._pool, spans, self._window, QUERIES if self._invariant else 1, len(tokens), self._keys)
         batch = torch.tensor([tokens], device=self.weight.device)
         hidden: Tensor = self.model(batch, positions=cache.positions, cache=cache, head=False)[0]
         return hidden
