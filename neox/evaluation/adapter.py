@@ -1,6 +1,8 @@
 """The engine as lm-evaluation-harness wants a model: what its `hf` backend answers, request by request."""
 
+import functools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,6 +38,8 @@ class EngineLM(TemplateLM):
             raise ValueError("evaluation needs a tokenizer with an <|endoftext|> token: texts begin with it")
         self.engine, self.tokens, self.eod, self.progress = engine, engine.tokenizer, engine.eod, progress
         self._device = engine.weight.device
+        # lm-eval encodes the context anew for each choice: they come one after another, and share one list.
+        self._encode = functools.lru_cache(maxsize=8)(engine.tokenizer.encode)
 
     @property
     def eot_token_id(self) -> int:
@@ -54,7 +58,7 @@ class EngineLM(TemplateLM):
         return self.tokens.sha256
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.tokens.encode(string)
+        return self._encode(string)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval puts into the results beside the scores."""
@@ -84,7 +88,7 @@ class EngineLM(TemplateLM):
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             pairs += map(make_disjoint_window, windows)
             owners += [number] * (len(pairs) - len(owners))
-        answers, missing = [0.0] * len(requests), [owners.count(number) for number in range(len(requests))]
+        answers, missing = [0.0] * len(requests), Counter(owners)
         with self._bar("loglikelihood_rolling", len(pairs)) as bar:
             for number, score in self._scores(pairs):
                 owner = owners[number]
@@ -125,6 +129,8 @@ class EngineLM(TemplateLM):
                 f"a continuation must have 1 to {self.max_length} tokens, the model's context; {len(continuation)} in "
                 f"{key[1][:60]!r}"
             )
+        # Of white space alone nothing is left once it belongs to the continuation; lm-eval's own backend fails there.
+        context = context or [self.prefix_token_id]
         return context[-(self.max_length + 1 - len(continuation)) :], continuation
 
     def _scores(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:

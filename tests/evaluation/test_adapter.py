@@ -77,11 +77,17 @@ texts = st.text(
 @settings(max_examples=60, deadline=None)
 @given(arguments=st.lists(st.tuples(st.one_of(st.just(""), texts, st.just(LONG)), texts), min_size=1, max_size=4))
 def test_any_text(ours, theirs, arguments):
-    """Contexts and continuations of any characters; those that have no token of their own are refused by both."""
+    """Contexts and continuations of any characters; those that have no token of their own are refused by both.
+
+    lm-eval's backend takes no context of white space alone: ours takes it for an empty one.
+    """
     requests = asked("loglikelihood", arguments)
     lengths = [len(ours._encode_pair(*pair)[1]) for pair in arguments if pair[0]]
     if min(lengths, default=1):
-        assert_alike(ours, theirs, arguments)
+        blank = [bool(context) and not context.rstrip() for context, _ in arguments]
+        assert_alike(ours, theirs, [pair for pair, alone in zip(arguments, blank, strict=True) if not alone])
+        moved = [("", "".join(pair)) if alone else pair for pair, alone in zip(arguments, blank, strict=True)]
+        assert ours.loglikelihood(requests) == ours.loglikelihood(asked("loglikelihood", moved))
         return
     for model, refused, how in ((ours, ValueError, "must have 1 to"), (theirs, AssertionError, None)):
         with pytest.raises(refused, match=how):

@@ -137,6 +137,24 @@ def test_a_killed_run_asks_only_the_rest(folder, tasks, tmp_path, asked, monkeyp
     assert results["results"] == run()["results"]
 
 
+def test_an_interrupted_command_says_how_to_go_on(folder, tasks, tmp_path, capsys, asked, monkeypatch):
+    keep = Answers.add_partial
+
+    def add_and_interrupt(self, *answer):
+        keep(self, *answer)
+        if self.added == 5:
+            raise KeyboardInterrupt
+
+    command = ["eval", str(folder), "tasks=sums_choose", f"include_path={tasks}", f"out={tmp_path / 'out'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "add_partial", add_and_interrupt)
+        assert cli.main(command) == 130
+    assert f"the same command asks what {tmp_path / 'out'} does not answer yet" in capsys.readouterr().err
+    asked.clear()
+    assert cli.main(command) == 0
+    assert asked == [48 - 5]
+
+
 def test_what_is_drawn_at_random_is_not_kept(tmp_path):
     with Answers(tmp_path / "answers.jsonl", "someone") as answers:
         for options in ({"do_sample": True}, {"temperature": 0.5}):
