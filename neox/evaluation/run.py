@@ -42,7 +42,8 @@ def evaluate(
     of the config's section `eval`. With `out`, a folder, every answer is kept in OUT/answers.jsonl as it comes, and
     what it holds already is not asked again; at the end results.json, .md, .html and, on request, samples are written.
 
-    With several `processes`, all of which make this call, each asks its share and the first one writes.
+    With several `processes`, all of which make this call, each asks its share; the first one writes, and the others
+    return nothing, {}.
 
     Raises ValueError, one line, for tasks and models that cannot be loaded, and for a backend that fails on the way.
     """
@@ -80,9 +81,11 @@ def evaluate(
                 raise
             kept = f"; {answers.path} keeps what was answered, the same command asks the rest" if answers else ""
             raise ValueError(f"{model}: failed: {one_line(error)}{kept}") from error
+    if processes.rank:
+        return {}
     results["config"] |= named
     tracker.log_end_time()
     results |= {"task_hashes": report.task_hashes(results.get("samples") or {}), **asdict(tracker)}
-    if out is not None and not processes.rank:
+    if out is not None:
         report.write(results, Path(out))
     return results
