@@ -77,9 +77,18 @@ class KVCache:
 
     Each token attends to its own sequence, up to its own position. Heights are filled up to a multiple of `tile`, which
     a caller sets so that rounding does not depend on what runs beside. `rows` is how long the row is, padding included.
+    `keys` (a, b): beyond a the positions attended to are filled up to a multiple of b, for the same reason.
     """
 
-    def __init__(self, pool: KVPool, spans: Sequence[Span], window: int = 0, tile: int = 1, rows: int = 0) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        spans: Sequence[Span],
+        window: int = 0,
+        tile: int = 1,
+        rows: int = 0,
+        keys: tuple[int, int] = (0, 1),
+    ) -> None:
         self.pool = pool
         self.made = list(spans), window, tile, rows  # another process makes the same from these
         device = pool.keys.device
@@ -98,7 +107,7 @@ class KVCache:
             first += span.count
         self.positions = positions[None].to(device)
         self.slots = torch.cat(slots).to(device)
-        self.groups = [_group(height, members, window, device) for (height, _), members in together.items()]
+        self.groups = [_group(height, members, window, device, keys) for (height, _), members in together.items()]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, local: bool, attention: Attend) -> Tensor:
         """Store keys and values [1, H, N, D], then the result [1, H, N, D] of `attention` of queries over their own
@@ -125,14 +134,19 @@ def _in_a_row(span: Span) -> bool:
     return list(table) == list(range(table[0], table[0] + len(table)))
 
 
-def _group(height: int, members: list[tuple[int, Span]], window: int, device: torch.device) -> _Group:
+def _group(
+    height: int, members: list[tuple[int, Span]], window: int, device: torch.device, keys: tuple[int, int]
+) -> _Group:
     steps = torch.arange(height)
     offsets = torch.stack([steps.clamp(max=span.count - 1) for _, span in members])
     rows = offsets + torch.tensor([[first] for first, _ in members])
     positions = offsets + torch.tensor([[span.start] for _, span in members])
-    longest = max(_visible(span) for _, span in members)
+    longest = seen = max(_visible(span) for _, span in members)
+    exact, step = keys
+    if longest * BLOCK > exact:
+        longest = -(-longest * BLOCK // step) * step // BLOCK
     blocks: Tensor | slice
-    if len(members) == 1 and _in_a_row(span := members[0][1]):
+    if longest == seen and len(members) == 1 and _in_a_row(span := members[0][1]):
         blocks = slice(span.table[0] * BLOCK, (span.table[0] + longest) * BLOCK)
     else:
         # A shorter sequence's first block stands in for what it does not have; nothing of it is seen.

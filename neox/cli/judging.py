@@ -9,7 +9,7 @@ from pathlib import Path
 from neox.cli.verb import UsageError
 
 OWN = ("out", "device", "dtype", "weights", "model_args")
-TRAINING = ("every", "batches")  # of section eval, but about data.valid
+TRAINING = ("every", "batches", "tasks_every")  # of section eval, but for `neox train`
 
 
 def eval_(targets: list[str], options: list[str]) -> None:
@@ -20,6 +20,10 @@ def eval_(targets: list[str], options: list[str]) -> None:
     MODEL is a run directory, one of its step folders, a Hugging Face folder or a hub id (OWNER/MODEL,
     OWNER/MODEL@REVISION), run by our engine; to compare with, hf:ID is any model of transformers in
     lm-eval's own backend, lm-eval:BACKEND any of its backends, an OpenAI-compatible API for one.
+
+    With steps=, each checkpoint of a run or each revision stepN of a hub id is evaluated into
+    OUT/step_N, and each task's curve over the steps drawn: OUT/curves.png, .html and .json.
+    Started by torchrun, processes share the requests; their number does not change the results.
 
     Every answer is kept in OUT/answers.jsonl as it comes: interrupted or killed, the same command
     asks the rest; finished, it asks nothing. OUT also gets results.json (lm-eval's schema),
@@ -33,6 +37,8 @@ def eval_(targets: list[str], options: list[str]) -> None:
       seed=N             of examples and of everything else drawn; default: lm-eval's seeds
       log_samples=true   also write OUT/samples_TASK.jsonl: documents, prompts, answers
       out=DIR            default: evals/MODEL
+      steps=all          every checkpoint of a run; or those of these steps: steps=1000,2000
+      watch=true         each checkpoint of a run that is going on, as it comes; ends with the run
       weights=auto       as in `neox generate`; auto loses nothing
       device=auto        cpu, cuda or mps
       dtype=fp32         fp32, bf16 or fp16; default: fp32 on a CPU, the stored type elsewhere
@@ -42,6 +48,9 @@ def eval_(targets: list[str], options: list[str]) -> None:
     Examples:
       neox eval EleutherAI/pythia-160m tasks=lambada_openai,arc_easy
       neox eval runs/first tasks=sums include_path=tasks limit=100
+      neox eval runs/first tasks=sums include_path=tasks watch=true device=cpu
+      neox eval EleutherAI/pythia-160m tasks=lambada_openai steps=1000,16000,143000
+      torchrun --standalone --nproc-per-node 8 -m neox eval runs/first tasks=mmlu
       neox eval hf:KoboldAI/fairseq-dense-6.7B tasks=lambada_openai dtype=bf16
       neox eval lm-eval:local-completions tasks=arc_easy \\
         model_args=model=EleutherAI/pythia-160m,base_url=http://localhost:8000/v1/completions
@@ -53,7 +62,7 @@ def eval_(targets: list[str], options: list[str]) -> None:
     overrides = []
     for option in options:
         key, _, value = option.partition("=")
-        if key in OWN:
+        if key in (*OWN, "steps", "watch"):
             own[key] = value
             continue
         full = key if "." in key else f"eval.{key}"
@@ -68,15 +77,43 @@ def eval_(targets: list[str], options: list[str]) -> None:
         raise UsageError("eval needs tasks=NAME, such as tasks=lambada_openai,arc_easy")
     out = Path(own.pop("out", "") or Path("evals") / re.sub(r"[^\w.@-]+", "__", targets[0].strip("./")))
 
+    steps, watch = own.pop("steps", ""), own.pop("watch", "false")
+    if not re.fullmatch(r"|all|\d+(,\d+)*", steps):
+        raise UsageError(f"steps={steps}: must be all, or steps as 1000,2000")
+    if watch not in ("true", "false"):
+        raise UsageError(f"watch={watch}: must be true or false")
+    if watch == "true" and steps:
+        raise UsageError("give steps= for the checkpoints that are there or watch=true for those that come, not both")
+
     from neox.evaluation import evaluate
+    from neox.evaluation.curves import checkpoints, coming, evaluate_steps
     from neox.evaluation.report import markdown
+    from neox.runtime import joined_processes, local_device
 
     asked = config.model_dump(exclude=set(TRAINING))
     try:
-        results = evaluate(targets[0], out=out, **asked, **own)  # type: ignore[arg-type]
+        with joined_processes(own.get("device", "auto")) as processes:
+            if processes.world > 1:
+                own["device"] = str(local_device(own.get("device", "auto")))
+                if watch == "true":
+                    raise UsageError("watch=true is for one process: leave torchrun away")
+            wanted = {**asked, **own, "processes": processes, "progress": not processes.rank}
+            if steps or watch == "true":
+                numbers = None if steps in ("", "all") else [int(step) for step in steps.split(",")]
+                found = coming(targets[0]) if watch == "true" else checkpoints(targets[0], numbers)
+                curves = evaluate_steps(found, out, **wanted)
+            else:
+                results = evaluate(targets[0], out=out, **wanted)
     except KeyboardInterrupt:
         if out.is_dir():
             print(f"neox: interrupted; the same command asks what {out} does not answer yet", file=sys.stderr)
         raise
+    if processes.rank:  # the first one speaks for all
+        return
+    if steps or watch == "true":
+        for name, points in curves.items():
+            print(f"{name}: " + ", ".join(f"{step}: {value:.4f}" for step, value, _ in points))
+        print(f"{out}: curves.png, curves.html, curves.json")
+        return
     print(markdown(results), end="")
     print(f"{out}: results.json, results.md, results.html")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,6 +175,7 @@ def train(targets: list[str], options: list[str]) -> int:
       steps=1000           optimizer steps
       checkpoint.every=N   steps between checkpoints
       eval.every=N         steps between evaluations on data.valid
+      eval.tasks_every=N   steps between evaluations of eval.tasks=NAME,.. of lm-evaluation-harness
       train.grace=30       seconds from SIGTERM until the process is gone, saved or not
       train.timeout=1800   seconds without a finished step until a run that hangs says where and ends
       train.restarts=3     how often processes that die are started again, from the newest checkpoint
@@ -197,7 +199,12 @@ def train(targets: list[str], options: list[str]) -> int:
 
     try:
         config, resumed = _asked(targets, options)
-        trainer = Trainer(config, resume=resumed, hooks=(SampleHook(config),) if config.log.sample_every else ())
+        hooks: list[Callable[[Trainer, int], None]] = [SampleHook(config)] if config.log.sample_every else []
+        if config.eval.tasks_every:
+            from neox.evaluation.during import TaskHook
+
+            hooks.append(TaskHook(config))
+        trainer = Trainer(config, resume=resumed, hooks=tuple(hooks))
     except (UsageError, ValueError):
         if not first_of_host():
             raise OtherProcessFailed("the first process of this host says so") from None

@@ -60,7 +60,7 @@ class Answers:
 
     def key(self, method: str, arguments: Sequence[Any] | None) -> str | None:
         """None for what is drawn at random, as such answers are not alike, and for a part of a request."""
-        if arguments is None or (method == "generate_until" and _is_drawn(arguments[1])):
+        if arguments is None or (method == "generate_until" and is_drawn(arguments[1])):
             return None
         return hash_args(f"{self.identity} {method}", arguments)
 
@@ -118,6 +118,6 @@ def remembered(model: LM, answers: Answers) -> Iterator[None]:
         model.set_cache_hook(hook)
 
 
-def _is_drawn(options: dict[str, Any]) -> bool:
+def is_drawn(options: dict[str, Any]) -> bool:
     do_sample = options.get("do_sample")
     return bool(do_sample or (do_sample is None and float(options.get("temperature", 0.0)) > 0))

@@ -15,10 +15,13 @@ from neox.evaluation import report
 from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import Answers, remembered
 from neox.evaluation.backends import load_model
+from neox.evaluation.sharing import shared
 from neox.evaluation.tasks import load_tasks
 from neox.generate import Engine
+from neox.runtime import Processes
 
 ANSWERS = "answers.jsonl"
+ALONE = Processes()
 
 
 def evaluate(
@@ -30,6 +33,7 @@ def evaluate(
     dtype: str | None = None,
     weights: str = "auto",
     model_args: str = "",
+    processes: Processes = ALONE,
     **options: Any,
 ) -> report.Results:
     """The results of `model` on `tasks`, as `lm_eval.simple_evaluate` returns and its result files hold them.
@@ -37,6 +41,9 @@ def evaluate(
     `model`, `device`, `dtype`, `weights` and `model_args` are described at `backends.load_model`; `options` are those
     of the config's section `eval`. With `out`, a folder, every answer is kept in OUT/answers.jsonl as it comes, and
     what it holds already is not asked again; at the end results.json, .md, .html and, on request, samples are written.
+
+    With several `processes`, all of which make this call, each asks its share; the first one writes, and the others
+    return nothing, {}.
 
     Raises ValueError, one line, for tasks and models that cannot be loaded, and for a backend that fails on the way.
     """
@@ -46,6 +53,8 @@ def evaluate(
     batch_size = config.batch_size or "auto"
     found, manager = load_tasks(config.tasks, config.include_path)
     asked, identity, named = load_model(model, device, dtype, weights, model_args, batch_size, progress)
+    if processes.world > 1 and not isinstance(asked, EngineLM):
+        raise ValueError(f"{model}: several processes share the requests of our own engine only: leave torchrun away")
     tracker = GeneralConfigTracker()
     tracker.log_experiment_args(named["model"], named["model_args"], None, None, True)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -54,6 +63,7 @@ def evaluate(
         if out is not None:
             answers = stack.enter_context(Answers(Path(out) / ANSWERS, identity))
             stack.enter_context(remembered(asked, answers))
+        stack.enter_context(shared(asked, processes))
         try:
             results: report.Results = lm_eval.simple_evaluate(
                 model=asked,
@@ -71,6 +81,8 @@ def evaluate(
                 raise
             kept = f"; {answers.path} keeps what was answered, the same command asks the rest" if answers else ""
             raise ValueError(f"{model}: failed: {one_line(error)}{kept}") from error
+    if processes.rank:
+        return {}
     results["config"] |= named
     tracker.log_end_time()
     results |= {"task_hashes": report.task_hashes(results.get("samples") or {}), **asdict(tracker)}

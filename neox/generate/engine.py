@@ -15,7 +15,7 @@ from torch import Tensor
 from neox import machine
 from neox.cache import BLOCK, KVCache, KVPool, Span
 from neox.fused import decoder
-from neox.generate.invariant import row_tile
+from neox.generate.invariant import key_steps, row_tile
 from neox.generate.prefix import PrefixTree, Stats
 from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, TokenLogprob
 from neox.generate.sampling import NOT_FINITE, Sampler, Sampling
@@ -75,6 +75,7 @@ class Engine:
         self._decoder = decoder(model)
         self._rows: int | None = None if self._invariant and self._decoder is None else 1
         self._pool = KVPool(config, blocks, self.weight.device, self.weight.dtype, model.heads)
+        self._keys = (0, 1)
         self._scheduler = Scheduler(self._pool, PrefixTree(blocks), slots, budget)
         self._requests: dict[int, Generation] = {}
         self._submitted = 0
@@ -160,25 +161,31 @@ class Engine:
         Raises ValueError, before anything is computed, for an empty context or continuation, for both together if
         longer than the context and one, and for ids that the model does not have.
         """
-        scorings = []
+        scorings: dict[tuple[int, tuple[int, ...]], Scoring] = {}
+        places = []  # of each request: what scores it, and the number of its last token there
         for number, (context, continuation) in enumerate(requests):
             try:
-                scorings.append(self._scoring(list(context), list(continuation)))
+                scoring = self._scoring(list(context), list(continuation))
             except ValueError as error:
                 raise ValueError(f"request {number}: {error}") from None
+            # Answers of one token after the same question, as of multiple choice, are one computation.
+            same = scorings.setdefault((scoring.wanted, tuple(scoring.tokens)), scoring)
+            if same is not scoring:
+                same.lasts += scoring.lasts
+            places.append((same, len(same.lasts) - 1))
         # Neighbours in the alphabet of tokens share the most, while it is still in the cache.
-        order = sorted(scorings, key=lambda request: request.tokens)
+        order = sorted(scorings.values(), key=lambda scoring: scoring.tokens)
         try:
-            for request in order:
-                self._scheduler.add(request)
-            for request in order:
-                while request.wanted < len(request.tokens):
+            for scoring in order:
+                self._scheduler.add(scoring)
+            for scoring in order:
+                while not scoring.ends:
                     self._events = self.step()
         except BaseException:
-            for request in order:
-                self._scheduler.remove(request)
+            for scoring in order:
+                self._scheduler.remove(scoring)
             raise
-        return [Score(sum(one.logprobs), one.is_greedy, one.logprobs) for one in scorings]
+        return [scoring.score(number) for scoring, number in places]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens that a prompt begins with: an empty one is the start of a document.
@@ -296,24 +303,27 @@ class Engine:
             places.append(list(range(first + skipped, first + count)))
             first += count
         logits = self._logits(hidden, [place for own in places for place in own])
+        scored, first = [], 0
         for (request, count), own in zip(plan, places, strict=True):
             self._scheduler.advance(request, count - len(request.draft))
-            mine, logits = logits[: len(own)], logits[len(own) :]
             if isinstance(request, Scoring):
-                self._record(request, mine)
+                scored.append((request, range(first, first + len(own))))
             elif isinstance(request, Generation):
-                self._accept(request, mine)
+                self._accept(request, logits[first : first + len(own)])
+            first += len(own)
+        self._record(scored, logits)
 
     def _forward(self, plan: list[tuple[Request, int]]) -> Tensor:
         """The final hidden states [N, C] of the planned tokens of each request, one after the other."""
         if self._rows is None:
             self._rows = row_tile(self.model, max(128, self._scheduler.budget))
+            self._keys = key_steps(self.model)
         spans = [Span(request.table, request.computed, count) for request, count in plan]
         tokens = [t for request, count in plan for t in (request.tokens + request.draft)[request.computed :][:count]]
         if self._decoder:
             return self._decoder(tokens, spans, self._pool)
         tokens += [0] * (-len(tokens) % self._rows)
-        cache = KVCache(self._pool, spans, self._window, QUERIES if self._invariant else 1, len(tokens))
+        cache = KVCache(self._pool, spans, self._window, QUERIES if self._invariant else 1, len(tokens), self._keys)
         batch = torch.tensor([tokens], device=self.weight.device)
         hidden: Tensor = self.model(batch, positions=cache.positions, cache=cache, head=False)[0]
         return hidden
@@ -327,15 +337,21 @@ class Engine:
         logits: Tensor = self.model.embed_out(hidden[padded])
         return logits[: len(places)]
 
-    def _record(self, request: Scoring, logits: Tensor) -> None:
-        targets = [*request.tokens[request.wanted + 1 :], request.last][: len(logits)]
-        request.wanted += len(logits)
+    def _record(self, scored: list[tuple[Scoring, range]], logits: Tensor) -> None:
+        """Record what is asked of each request from its rows of logits [R, V], those from `wanted` on."""
+        asked = [pair for request, rows in scored for pair in zip(rows, request.targets, strict=False)]
+        if not asked:
+            return
         logprobs = logits.float().log_softmax(dim=-1)
-        picked = torch.tensor(targets, device=logits.device)
-        request.logprobs += logprobs.gather(1, picked[:, None])[:, 0].tolist()
-        request.is_greedy &= bool((logprobs.argmax(dim=-1) == picked).all())
-        if request.wanted == len(request.tokens):
-            self._scheduler.remove(request)
+        row = torch.tensor([row for row, targets in asked for _ in targets], device=logits.device)
+        token = torch.tensor([token for _, targets in asked for token in targets], device=logits.device)
+        likely = logprobs.argmax(dim=-1)[row] == token
+        # One transfer for all: the device is waited for once.
+        found = iter(torch.stack((logprobs[row, token], likely.float()), dim=1).tolist())
+        for request, rows in scored:
+            request.record(found, len(rows))
+            if request.ends:
+                self._scheduler.remove(request)
 
     def _guess(self) -> None:
         """Give those that decode, and have room for it, a draft to verify."""

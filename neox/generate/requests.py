@@ -1,5 +1,7 @@
 """What the engine works on, and what it hands out: requests with how far they are, events, completions and scores."""
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from neox.cache import BLOCK
@@ -94,12 +96,35 @@ class Generation(Request):
 
 
 class Scoring(Request):
-    """A context and its continuation, whose last token is predicted but not computed."""
+    """A context and continuations of it that differ in their last token only, which is predicted but not computed."""
 
     decodes = False
 
     def __init__(self, context: list[int], continuation: list[int]) -> None:
         super().__init__((context + continuation)[:-1], limit=len(context + continuation), wanted=len(context) - 1)
-        self.last = continuation[-1]
-        self.logprobs: list[float] = []
-        self.is_greedy = True
+        self.lasts = [continuation[-1]]
+        self.logprobs: list[float] = []  # of the tokens before the last
+        self.is_greedy = True  # whether they are
+        self.ends: list[tuple[float, bool]] = []  # the same of each of `lasts`, once all is computed
+
+    @property
+    def targets(self) -> list[list[int]]:
+        """For each position from `wanted` on, the tokens whose log-probabilities are asked for."""
+        return [*([token] for token in self.tokens[self.wanted + 1 :]), self.lasts]
+
+    def record(self, found: Iterator[Sequence[float]], positions: int) -> None:
+        """Take what was found for `targets` of that many positions: (log-probability, whether it is the largest)."""
+        for targets in self.targets[:positions]:
+            own = [(logprob, bool(likely)) for logprob, likely in itertools.islice(found, len(targets))]
+            self.wanted += 1
+            if self.wanted == len(self.tokens):
+                self.ends = own
+            else:
+                self.logprobs.append(own[0][0])
+                self.is_greedy &= own[0][1]
+
+    def score(self, number: int) -> Score:
+        """Of the continuation that ends in the so-manieth of `lasts`."""
+        logprob, is_greedy = self.ends[number]
+        logprobs = [*self.logprobs, logprob]
+        return Score(sum(logprobs), self.is_greedy and is_greedy, logprobs)

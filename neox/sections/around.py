@@ -67,6 +67,8 @@ class EvalConfig(Section):
     """Global batches per evaluation on data.valid."""
     tasks: Names = ()
     """Tasks, groups or tags of lm-evaluation-harness, or YAML files of tasks: a,b."""
+    tasks_every: NotNegative = 0
+    """Steps between evaluations of `tasks` during training; 0 = never."""
     include_path: OptionalStr = None
     """A folder of YAML files with tasks of one's own; none = only lm-evaluation-harness's."""
     limit: OptionalFloat = Field(default=None, gt=0)

@@ -24,7 +24,7 @@ class Sink(Protocol):
         """A step is done that no row is written of."""
 
     def write(self, row: Row) -> None:
-        """Numbers: those of a logged step (`metrics.make_row`), or of an evaluation ("valid_loss")."""
+        """Numbers: of a logged step (`metrics.make_row`), of an evaluation ("valid_loss"), of tasks ("tasks/NAME")."""
 
     def sample(self, row: Row) -> None:
         """Text: a "prompt", and the "text" that the model made of it."""
@@ -168,6 +168,9 @@ class ConsoleSink:
     def write(self, row: Row) -> None:
         if "valid_loss" in row:
             self.say(f"step {row['step']}: held-out loss {row['valid_loss']:.4f}")
+            return
+        if found := {key.removeprefix("tasks/"): value for key, value in row.items() if key.startswith("tasks/")}:
+            self.say(f"step {row['step']}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
             return
         loss, speed = f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:,.0f} tok/s  MFU {row['mfu']:.2f}"
         full = f"{loss}  norm {row['grad_norm']:.3g}  lr {row['lr']:.2e}  {speed}"

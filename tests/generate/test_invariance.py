@@ -76,6 +76,25 @@ def test_scores_are_those_of_a_full_pass_and_know_nothing_of_order_or_cache(thre
         assert score.is_greedy == (expected.argmax(-1) == target).all().item()
 
 
+def long_requests():
+    """Contexts of a length at which attention reads its keys in several parts, with a common beginning."""
+    draw = torch.Generator().manual_seed(3)
+    lengths = (150, 190, 210, 250, 300, 330, 390, 520, 700)
+    tokens = torch.randint(211, (700,), generator=draw).tolist()
+    return [(tokens[:length], [7, number]) for number, length in enumerate(lengths)]
+
+
+def test_long_contexts_know_nothing_of_company_cache_or_budget():
+    model = random_model(**WIDE | {"num_attention_heads": 2, "max_position_embeddings": 1024})
+    requests = long_requests()
+    alone = [Engine(model).score([request])[0] for request in requests]
+    for budget in (48, 256, 1024):
+        engine = Engine(model, budget=budget)
+        assert engine.score(requests) == alone
+        assert engine.score(requests[::-1]) == alone[::-1]  # from the tree, now
+        assert engine.stats.hits > 0
+
+
 def test_the_most_likely_continuation_is_greedy_and_no_other():
     engine = Engine(MODELS["gpt_neox"])
     done = engine.generate([5, 6], Sampling(max_tokens=6, temperature=0, stop_at_eod=False))[0].tokens
@@ -92,6 +111,17 @@ def test_scoring_computes_what_is_common_once_and_the_head_at_continuations_only
     engine.score([([*context, 50 + i], [1, 2]) for i in range(4)])
     assert engine.stats.misses == 48 + 4 * 2
     assert sum(rows) == 4 * 2
+
+
+def test_continuations_that_differ_in_the_last_token_are_computed_once():
+    engine = Engine(MODELS["gpt_neox"])
+    context = list(range(30))
+    requests = [(context, [end]) for end in (3, 9, 9, 4)] + [(context, [3, end]) for end in (5, 6)]
+    requests += [([*context, 3], [5])]  # the same tokens, cut elsewhere: less of them is scored
+    scores = engine.score(requests)
+    assert scores == [Engine(MODELS["gpt_neox"]).score([request])[0] for request in requests]
+    assert engine.stats.misses + engine.stats.hits == 30 + 31 + 31
+    assert [len(score.logprobs) for score in scores] == [1, 1, 1, 1, 2, 2, 1]
 
 
 def test_what_cannot_be_scored_is_one_clear_line():

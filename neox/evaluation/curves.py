@@ -1,0 +1,177 @@
+"""What a model learns while it is trained: each of its checkpoints evaluated, and each task's curve over the steps.
+
+A folder holds step_NNNNNNNN/ with the results of one checkpoint each, and what is drawn of them: curves.json,
+curves.png, curves.html.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neox.checkpoint import complete_steps, step_number
+from neox.checkpoint.huggingface import CheckpointError
+from neox.config import load_config
+from neox.evaluation.report import STYLE
+from neox.evaluation.run import evaluate
+from neox.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Point = tuple[int, float, float | None]  # step, value, standard error
+Curves = dict[str, list[Point]]  # "task metric": its points in order of steps
+
+COLUMNS, WIDE = 3, 64  # a logarithmic axis where the last step is so many times the first
+COLOUR, INK, GRID = "#0b6e66", "#1d1a16", "#e2dacd"
+
+
+def checkpoints(source: str, steps: Sequence[int] | None) -> list[tuple[int, str]]:
+    """(step, what to load) of the checkpoints of a run directory, or of a hub id whose revisions are stepN (Pythia).
+
+    Raises ValueError for steps that a run does not have, and for a hub id without steps.
+    """
+    folders = {step_number(folder): str(folder) for folder in complete_steps(Path(source))}
+    if not folders:
+        if steps is None:
+            raise ValueError(f"{source}: no run with checkpoints; of a hub id name the steps, as steps=1000,143000")
+        return [(step, f"{source}@step{step}") for step in sorted(steps)]
+    if missing := sorted(set(steps or ()) - folders.keys()):
+        raise ValueError(f"{source}: has no step {missing[0]}; it has {', '.join(map(str, folders))}")
+    return [(step, folder) for step, folder in sorted(folders.items()) if steps is None or step in steps]
+
+
+def coming(run: str, every: float = 5.0) -> Iterator[tuple[int, str]]:
+    """The checkpoints of a run that may still be going on, each once, the newest first, until its last step is there.
+
+    `every` is how many seconds pass between two looks. Raises ValueError where there is no run.
+    """
+    config = Path(run) / "config.toml"
+    if not config.is_file():
+        raise ValueError(f"{run}: holds no run (no config.toml): it can be watched once `neox train` has begun it")
+    seen: set[int] = set()
+    while True:
+        last = load_config(files=[config]).train.steps
+        new = [one for one in checkpoints(run, None) if one[0] not in seen] if complete_steps(Path(run)) else []
+        if new:
+            seen.add(new[-1][0])
+            yield new[-1]
+        elif seen and max(seen) >= last:
+            return
+        else:
+            time.sleep(every)
+
+
+def evaluate_steps(found: Iterator[tuple[int, str]] | Sequence[tuple[int, str]], out: Path, **options: Any) -> Curves:
+    """Evaluate each of these checkpoints into OUT/step_NNNNNNNN, drawing the curves anew after each.
+
+    `options` are those of `evaluate`. What OUT holds for the same options is not asked again. A checkpoint that cannot
+    be loaded, damaged or removed since, is passed over with a line on stderr.
+    """
+    processes = options.get("processes")
+    for step, model in found:
+        folder = out / f"step_{step:08d}"
+        note, asked = folder / "asked.json", _asked(model, options)
+        if not (note.is_file() and note.read_text() == asked):
+            try:
+                evaluate(model, out=folder, **options)
+            except CheckpointError as error:
+                print(f"neox: step {step} is passed over: {error}", file=sys.stderr)
+                continue
+            if not (processes and processes.rank):
+                write_atomic(note, asked.encode())
+        if not (processes and processes.rank):
+            write(out)
+    return read(out)
+
+
+def _asked(model: str, options: dict[str, Any]) -> str:
+    told = {key: value for key, value in options.items() if key not in ("processes", "progress", "device")}
+    return json.dumps({"model": model, **told}, default=list, sort_keys=True)
+
+
+def read(out: Path) -> Curves:
+    """The curves of the results that a folder holds."""
+    curves: Curves = {}
+    for file in sorted(out.glob("step_*/results.json")):
+        for task, row in json.loads(file.read_text())["results"].items():
+            for key, value in row.items():
+                metric, comma, kind = key.partition(",")
+                if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                    continue
+                error = row.get(f"{metric}_stderr,{kind}")
+                name = f"{task} {metric}" + (f" ({kind})" if kind != "none" else "")
+                points = curves.setdefault(name, [])
+                points.append((step_number(file.parent), value, error if isinstance(error, int | float) else None))
+    return curves
+
+
+def write(out: Path) -> None:
+    """Draw what the folder holds: curves.json, curves.png, curves.html. Nothing is written where it holds nothing."""
+    if not (curves := read(out)):
+        return
+    named = {
+        name: dict(zip(("step", "value", "stderr"), map(list, zip(*points, strict=True)), strict=True))
+        for name, points in curves.items()
+    }
+    picture = io.BytesIO()
+    figure(curves).savefig(picture, format="png")
+    write_atomic(out / "curves.png", picture.getvalue())
+    write_atomic(out / "curves.html", _page(curves, picture.getvalue()).encode())
+    write_atomic(out / "curves.json", json.dumps(named, indent=2).encode())
+
+
+def figure(curves: Curves) -> "Figure":
+    """A panel for each curve; the band is one standard error to either side."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ValueError("drawing curves needs the package matplotlib: pip install 'neox[eval]'") from None
+
+    columns, rows = min(COLUMNS, len(curves)), -(-len(curves) // COLUMNS)
+    drawn = Figure(figsize=(4.6 * columns, 3.2 * rows), dpi=140, layout="constrained")
+    FigureCanvasAgg(drawn)
+    for number, (name, points) in enumerate(curves.items()):
+        axes = drawn.add_subplot(rows, columns, number + 1)
+        steps, values = [point[0] for point in points], [point[1] for point in points]
+        errors = [point[2] or 0.0 for point in points]
+        low = [value - error for value, error in zip(values, errors, strict=True)]
+        high = [value + error for value, error in zip(values, errors, strict=True)]
+        axes.fill_between(steps, low, high, color=COLOUR, alpha=0.15, linewidth=0)
+        axes.plot(steps, values, color=COLOUR, marker="o", markersize=3.5)
+        positive = [step for step in steps if step > 0]
+        if positive and steps[-1] >= WIDE * positive[0]:
+            axes.set_xscale("symlog", linthresh=positive[0])
+        axes.set_title(name, loc="left", color=INK, fontsize=10, parse_math=False)
+        axes.set_xlabel("training step")
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
+def _page(curves: Curves, picture: bytes) -> str:
+    """One page that needs no other file: the picture, and every point in a table."""
+    steps = sorted({step for points in curves.values() for step, _, _ in points})
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("Step", *curves))
+    found = {name: {step: (value, error) for step, value, error in points} for name, points in curves.items()}
+    lines = []
+    for step in steps:
+        cells = [_cell(*own[step]) if step in own else "" for own in found.values()]
+        lines.append(f"<tr><td>{step:,}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Curves</title><style>{STYLE}'
+        "img { max-width: 100% }</style>\n<h1>Over training</h1>\n"
+        f'<p><img alt="a curve for each metric" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>\n'
+        f"<table>\n<tr>{head}</tr>\n" + "\n".join(lines) + "\n</table>\n</html>\n"
+    )
+
+
+def _cell(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None and math.isfinite(error) else "")

@@ -1,0 +1,81 @@
+"""Tasks while a model is trained: a hook for the trainer, which must not notice that it was there."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from neox.config import Config
+from neox.evaluation.curves import write
+from neox.evaluation.run import evaluate
+from neox.evaluation.tasks import load_tasks
+from neox.generate import Engine
+from neox.model import GPTNeoX
+from neox.tokenizer import Tokenizer
+from neox.train import Trainer
+
+TRAINING = ("every", "batches", "tasks_every")  # keys of section eval that say when, not what
+
+
+class TaskHook:
+    """Evaluates `eval.tasks` before the first step, every `eval.tasks_every` steps, and after the last one.
+
+    `Trainer(config, hooks=(TaskHook(config),))`. Results and curves are in RUN/evals, scores go to the trainer's sinks.
+    The first process evaluates, the others wait for it. Losses are those of a run without it, to the bit.
+    Raises ValueError, when it is made, for tasks that cannot be loaded.
+    """
+
+    def __init__(self, config: Config) -> None:
+        if not config.eval.tasks:
+            raise ValueError("eval.tasks_every is set, but there are no tasks: name them, eval.tasks=lambada_openai")
+        load_tasks(config.eval.tasks, config.eval.include_path)
+        self.config, self.begun = config, False
+
+    def __call__(self, trainer: Trainer, step: int) -> None:
+        """Raises ValueError where the run has no tokenizer."""
+        if not (begun := self.begun):
+            self.begun = True
+            if not (trainer.run / "tokenizer.json").exists():
+                raise ValueError(
+                    f"eval.tasks_every is set, but {trainer.run} has no tokenizer: set tokenizer.path, or "
+                    "eval.tasks_every=0"
+                )
+        if step % self.config.eval.tasks_every and step != self.config.train.steps:
+            return
+        folder = trainer.run / "evals" / f"step_{step:08d}"
+        if not begun and step and trainer.processes.largest((folder / "results.json").exists()):
+            return  # a resumed run: its results up to here are kept
+        with trainer.watch.paused():
+            model = trainer.whole_model()
+            if model is not None:  # on rank 0
+                with _unnoticed(model):
+                    trainer.sinks.write({"step": step, **self._scores(trainer, model, folder)})
+                write(folder.parent)
+            trainer.processes.largest(0)  # the others wait here: a pause of theirs ends with this one's
+
+    def _scores(self, trainer: Trainer, model: GPTNeoX, folder: Path) -> dict[str, float]:
+        engine = Engine(model, Tokenizer.from_file(trainer.run / "tokenizer.json"))
+        options = self.config.eval.model_dump(exclude=set(TRAINING))
+        results = evaluate(engine, out=folder, progress=not trainer.quiet, **options)
+        return {
+            f"tasks/{task} {key.partition(',')[0]}": float(value)
+            for task, row in results["results"].items()
+            for key, value in row.items()
+            if "," in key and "_stderr" not in key and isinstance(value, int | float)
+        }
+
+
+@contextmanager
+def _unnoticed(model: GPTNeoX) -> Iterator[None]:
+    """Leaves the model's mode and the random streams, which lm-eval seeds, as they were."""
+    training, streams = model.training, (random.getstate(), np.random.get_state())
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        model.train(training)
+        random.setstate(streams[0])
+        np.random.set_state(streams[1])
