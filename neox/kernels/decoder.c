@@ -7,7 +7,12 @@
 
 #include "panels.h"
 
-enum { POSITIONS = 16 };
+enum { POSITIONS = 16, TILE = 4 };
+#ifdef __AVX512VNNI__
+enum { PART = 64 }; /* of a head's values: a tile's sums stay in registers */
+#else
+enum { PART = 16 };
+#endif
 
 typedef struct {
     matrix qkv, dense, up, down;
@@ -36,6 +41,7 @@ typedef struct {
 
 typedef struct {
     float *normed, *second, *qkv, *attended, *projected, *inner, *fed, *scores;
+    int64_t *begins; /* of tiles of rows */
     void *product;
 } memory;
 
@@ -47,9 +53,11 @@ static int64_t divide_memory(const decoder *d, int64_t rows, int64_t longest, in
                         &to->scores};
     const int64_t width = d->heads * d->head_dim;
     const int64_t sizes[] = {rows * d->hidden, rows * d->hidden, rows * 3 * width, rows * width, rows * d->hidden,
-                             rows * d->ffn, rows * d->hidden, threads * padded(longest)};
+                             rows * d->ffn, rows * d->hidden, threads * TILE * padded(longest)};
     int64_t at = 0;
     for (int i = 0; i < 8; at += padded(sizes[i++])) *places[i] = from + at;
+    to->begins = (int64_t *)(from + at);
+    at += padded(2 * (rows + 1));
     to->product = from + at;
     return at;
 }
@@ -102,57 +110,125 @@ static void turn(float *x, const float *cos, const float *sin, int64_t half) {
     }
 }
 
-/* Attention of one query [dim] over positions `from` .. `to` of its sequence; `scores` has room for them all. */
-INLINE void attend(int64_t dim, const float *q, const float *keys, const float *values, const int32_t *owned,
-                   int64_t from, int64_t to, float scale, float *scores, float *out) {
-    const int64_t start = from / POSITIONS * POSITIONS, end = (to / POSITIONS + 1) * POSITIONS;
-    enum { MOST = 16 }; /* vectors of a head that stay in registers */
-    float most = -INFINITY;
-    for (int64_t s = start; s < end; s++) scores[s - start] = -INFINITY;
-    for (int64_t s = from; s <= to; s++) {
-        const float *key = keys + (owned[s / POSITIONS] * POSITIONS + s % POSITIONS) * dim;
-        floats sum = zeros();
-        UNROLL for (int64_t k = 0; k < dim; k += LANES)
-            sum = fused(load_some(q + k, dim - k), load_some(key + k, dim - k), sum);
-        const float score = total(sum) * scale;
-        scores[s - start] = score;
-        most = score > most ? score : most;
-    }
-    floats all = zeros();
-    for (int64_t s = 0; s < end - start; s += LANES) {
-        floats weight = exponential(add(load(scores + s), spread(-most)));
-        store(scores + s, weight);
-        if (s == 0) for (int64_t k = 0; k < from - start; k++) scores[k] = 0;
-        if (s == end - start - LANES) for (int64_t k = to + 1; k < end; k++) scores[k - start] = 0;
-        all = add(all, load(scores + s));
-    }
-    const float inverse = 1 / total(all);
-    for (int64_t part = 0; part < dim; part += MOST * LANES) {
-        const int64_t width = dim - part < MOST * LANES ? dim - part : MOST * LANES;
-        floats sum[MOST];
-        UNROLL for (int64_t k = 0; k < width; k += LANES) sum[k / LANES] = zeros();
-        for (int64_t s = from; s <= to; s++) {
-            const float *value = values + (owned[s / POSITIONS] * POSITIONS + s % POSITIONS) * dim + part;
-            const floats weight = spread(scores[s - start]);
-            UNROLL for (int64_t k = 0; k < width; k += LANES)
-                sum[k / LANES] = fused(weight, load_some(value + k, width - k), sum[k / LANES]);
-        }
-        UNROLL for (int64_t k = 0; k < width; k += LANES)
-            store_some(out + part + k, multiply(sum[k / LANES], spread(inverse)), width - k);
+/* Up to TILE queries of one sequence, at positions first, first + 1, ..: they read each key and value together. */
+typedef struct {
+    const float *q, *keys, *values; /* q [count, stride]; keys and values of a head, all blocks */
+    const int32_t *owned;
+    int64_t count, first, window, stride, room;
+    float scale;
+    float *scores; /* [TILE, room] */
+    float *out;    /* [count, width] */
+    int64_t width;
+} queries;
+
+INLINE int64_t first_seen(const queries *a, int64_t i) {
+    return a->window && a->first + i >= a->window ? a->first + i - a->window + 1 : 0;
+}
+INLINE const float *row_of(const queries *a, const float *rows, int64_t dim, int64_t s) {
+    return rows + (a->owned[s / POSITIONS] * POSITIONS + s % POSITIONS) * dim;
+}
+
+/* sum[i] += weight of query i for position s times its value, a part of it. */
+INLINE void weigh(const queries *a, int64_t dim, int64_t part, int64_t vectors, int64_t from, int64_t to, int64_t start,
+                  int64_t s, floats sum[TILE][PART / LANES]) {
+    const float *value = row_of(a, a->values, dim, s) + part;
+    UNROLL for (int64_t k = 0; k < vectors; k++) {
+        const floats v = load_some(value + k * LANES, dim - part - k * LANES);
+        UNROLL for (int64_t i = from; i < to; i++)
+            sum[i][k] = fused(spread(a->scores[i * a->room + s - start]), v, sum[i][k]);
     }
 }
 
-/* The head widths of the family as constants: their loops unroll. */
-static void attend_any(int64_t dim, const float *q, const float *keys, const float *values, const int32_t *owned,
-                       int64_t from, int64_t to, float scale, float *scores, float *out) {
+/* Whether other queries are beside it or not, one's sums run over its positions in their order, and over no other's. */
+INLINE void attend(const queries *a, int64_t dim, int64_t count) {
+    const int64_t start = first_seen(a, 0) / POSITIONS * POSITIONS, last = a->first + count - 1;
+    const int64_t end = (last / POSITIONS + 1) * POSITIONS;
+    float inverse[TILE];
+    for (int64_t at = start; at < end; at += POSITIONS) {
+        __m256 sums[TILE][POSITIONS];
+        for (int64_t p = 0; p < POSITIONS; p++) {
+            const float *key = row_of(a, a->keys, dim, at + p);
+            UNROLL for (int64_t i = 0; i < count; i++) {
+                floats sum = zeros();
+                UNROLL for (int64_t k = 0; k < dim; k += LANES)
+                    sum = fused(load_some(a->q + i * a->stride + k, dim - k), load_some(key + k, dim - k), sum);
+                sums[i][p] = halves_added(sum);
+            }
+        }
+        for (int64_t i = 0; i < count; i++) {
+            float *scores = a->scores + i * a->room + at - start;
+            _mm256_storeu_ps(scores, eight_totals(sums[i]));
+            _mm256_storeu_ps(scores + 8, eight_totals(sums[i] + 8));
+            store(scores, multiply(load(scores), spread(a->scale)));
+        }
+    }
+    for (int64_t i = 0; i < count; i++) {
+        float *scores = a->scores + i * a->room;
+        const int64_t from = first_seen(a, i) - start, to = a->first + i - start; /* what else was read does not count */
+        for (int64_t s = 0; s < from; s++) scores[s] = -INFINITY;
+        for (int64_t s = to + 1; s < end - start; s++) scores[s] = -INFINITY;
+        /* A whole number of blocks from a block's beginning on, as if the query were alone. */
+        const int64_t own = from / POSITIONS * POSITIONS, stop = (to / POSITIONS + 1) * POSITIONS;
+        floats most = spread(-INFINITY), all = zeros();
+        for (int64_t s = own; s < stop; s += LANES) most = larger(most, load(scores + s));
+        float lanes[LANES], highest = -INFINITY;
+        store(lanes, most);
+        for (int k = 0; k < LANES; k++) highest = lanes[k] > highest ? lanes[k] : highest;
+        for (int64_t s = own; s < stop; s += LANES) {
+            store(scores + s, exponential(add(load(scores + s), spread(-highest))));
+            for (int64_t k = s; k < from; k++) scores[k] = 0;
+            for (int64_t k = to + 1; k < s + LANES; k++) scores[k] = 0;
+            all = add(all, load(scores + s));
+        }
+        inverse[i] = 1 / total(all);
+    }
+    const int64_t common = first_seen(a, count - 1);
+    for (int64_t part = 0; part < dim; part += PART) {
+        const int64_t left = dim - part < PART ? dim - part : PART, vectors = (left + LANES - 1) / LANES;
+        floats sum[TILE][PART / LANES];
+        UNROLL for (int64_t i = 0; i < count; i++) UNROLL for (int64_t k = 0; k < vectors; k++) sum[i][k] = zeros();
+        for (int64_t i = 0; i < count - 1; i++)
+            for (int64_t s = first_seen(a, i); s < common && s <= a->first + i; s++)
+                weigh(a, dim, part, vectors, i, i + 1, start, s, sum);
+        for (int64_t s = common; s <= a->first; s++) weigh(a, dim, part, vectors, 0, count, start, s, sum);
+        for (int64_t i = 1; i < count; i++) {
+            const int64_t after = a->first + 1 > common ? a->first + 1 : common;
+            for (int64_t s = after; s <= a->first + i; s++) weigh(a, dim, part, vectors, i, i + 1, start, s, sum);
+        }
+        for (int64_t i = 0; i < count; i++)
+            UNROLL for (int64_t k = 0; k < vectors; k++)
+                store_some(a->out + i * a->width + part + k * LANES, multiply(sum[i][k], spread(inverse[i])),
+                           left - k * LANES);
+    }
+}
+
+/* The head widths of the family as constants, for a whole tile and for one query: their loops unroll. */
+static void attend_any(const queries *a, int64_t dim) {
 #define WIDTH(constant) \
-    case constant: attend(constant, q, keys, values, owned, from, to, scale, scores, out); return;
+    case constant: \
+        if (a->count == TILE) attend(a, constant, TILE); \
+        else if (a->count == 1) attend(a, constant, 1); \
+        else attend(a, constant, a->count); \
+        return;
     switch (dim) { WIDTH(64) WIDTH(80) WIDTH(96) WIDTH(128) WIDTH(256) }
-    attend(dim, q, keys, values, owned, from, to, scale, scores, out);
+    attend(a, dim, a->count);
+}
+
+/* Where each tile of rows begins, and where the last one ends; returns how many there are. */
+static int64_t cut(const cache *c, int64_t rows, int64_t *begins) {
+    int64_t tiles = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        int fits = row && row - begins[tiles - 1] < TILE && c->tables[row] == c->tables[row - 1]
+                && c->positions[row] == c->positions[row - 1] + 1;
+        if (!fits) begins[tiles++] = row;
+    }
+    begins[tiles] = rows;
+    return tiles;
 }
 
 /* One thread's share of attention's part of a block: rotate, keep keys and values, attend. */
-static void attention(const decoder *d, const cache *c, int64_t layer, int64_t rows, memory *m, float *scores) {
+static void attention(const decoder *d, const cache *c, int64_t layer, int64_t rows, int64_t tiles, memory *m,
+                      float *scores, int64_t room) {
     const int64_t dim = d->head_dim, width = d->heads * dim, half = d->rotary / 2, stride = c->blocks * POSITIONS * dim;
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < d->heads * rows; unit++) {
@@ -168,12 +244,16 @@ static void attention(const decoder *d, const cache *c, int64_t layer, int64_t r
         memcpy(c->values + at, v, dim * sizeof(float));
     }
 #pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < d->heads * rows; unit++) {
-        const int64_t head = unit / rows, row = unit % rows, to = c->positions[row];
-        const int64_t from = d->blocks[layer].local && to >= d->window ? to - d->window + 1 : 0;
+    for (int64_t unit = 0; unit < d->heads * tiles; unit++) {
+        const int64_t head = unit / tiles, row = m->begins[unit % tiles];
         const int64_t at = (layer * d->heads + head) * stride;
-        attend_any(dim, m->qkv + row * 3 * width + head * 3 * dim, c->keys + at, c->values + at,
-                   c->owned + c->tables[row], from, to, (float)d->scale, scores, m->attended + row * width + head * dim);
+        const queries a = {
+            .q = m->qkv + row * 3 * width + head * 3 * dim, .stride = 3 * width,
+            .keys = c->keys + at, .values = c->values + at, .owned = c->owned + c->tables[row],
+            .count = m->begins[unit % tiles + 1] - row, .first = c->positions[row],
+            .window = d->blocks[layer].local ? d->window : 0, .scale = (float)d->scale,
+            .scores = scores, .room = room, .out = m->attended + row * width + head * dim, .width = width};
+        attend_any(&a, dim);
     }
 }
 
@@ -182,14 +262,14 @@ void neox_decode(const decoder *d, const cache *c, float *x, float *out, int64_t
                  int threads) {
     memory whole;
     divide_memory(d, rows, longest, threads, scratch, &whole);
-    const int64_t C = d->hidden;
+    const int64_t C = d->hidden, tiles = cut(c, rows, whole.begins), room = padded(longest);
     const float eps = (float)d->eps;
 #pragma omp parallel num_threads(threads)
     {
         memory m = whole;
 #ifdef _OPENMP
         extern int omp_get_thread_num(void);
-        float *scores = m.scores + omp_get_thread_num() * padded(longest);
+        float *scores = m.scores + omp_get_thread_num() * TILE * room;
 #else
         float *scores = m.scores;
 #endif
@@ -202,7 +282,7 @@ void neox_decode(const decoder *d, const cache *c, float *x, float *out, int64_t
                     normalize(x + row * C, b->second, b->second_bias, eps, C, m.second + row * C);
             }
             neox_product(&b->qkv, AS_IS, m.normed, m.qkv, m.product, rows);
-            attention(d, c, layer, rows, &m, scores);
+            attention(d, c, layer, rows, tiles, &m, scores, room);
             neox_product(&b->dense, AS_IS, m.attended, m.projected, m.product, rows);
             if (!d->parallel) {
 #pragma omp for schedule(static)
