@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from neox.cli.verb import UsageError
 
+if TYPE_CHECKING:
+    from neox.config import EvalConfig
+
 OWN = ("out", "device", "dtype", "weights", "model_args")
+LOADING = ("device", "dtype", "weights")
 TRAINING = ("every", "batches", "tasks_every")  # of section eval, but for `neox train`
 
 
@@ -16,6 +21,7 @@ def eval_(targets: list[str], options: list[str]) -> None:
     """Evaluate a model on tasks of lm-evaluation-harness, or of your own.
 
     neox eval MODEL tasks=NAME[,NAME ...] [key=value ...]
+    neox eval MODEL pile=FILE [key=value ...]   bits per byte by component and group of the Pile
 
     MODEL is a run directory, one of its step folders, a Hugging Face folder or a hub id (OWNER/MODEL,
     OWNER/MODEL@REVISION), run by our engine; to compare with, hf:ID is any model of transformers in
@@ -37,6 +43,8 @@ def eval_(targets: list[str], options: list[str]) -> None:
       seed=N             of examples and of everything else drawn; default: lm-eval's seeds
       log_samples=true   also write OUT/samples_TASK.jsonl: documents, prompts, answers
       out=DIR            default: evals/MODEL
+      pile=FILE          in place of tasks: a file of the Pile, such as test.jsonl.zst; to
+                         OUT/bits_per_byte.md and .json; limit=N documents
       steps=all          every checkpoint of a run; or those of these steps: steps=1000,2000
       watch=true         each checkpoint of a run that is going on, as it comes; ends with the run
       weights=auto       as in `neox generate`; auto loses nothing
@@ -49,6 +57,7 @@ def eval_(targets: list[str], options: list[str]) -> None:
       neox eval EleutherAI/pythia-160m tasks=lambada_openai,arc_easy
       neox eval runs/first tasks=sums include_path=tasks limit=100
       neox eval runs/first tasks=sums include_path=tasks watch=true device=cpu
+      neox eval EleutherAI/pythia-160m pile=pile/test.jsonl.zst limit=1000
       neox eval EleutherAI/pythia-160m tasks=lambada_openai steps=1000,16000,143000
       torchrun --standalone --nproc-per-node 8 -m neox eval runs/first tasks=mmlu
       neox eval hf:KoboldAI/fairseq-dense-6.7B tasks=lambada_openai dtype=bf16
@@ -62,7 +71,7 @@ def eval_(targets: list[str], options: list[str]) -> None:
     overrides = []
     for option in options:
         key, _, value = option.partition("=")
-        if key in (*OWN, "steps", "watch"):
+        if key in (*OWN, "steps", "watch", "pile"):
             own[key] = value
             continue
         full = key if "." in key else f"eval.{key}"
@@ -73,9 +82,12 @@ def eval_(targets: list[str], options: list[str]) -> None:
     if len(targets) != 1:
         raise UsageError("eval needs one MODEL")
     config = load_config(overrides=overrides).eval
+    out = Path(own.pop("out", "") or Path("evals") / re.sub(r"[^\w.@-]+", "__", targets[0].strip("./")))
+    if "pile" in own:
+        _pile(targets[0], own, [option.partition("=")[0].removeprefix("eval.") for option in overrides], config, out)
+        return
     if not config.tasks:
         raise UsageError("eval needs tasks=NAME, such as tasks=lambada_openai,arc_easy")
-    out = Path(own.pop("out", "") or Path("evals") / re.sub(r"[^\w.@-]+", "__", targets[0].strip("./")))
 
     steps, watch = own.pop("steps", ""), own.pop("watch", "false")
     if not re.fullmatch(r"|all|\d+(,\d+)*", steps):
@@ -117,3 +129,33 @@ def eval_(targets: list[str], options: list[str]) -> None:
         return
     print(markdown(results), end="")
     print(f"{out}: results.json, results.md, results.html")
+
+
+def _pile(target: str, own: dict[str, str], asked: list[str], config: EvalConfig, out: Path) -> None:
+    """Bits per byte on a file of the Pile."""
+    if strange := sorted({*own, *asked} - {"pile", "limit", *LOADING}):
+        raise UsageError(
+            f"pile= does not go with {', '.join(strange)}; its options are limit, out, {', '.join(LOADING)}"
+        )
+    if config.limit is not None and config.limit != int(config.limit):
+        raise UsageError(f"limit={config.limit}: pile= takes a number of documents")
+    from neox.data.statistics import likelihood_page
+    from neox.evaluation.pile import score_files
+    from neox.generate.loading import load_engine
+
+    engine = load_engine(target, **{key: own[key] for key in LOADING if key in own})
+    if engine.tokenizer is None:
+        raise ValueError(f"{target}: has no tokenizer: put its tokenizer.json into the folder")
+    model = engine.model
+    limit = None if config.limit is None else int(config.limit)
+    found = score_files(
+        lambda rows: model(rows.to(engine.weight.device)),
+        engine.tokenizer,
+        target,
+        own["pile"],
+        out,
+        model.config.max_position_embeddings,
+        limit,
+    )
+    print(likelihood_page(found, target), end="")
+    print(f"{out}: bits_per_byte.md, bits_per_byte.json")

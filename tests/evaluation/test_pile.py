@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import neox
+from neox.cli import main
 from neox.data.statistics import total
 from neox.evaluation.pile import score, score_files
 from neox.tokenizer import Tokenizer, train_bpe
+from tests import tiny
 
 WINDOW = 8
 DOCUMENTS = [
@@ -92,3 +95,19 @@ def test_files_are_scored_and_reported(tokenizer: Tokenizer, tmp_path: Path):
     file.write_text(json.dumps({"text": "a", "meta": {}}))
     with pytest.raises(ValueError, match=r"test.jsonl: document 0 from there has no meta.pile_set_name"):
         score_files(uniform, tokenizer, "uniform", str(file), tmp_path, WINDOW, progress=False)
+
+
+def test_the_command_scores_a_saved_model(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = tiny.ours(vocab_size=320)
+    neox.save(model, tmp_path / "model", tokenizer)
+    file = tmp_path / "test.jsonl"
+    lines = [json.dumps({"text": text, "meta": {"pile_set_name": name}}) for name, text in DOCUMENTS]
+    file.write_text("\n".join(lines))
+    assert main(["eval", str(tmp_path / "model"), f"pile={file}", "limit=2", f"out={tmp_path / 'out'}"]) == 0
+    rows = json.loads((tmp_path / "out" / "bits_per_byte.json").read_text())["rows"]
+    wanted = score(model, tokenizer, DOCUMENTS[:2], tiny.CONTEXT)
+    for name in ("Github", "ArXiv"):
+        assert rows[name]["bits_per_byte"] == pytest.approx(wanted[name].bits_per_byte, rel=1e-5)
+    assert "Github" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "model"), f"pile={file}", "num_fewshot=2"]) == 2
+    assert "num_fewshot" in capsys.readouterr().err
