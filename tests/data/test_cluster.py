@@ -48,7 +48,7 @@ def test_the_local_executor(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, 
     done = {path.name: path.stat().st_ino for path in Path(f"{out}.parts").glob("*.idx")}
     assert len(done) == shards
     with pytest.MonkeyPatch.context() as patch:  # nothing is left but to join
-        patch.setattr("neox.data.tokenize.read_piece", None)
+        patch.setattr("neox.data.shards.read_piece", None)
         prepare(corpus, out, tokenizer, progress=False, workers=1)
     assert content(out) == content(tmp_path / "expected")
     assert sorted(path.name for path in out.parent.iterdir()) == ["c.bin", "c.idx", "c.json"]

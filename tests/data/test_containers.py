@@ -98,7 +98,7 @@ def test_any_container_gives_the_same_token_files(
         for suffix in (".bin", ".idx"):
             found = (folder / "out" / f"{number}{suffix}").read_bytes()
             assert found == (folder / "out" / f"expected{suffix}").read_bytes(), source
-        taken = sum(count for _, count, _ in read_source(find_sources(source)[0], "text", Faults("fail")))
+        taken = sum(document.taken for document in read_source(find_sources(source)[0], "text", Faults("fail")))
         size = find_sources(source)[0].size
         assert size is not None
         assert 0 < taken < size + 1e-6
@@ -148,7 +148,7 @@ RAW = b"".join(json.dumps({"text": row}).encode() + b"\n" for row in ROWS)
 def skipping(path: Path) -> tuple[list[str], dict[str, Skipped]]:
     faults = Faults("skip")
     (source,) = find_sources(path, on_error="skip")
-    return [text for text, _, _ in read_source(source, "text", faults)], faults.skipped
+    return [text for text, *_ in read_source(source, "text", faults)], faults.skipped
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zst], ids=["gz", "zst"])

@@ -147,7 +147,7 @@ def test_a_difference_in_a_sample_ends_the_work(
     with pytest.raises(ValueError) as said:
         prepare(source, tmp_path / "out", tokenizer, progress=False)
     assert str(said.value) == (
-        f"{source}: document {wrong + 1} of shard 0: gigatoken and tokenizers give different ids for a text that "
+        f"{source}: document {wrong + 1} from there: gigatoken and tokenizers give different ids for a text that "
         "begins 'the wrong one'; what is done stays: go on with data.backend=tokenizers"
     )
     assert list(tmp_path.iterdir()) == [source]

@@ -53,7 +53,7 @@ def test_a_saved_data_set_gives_the_tokens_of_its_texts(
     noted = json.loads((tmp_path / "out" / "a.json").read_text())["sources"]
     assert noted == [{"path": str(folder), "bytes": size}]
     (source,) = find_sources(folder)
-    assert sum(share for _, share, _ in read_source(source, "text", Faults("fail"))) == pytest.approx(size)
+    assert sum(document.taken for document in read_source(source, "text", Faults("fail"))) == pytest.approx(size)
 
 
 def test_a_saved_selection_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_bad_rows_of_a_saved_data_set(tmp_path: Path) -> None:
         list(read_documents(folder))
     faults = Faults("skip")
     (source,) = find_sources(folder, on_error="skip")
-    assert [text for text, _, _ in read_source(source, "text", faults)] == ["a", "b"] + ["c"] * 1500
+    assert [text for text, *_ in read_source(source, "text", faults)] == ["a", "b"] + ["c"] * 1500
     assert [place.partition(": key")[0] for place in faults.skipped["no text"].first] == [
         f"{folder}: row {row}" for row in (1, 1503)
     ]
