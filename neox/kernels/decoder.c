@@ -7,6 +7,8 @@
 
 #include "panels.h"
 
+#include <omp.h>
+
 enum { POSITIONS = 16, TILE = 4 };
 #ifdef __AVX512VNNI__
 enum { PART = 64 }; /* of a head's values: a tile's sums stay in registers */
@@ -267,12 +269,7 @@ void neox_decode(const decoder *d, const cache *c, float *x, float *out, int64_t
 #pragma omp parallel num_threads(threads)
     {
         memory m = whole;
-#ifdef _OPENMP
-        extern int omp_get_thread_num(void);
         float *scores = m.scores + omp_get_thread_num() * TILE * room;
-#else
-        float *scores = m.scores;
-#endif
         for (int64_t layer = 0; layer < d->layers; layer++) {
             const block *b = d->blocks + layer;
 #pragma omp for schedule(static)

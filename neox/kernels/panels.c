@@ -12,6 +12,8 @@
 
 #include "panels.h"
 
+#include <omp.h>
+
 enum { GROUP = 128, BLOCK = 256, QUADS = GROUP / 4, AHEAD = 2048 };
 
 #ifdef __AVX512VNNI__
@@ -50,22 +52,32 @@ INLINE int64_t panel_bytes(int kind, const product *a) {
     }
 }
 
+/* What to ask for ahead of `at`, a place in a panel of which `left` bytes are still to come: the panels beside it are
+   being read too, so behind its end come the bytes of the next panel in its row of them. */
+INLINE const char *ahead(const void *at, int64_t left, int64_t bytes, int p) {
+    return (const char *)at + AHEAD + (left <= AHEAD ? (p - 1) * bytes : 0);
+}
+
 INLINE floats read_weights(int kind, const void *from, int64_t k) {
     const char *at = (const char *)from + k * LANES * (kind == FP32 ? 4 : 2);
-    _mm_prefetch(at + AHEAD, _MM_HINT_T0);
     return kind == FP32 ? load((const float *)at)
          : kind == FP16 ? from_fp16((const uint16_t *)at) : from_bf16((const uint16_t *)at);
 }
 
 INLINE void float_sums(int kind, int r, int p, const product *a, const void **panel, int64_t first, floats *total) {
     const float *x = (const float *)a->values + first * a->inputs;
+    const int64_t step = LANES * (kind == FP32 ? 4 : 2), bytes = a->inputs * step;
     for (int64_t from = 0; from < a->inputs; from += BLOCK) {
         int64_t to = from + BLOCK < a->inputs ? from + BLOCK : a->inputs;
         floats sum[ROWS][SIDE];
         UNROLL for (int i = 0; i < r; i++) UNROLL for (int j = 0; j < p; j++) sum[i][j] = zeros();
         for (int64_t k = from; k < to; k++) {
             floats w[SIDE];
-            UNROLL for (int j = 0; j < p; j++) w[j] = read_weights(kind, panel[j], k);
+            UNROLL for (int j = 0; j < p; j++) {
+                const char *at = (const char *)panel[j] + k * step;
+                _mm_prefetch(ahead(at, bytes - k * step, bytes, p), _MM_HINT_T0);
+                w[j] = read_weights(kind, panel[j], k);
+            }
             UNROLL for (int i = 0; i < r; i++) {
                 floats value = spread(x[k * r + i]);
                 UNROLL for (int j = 0; j < p; j++) sum[i][j] = fused(value, w[j], sum[i][j]);
@@ -79,6 +91,7 @@ INLINE void float_sums(int kind, int r, int p, const product *a, const void **pa
 INLINE void integer_sums(int kind, int r, int p, const product *a, const void **panel, const uint16_t **scales,
                          int64_t first, floats *total) {
     const int32_t *x = (const int32_t *)a->values + first * a->groups * QUADS;
+    const int64_t bytes = panel_bytes(kind, a);
     for (int64_t g = 0; g < a->groups; g++) {
         integers sum[ROWS][SIDE];
         const int64_t side = first * a->groups + g * r;
@@ -89,8 +102,9 @@ INLINE void integer_sums(int kind, int r, int p, const product *a, const void **
         for (int64_t q = g * QUADS; q < (g + 1) * QUADS; q += kind == INT8 ? 1 : 2) {
             integers low[SIDE], high[SIDE];
             UNROLL for (int j = 0; j < p; j++) {
-                const uint8_t *at = (const uint8_t *)panel[j] + q * LANES * (kind == INT8 ? 4 : 2);
-                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+                const int64_t gone = q * LANES * (kind == INT8 ? 4 : 2);
+                const uint8_t *at = (const uint8_t *)panel[j] + gone;
+                _mm_prefetch(ahead(at, bytes - gone, bytes, p), _MM_HINT_T0);
                 low[j] = kind == INT8 ? weights8(at) : low4(at);
                 if (kind == INT4) high[j] = high4(at);
             }
@@ -230,14 +244,19 @@ void neox_product(const matrix *m, int function, const float *x, float *y, void 
     static void (*const tiles_of[])(const product *, int64_t, int64_t, int64_t, int64_t) = {
         tile_fp32, tile_fp16, tile_bf16, tile_int8, tile_int4};
     const int64_t tiles = (rows + most_rows(kind) - 1) / most_rows(kind), height = (rows + tiles - 1) / tiles;
-    const int64_t side = side_by_side(kind, (int)height);
+    const int64_t side = side_by_side(kind, (int)height), chunks = (a.panels + side - 1) / side;
+    /* Where this thread will begin, on its way while x is arranged. */
+    const int64_t bytes = panel_bytes(kind, &a), mine = chunks * omp_get_thread_num() / omp_get_num_threads() * side;
+    for (int64_t j = mine; j < mine + side && j < a.panels; j++)
+        for (int64_t at = 0; at < AHEAD; at += 64)
+            _mm_prefetch((const char *)a.weights + j * bytes + at, _MM_HINT_T0);
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < tiles * groups; unit++) {
         int64_t first = unit / groups * height, left = rows - first;
         if (left > 0) arrange(kind, function, &a, x, first, left < height ? left : height, unit % groups);
     }
 #pragma omp for schedule(static)
-    for (int64_t chunk = 0; chunk < (a.panels + side - 1) / side; chunk++) {
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
         int64_t start = chunk * side, count = a.panels - start < side ? a.panels - start : side;
         for (int64_t first = 0; first < rows; first += height)
             tiles_of[kind](&a, rows - first < height ? rows - first : height, first, start, count);
