@@ -33,11 +33,17 @@ def main(sizes, peer, turns, tokenizer):
     with tempfile.TemporaryDirectory(prefix="prepare-") as folder:
         folder = Path(folder)
         print(f"{'MB':>6} {'who':<22} {'seconds':>9} {'MB/s':>8} {'tokens/s':>11} {'peak MB':>8}")
+        loop = 0.0  # at the largest size that it is run at
         for size in sizes:
-            measure(folder / str(size), size, [who for who in WHO if who == "neox" or size <= peer], turns, tokenizer)
+            names = [who for who in WHO if who == "neox" or size <= peer]
+            speeds = measure(folder / str(size), size, names, turns, tokenizer)
+            loop = speeds.get("loop", loop)
+            if loop:
+                print(f"{size:6} neox against the loop: {speeds['neox'] / loop:.1f} times", flush=True)
 
 
 def measure(folder, size, names, turns, tokenizer):
+    """MB/s of each, printed too; their .bin must be the same."""
     text = write(folder / "in", size * 1_000_000)
     found = {who: [] for who in names}
     digests = set()
@@ -62,10 +68,9 @@ def measure(folder, size, names, turns, tokenizer):
         peak, tokens = max(row["peak"] for row in rows), rows[0]["tokens"]
         name = f"{who} ({rows[0]['backend']})"
         print(f"{size:6} {name:<22} {seconds:9.2f} {speeds[who]:8.2f} {tokens / seconds:11,.0f} {peak / 1e6:8.0f}")
-    if "loop" in speeds:
-        print(f"{size:6} neox against the loop: {speeds['neox'] / speeds['loop']:.1f} times; .bin identical")
     for path in (folder / "in").iterdir():
         path.unlink()
+    return speeds
 
 
 def write(folder, size):

@@ -7,7 +7,6 @@ behind it; `repeats/NNNNN.npy`, and `repeats/done.json` when all are there, wher
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -139,7 +138,3 @@ def main(folder: str) -> None:
         return Search(Path(folder), dedup, text_key, on_error, tuple(shards), tuple(keys)).write
 
     serve(begin)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

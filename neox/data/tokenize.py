@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -152,7 +151,3 @@ def main(folder: str, on_error: OnError, backend: Backend) -> None:
         return lambda number, advance: make_part(parts, plan, plan.shards[number], encoder, on_error, advance)
 
     serve(begin)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])  # type: ignore[arg-type]

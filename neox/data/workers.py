@@ -1,4 +1,4 @@
-"""Processes that work on shards, each a fresh `python -m MODULE`: shard numbers in, events out, as JSON lines.
+"""Processes that work on shards, each a fresh Python with MODULE.main: shard numbers in, events out, as lines of JSON.
 
 Not multiprocessing: its workers outlive a parent that is killed, and it runs the caller's main script once more. Here
 the end of the input, which the system brings about however the parent ends, ends the process.
@@ -29,8 +29,9 @@ Task = Callable[[int, Callable[[float], object]], None]
 def each(
     command: Sequence[str], names: dict[int, str], workers: int, lock: int, advance: Callable[[float], object]
 ) -> None:
-    """Have `workers` processes, `python -m COMMAND` that `serve`, do all shards `names` (number to what it is called).
+    """Have `workers` processes do all shards `names` (number to what it is called).
 
+    `command` is a module and the arguments of its `main`, which calls `serve`.
     `lock` is a file that they keep open. `advance` is told the bytes as they are done.
     Raises what the first of them raised that failed, and OSError where one was killed; the others are ended then.
     """
@@ -44,7 +45,8 @@ def each(
     quiet = {"PYTHONPATH": paths, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", *command],
+            # Not -m, which warns of a module that its package has imported by then.
+            [sys.executable, "-c", f"import sys; from {command[0]} import main; main(*sys.argv[1:])", *command[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | quiet,
