@@ -241,6 +241,7 @@ print(hashlib.sha256(kernels.linear(torch.arange(300.0).view(3, 100).cos(), pack
 
 
 @compiled_only
+@pytest.mark.slow
 def test_two_processes_compile_at_once_and_a_damaged_file_is_made_again(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", PRODUCT]

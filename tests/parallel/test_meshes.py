@@ -75,6 +75,7 @@ def relay(folder: Path, meshes: list[str]) -> None:
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-6), (mine["step"], meshes[(mine["step"] - 1) // 2])
 
 
+@pytest.mark.slow
 def test_any_mesh_goes_on_where_another_stopped(tmp_path):
     relay(tmp_path, ["one", "tp2", "pp2", "fsdp2xtp2", "cp2", "pp2xtp2", "fsdp2", "one"])
 

@@ -114,6 +114,7 @@ class Forked:
 def _child(arguments: tuple[str, ...], files: tuple[Path, Path], setup: Callable[..., None] | None, options: Any):
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1)  # what is it doing?
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background ignores it
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     if setup:
