@@ -19,8 +19,9 @@ $(VENV)/.dev: $(VENV)/.hf
 quickstart: $(VENV)/.hf
 	$(BIN)/neox quickstart
 
+# One thread: on models this small, threads wait for each other longer than they work.
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu and not online"
