@@ -3,10 +3,10 @@
     python benchmarks/quantization_cost.py [folder=runs/trained] [steps=1500] [limit=BYTES]
 
 Trains the pythia-14m shape (4096 tokens) on the standard library's source for that many steps of 16 x 256 tokens, once,
-and scores the files held out (one in ten) with its weights in fp32, fp16, int8 and int4 as `neox generate weights=`
-holds them on a CPU: every token given up to a context of 256, an end-of-document token first. `against fp16` is the
-change of the bits, with its standard error over the files (the same files, so chance moves both alike). `limit` reads
-so much of the library, for a trial.
+and scores the files held out (one in ten) with its weights as `neox generate weights=` holds them on a CPU: every token
+given up to a context of 256, an end-of-document token first. `against fp16` is the change of the bits, with its
+standard error over the files (the same files, so chance moves both alike). `limit` reads so much of the library, for a
+trial.
 """
 
 import math
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import trained
 
-KINDS = ("fp32", "fp16", "int8", "int4")
+KINDS = ("fp32", "fp16", "bf16", "bf16a16", "int8", "int4")
 SHAPE = ("pythia-14m", "seq_length=256", "micro_batch_size=16", "global_batch_size=16", "checkpoint.every=0")
 
 

@@ -4,11 +4,12 @@
     fp32        fp32          fp32          as they are    nothing; the kernels make rows independent of their batch
     fp16        fp16          fp16          fp16           nothing where the weights are float16's own
     bf16        bf16          bf16          bf16           nothing where the weights are bfloat16's own
+    bf16a16     bf16          bf16          bf16           what a model in bfloat16 loses, and no more
     int8        int8          int8          16 bits        see docs/weights.md
     int4        int4          int8          16 bits
 
 A tied head reads the embedding's own 16 bits. Norms and biases are float32, as are the activations between the layers;
-int8 and int4 round what enters a product to 8 bits with a scale for 128 values of a row.
+bf16a16 rounds what enters a product to bfloat16, int8 and int4 to 8 bits with a scale for 128 values of a row.
 """
 
 from collections.abc import Callable
@@ -73,10 +74,12 @@ class TiedEmbedding(nn.Module):
     def __init__(self, head: PackedLinear) -> None:
         super().__init__()
         assert head.kind in kernels.FLOATS
-        self.register_buffer("packed", head.packed)  # [panel, input, 16]
+        self.register_buffer("packed", head.packed)  # [panel, inputs / neighbours, 16, neighbours]
+        self.width = head.in_features
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.packed[tokens // kernels.LANES, :, tokens % kernels.LANES].float()
+        rows = self.packed[tokens // kernels.LANES, :, tokens % kernels.LANES]
+        return rows.flatten(-2)[..., : self.width].float()
 
 
 def replace(module: nn.Module, kind: Kind, name: str = "the module") -> nn.Module:

@@ -32,11 +32,12 @@ def random(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
 
 
 def assert_close(y: Tensor, packed: kernels.Packed, x: Tensor, bias: Tensor) -> None:
-    """y against the float64 product of the stored weight with x, which the integer kinds see rounded."""
+    """y against the float64 product of the stored weight with x, as its kind sees it."""
     if packed.kind in kernels.FLOATS:
-        seen, roundings = x, min(packed.inputs, 256) + packed.inputs // 256 + 2
+        roundings = min(packed.inputs, 256) + packed.inputs // 256 + 2
     else:  # exact inside a group; scales are rounded on both sides
-        seen, roundings = layout.round_activations(x), packed.inputs // 128 + 6
+        roundings = packed.inputs // 128 + 6
+    seen = layout.round_activations(x, packed.kind)
     weight = kernels.unpack(packed)
     exact = torch.nn.functional.linear(seen.double(), weight.double(), bias.double())
     magnitudes = torch.nn.functional.linear(seen.double().abs(), weight.double().abs(), bias.double().abs())
@@ -88,13 +89,13 @@ def test_plain_torch_gives_the_same(shape, kind, seed):
     x, bias = random(rows, inputs, seed=seed), random(outputs)
     packed = kernels.pack(random(outputs, inputs, seed=seed + 1), kind)
     plain = kernels.plain_linear(x, packed, bias)
-    weight, seen = kernels.unpack(packed), x if kind in kernels.FLOATS else layout.round_activations(x)
+    weight, seen = kernels.unpack(packed), layout.round_activations(x, kind)
     exact = torch.nn.functional.linear(seen.double(), weight.double(), bias.double())
     magnitudes = torch.nn.functional.linear(seen.double().abs(), weight.double().abs(), bias.double().abs())
     assert ((plain - exact).abs() <= (inputs + 2) * 2**-24 * magnitudes).all()
 
 
-@pytest.mark.parametrize(("kind", "most"), [("fp32", 0.0), ("fp16", 2**-11), ("bf16", 2**-8)])
+@pytest.mark.parametrize(("kind", "most"), [("fp32", 0.0), ("fp16", 2**-11), ("bf16", 2**-8), ("bf16a16", 2**-8)])
 def test_a_float_is_rounded_to_the_nearest(kind, most):
     weight = random(70, 300)
     error = (kernels.unpack(kernels.pack(weight, kind)) - weight).abs()
@@ -122,7 +123,7 @@ def test_weights_of_that_type_are_kept_bit_for_bit(kind):
     native_weight = random(50, 77).to(kernels.FLOATS[kind])
     packed = kernels.pack(native_weight, kind)
     assert torch.equal(kernels.unpack(packed).to(kernels.FLOATS[kind]), native_weight)
-    assert packed.weights.nbytes == 64 * 77 * 2  # rows in panels of 16
+    assert packed.weights.nbytes == 64 * (77 if kind == "fp16" else 78) * 2  # rows in panels of 16, bf16 in pairs
 
 
 @compiled_only
@@ -145,10 +146,10 @@ def test_a_row_depends_on_no_other_row_nor_on_threads(kind):
 @compiled_only
 @pytest.mark.skipif(len(HERE) < 2, reason="one instruction set only")
 @pytest.mark.parametrize("kind", kernels.KINDS)
-def test_both_instruction_sets_give_the_same_bits(kind):
-    x, packed = random(15, 700), kernels.pack(random(90, 700, seed=1), kind)
-    first, second = (product(packed, x, random(90), flags) for flags in HERE)
-    assert torch.equal(first, second)
+def test_all_instruction_sets_give_the_same_bits(kind):
+    x, packed = random(15, 701), kernels.pack(random(90, 701, seed=1), kind)
+    first, *others = (product(packed, x, random(90), flags) for flags in HERE)
+    assert all(torch.equal(first, other) for other in others)
 
 
 @compiled_only

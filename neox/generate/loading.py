@@ -21,7 +21,7 @@ from neox.quantize import lossless, packing, quantize
 from neox.runtime import DTYPES, OtherProcessFailed, Processes, joined_processes, local_device, resolve_device
 from neox.tokenizer import Tokenizer
 
-Weights = Literal["auto", "plain", "fp32", "fp16", "bf16", "int8", "int4", "float8"]
+Weights = Literal["auto", "plain", "fp32", "fp16", "bf16", "bf16a16", "int8", "int4", "float8"]
 """plain leaves the layers to torch; the others are kinds of `neox.kernels`, on CUDA of `neox.quantize_gpu`."""
 
 
@@ -39,8 +39,7 @@ def load_engine(
     weights: on a CPU, `auto` holds them in the type they are stored in, which loses nothing, where there are compiled
     kernels for it; elsewhere, and where a `dtype` is asked for, it leaves them to torch. float8 is for CUDA; the types
     of 16 and 32 bits are a `dtype` there. Packed weights are made layer by layer, while the next ones are still on the
-    disk. speculate: `prompt` guesses from the text so far; `draft` is
-    the source of a smaller model that guesses. Raises ValueError for a word that is none of these.
+    disk. speculate: `prompt` guesses from the text so far; `draft` is the source of a smaller model that guesses. Raises ValueError for a word that is none of these.
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights={weights}: must be one of {', '.join(get_args(Weights))}")
@@ -62,8 +61,8 @@ def _load(source: str | Path, place: torch.device, dtype: str | None, weights: s
     if dtype:
         raise ValueError(f"weights={weights}: says how weights are held: leave dtype={dtype} out")
     if place.type == "cuda":
-        if weights in DTYPES:
-            return load(source, str(place), weights)
+        if weights in (*DTYPES, "bf16a16"):
+            return load(source, str(place), weights.removesuffix("a16"))
         pack = quantize_gpu.packing(cast(quantize_gpu.Kind, weights), place)
         model, tokenizer = load(source, str(place), "bf16", pack)
         return quantize_gpu.compile_products(model), tokenizer

@@ -1,4 +1,4 @@
-"""Products with stored weights on a CPU: fp32, fp16, bf16, int8, int4, at the speed at which weights can be read.
+"""Products with stored weights on a CPU, in 32 to 4 bits, at the speed at which weights can be read.
 
 y [M, N] = x [M, K] times a packed weight [N, K], transposed, plus a bias. With the compiled kernels a row of y is a
 function of its row of x alone, bit for bit: of no other row, nor of their number, nor of the threads' (design D16).
@@ -58,8 +58,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
 def plain_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """The same in plain torch, x [M, K] float32: the kernels' definition, and what stands in for them."""
-    if packed.kind not in FLOATS:
-        x = layout.round_activations(x)
+    x = layout.round_activations(x, packed.kind)
     y = x.new_empty(x.shape[0], packed.outputs)
     for first, part in layout.chunks(packed):
         own = None if bias is None else bias[first : first + part.outputs]

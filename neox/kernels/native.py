@@ -20,8 +20,10 @@ from neox.kernels.layout import CANDIDATES, KINDS, Packed
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("panels.c", "decoder.c", "panels.h", "vectors.h"))
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
 # The best first. Who has AVX-512 without VNNI is better off with AVX2: such processors slow down under AVX-512.
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
 TARGETS = {
-    ("AVX-512", "AVX-512 VNNI"): ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
+    ("AVX-512", "AVX-512 VNNI", "AVX-512 BF16"): (*AVX512, "-mavx512bf16"),
+    ("AVX-512", "AVX-512 VNNI"): AVX512,
     ("AVX2", "FMA", "F16C"): ("-mavx2", "-mfma", "-mf16c"),
 }
 DIGEST = hashlib.sha256().digest_size

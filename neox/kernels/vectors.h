@@ -1,4 +1,4 @@
-/* 16 floats, 16 integers: what the kernels compute with, on AVX-512 VNNI or on AVX2 with FMA and F16C. */
+/* 16 floats, 16 integers: what the kernels compute with, on AVX-512 VNNI (and BF16) or on AVX2 with FMA and F16C. */
 
 #pragma once
 
@@ -14,6 +14,11 @@ enum { LANES = 16 };
 
 INLINE float as_float(int32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 INLINE int32_t as_bits(float value) { int32_t bits; memcpy(&bits, &value, 4); return bits; }
+/* The nearest bfloat16, halves to even; nan stays one. */
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits = (uint32_t)as_bits(value), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & INT32_MAX) > 0x7f800000 ? 0x7fc0 : rounded);
+}
 
 /* Adding it rounds a small value to a whole number, halves to even, and leaves that in the low bits. */
 #define ROUNDER 12582912.0f /* 3 * 2^22 */
@@ -51,7 +56,15 @@ INLINE __m256 halves_added(floats v) {
     return _mm256_add_ps(low, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
 }
 INLINE integers spread_integer(int32_t value) { return _mm512_set1_epi32(value); }
+INLINE integers add_integers(integers a, integers b) { return _mm512_add_epi32(a, b); }
 INLINE floats to_floats(integers v) { return _mm512_cvtepi32_ps(v); }
+/* 16 pairs of bfloat16 that were loaded as they are: the low half of each, and the high one. */
+INLINE floats low16(floats pairs) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+}
+INLINE floats high16(floats pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(-65536)));
+}
 
 /* The instruction multiplies unsigned by signed bytes: weights are shifted, and sums start at -SHIFT8 sum(x). */
 enum { SHIFT8 = 128 };
@@ -111,6 +124,17 @@ INLINE __m256 eight_powers(__m256 rounded) {
 INLINE floats power_of_two(floats rounded) { return (floats){eight_powers(rounded.a), eight_powers(rounded.b)}; }
 INLINE __m256 halves_added(floats v) { return _mm256_add_ps(v.a, v.b); }
 INLINE integers spread_integer(int32_t value) { return (integers){_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+INLINE integers add_integers(integers a, integers b) {
+    return (integers){_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)};
+}
+INLINE __m256 low_of_eight(__m256 pairs) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
+}
+INLINE __m256 high_of_eight(__m256 pairs) {
+    return _mm256_and_ps(pairs, _mm256_castsi256_ps(_mm256_set1_epi32(-65536)));
+}
+INLINE floats low16(floats pairs) { return (floats){low_of_eight(pairs.a), low_of_eight(pairs.b)}; }
+INLINE floats high16(floats pairs) { return (floats){high_of_eight(pairs.a), high_of_eight(pairs.b)}; }
 INLINE floats to_floats(integers v) { return (floats){_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 
 /* Products of unsigned by signed bytes are added in pairs of 16 bits: |w| <= 127 and |x| <= 127 cannot overflow there,
@@ -150,6 +174,16 @@ INLINE integers dot4(integers sum, integers low, integers high, integers even, i
 #endif
 
 /* ---- on either --------------------------------------------------------------------------------------------------- */
+
+/* sum + a b over the pairs of bfloat16 in a and b, the high halves first: the instruction's order. */
+INLINE floats dot16(floats a, floats b, floats sum) {
+#ifdef __AVX512BF16__
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+#else
+    return fused(low16(a), low16(b), fused(high16(a), high16(b), sum));
+#endif
+}
 
 INLINE float total(floats v) {
     __m256 eight = halves_added(v);
