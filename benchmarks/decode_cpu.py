@@ -152,7 +152,7 @@ def load_neox(folder, kind):
     from neox.generate import Sampling
     from neox.generate.loading import load_engine
 
-    model = load_engine(folder / "hf", weights=kind).model
+    model = load_engine(folder / "hf", "cpu", weights=kind).model
 
     def generate(prompts, new):
         sampling = Sampling(max_tokens=new, temperature=0, stop_at_eod=False)

@@ -24,7 +24,7 @@ SHAPE = ("pythia-14m", "seq_length=256", "micro_batch_size=16", "global_batch_si
 
 def main(folder, steps, limit):
     prefix, held_out = trained.text(folder, limit)
-    source = trained.run(folder, prefix, f"14m-{steps}", *SHAPE, f"steps={steps}")
+    source = trained.run(prefix, f"14m-{steps}", *SHAPE, f"steps={steps}")
     found = {kind: score(source, kind, held_out) for kind in KINDS}
     size = sum(len(text.encode()) for text in held_out)
     print(f"\npythia-14m shape, {steps} steps; {len(held_out)} files held out, {size:,} bytes\n")

@@ -31,7 +31,6 @@ def main(folder, width, steps, turns, tokens, prompts, limit):
     prefix, held_out = trained.text(folder, limit)
     large, small = (
         trained.run(
-            folder,
             prefix,
             f"{layers}x{size}-{steps}",
             *(*COMMON, CONTEXT, f"hidden_size={size}", f"num_hidden_layers={layers}", f"steps={steps}"),

@@ -16,6 +16,8 @@ HELD_OUT = 10  # one file in so many
 
 def text(folder, limit=None):
     """(prefix of the tokens to train on, texts held out); which file is which depends on its name alone."""
+    if limit:  # a trial of its own: what it makes is not taken for the whole
+        folder = folder / f"first-{limit}"
     kept, held_out, size = [], [], 0
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
@@ -35,9 +37,9 @@ def text(folder, limit=None):
     return prefix, [content for content in held_out if content.strip()]
 
 
-def run(folder, prefix, name, *options):
+def run(prefix, name, *options):
     """The run directory of a model trained on what `text` gave; one that is there is finished, or taken as it is."""
-    out = folder / name
+    out = prefix.parent / name
     common = (f"data.train={prefix}", f"tokenizer.path={prefix}-tokenizer.json", "model.vocab_size=4096", "lr=2e-3")
     neox("train", *common, *options, f"out={out}", "resume=auto")
     return out

@@ -188,6 +188,11 @@ class StaticCache:
         layers, heads, _, width = pool.keys.shape
         return 2 * layers * rows * heads * (extent + 1) * width * pool.keys.dtype.itemsize
 
+    def clear(self) -> None:
+        """Zero all rows, whose addresses stay: what ended in values that are not finite would reach who comes next."""
+        self.keys.zero_()
+        self.values.zero_()
+
     @property
     def longest(self) -> int:
         """Positions that a row has."""

@@ -7,7 +7,6 @@ Each row is computed by itself: no other row, no cut of a prompt and no number o
 import ctypes
 from array import array
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +60,7 @@ class Decoder:
         )
         self._angles = [part[0, 0, 0].contiguous() for part in angles]  # cos, sin [positions, R / 2]
         self._norm = model.final_layer_norm
+        self._head = _matrix(model.embed_out)
         self._decoder = _Decoder(
             ctypes.addressof(self._blocks),
             address(self._norm.weight),
@@ -96,30 +96,46 @@ class Decoder:
             address(pool.values),
             pool.keys.shape[2] // BLOCK,
         )
-        x = self.model.embed(torch.tensor([tokens]), torch.tensor([places.tolist()]))[0].float().contiguous()
+        positions = torch.frombuffer(places, dtype=torch.long)[None]
+        x = self.model.embed(torch.tensor([tokens]), positions)[0].float().contiguous()
         out = torch.empty_like(x)
         threads, longest = torch.get_num_threads(), max(span.start + span.count for span in spans)
         longest = -(-longest // 256) * 256  # in steps, so that scratch memory is not made anew for each token
         decoder = ctypes.byref(self._decoder)
-        needed = self._loaded.neox_decoder_scratch(decoder, rows, longest, threads)
-        if needed > len(self._scratch):
-            self._scratch = torch.empty(needed, dtype=torch.uint8)
+        scratch = self._memory(self._loaded.neox_decoder_scratch(decoder, rows, longest, threads))
         self._loaded.neox_decode(
-            decoder, ctypes.byref(cache), x.data_ptr(), out.data_ptr(), rows, longest, self._scratch.data_ptr(), threads
+            decoder, ctypes.byref(cache), x.data_ptr(), out.data_ptr(), rows, longest, scratch, threads
         )
         return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's [R, V] of some of these hidden states [R, C]."""
+        rows, head = len(hidden), self._head
+        y = torch.empty(rows, head.outputs)
+        scratch = self._memory(self._loaded.neox_scratch(head.kind, rows, head.inputs))
+        self._loaded.neox_linear(
+            ctypes.byref(head), hidden.data_ptr(), y.data_ptr(), scratch, rows, torch.get_num_threads()
+        )
+        return y
+
+    def _memory(self, size: int) -> int:
+        """The address of that many bytes, which the next call takes again."""
+        if size > len(self._scratch):
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch.data_ptr()
 
 
 def decoder(model: GPTNeoX) -> Decoder | None:
     """The blocks of a model all of whose products are packed; None for another one, and without compiled kernels."""
-    loaded = native.library()
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     packed = [module for layer in model.layers for module in layer.modules() if isinstance(module, PackedLinear)]
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     able = len(packed) == 4 * len(model.layers) and not linears
     able = able and all(parameter.dtype == torch.float32 for norm in norms for parameter in norm.parameters())
-    on_cpu = all(module.packed.device.type == "cpu" for module in packed)
-    return Decoder(loaded, model) if loaded is not None and able and on_cpu else None
+    if not able or any(module.packed.device.type != "cpu" for module in packed):
+        return None  # before kernels are compiled that nothing needs
+    loaded = native.library()
+    return Decoder(loaded, model) if loaded is not None else None
 
 
 def _block(layer: nn.Module, local: bool) -> _Block:
@@ -128,10 +144,15 @@ def _block(layer: nn.Module, local: bool) -> _Block:
     attention, mlp = layer.attention, layer.mlp
     products = (attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h)
     return _Block(
-        *(Matrix.of(cast(PackedLinear, product).stored, product.bias) for product in products),
+        *map(_matrix, products),
         address(layer.input_layernorm.weight),
         address(layer.input_layernorm.bias),
         None if second is None else address(second.weight),
         None if second is None else address(second.bias),
         local,
     )
+
+
+def _matrix(product: nn.Module) -> Matrix:
+    assert isinstance(product, PackedLinear)
+    return Matrix.of(product.stored, product.bias)

@@ -83,7 +83,7 @@ MODELS = {
 def test_no_bit_depends_on_cuts_company_threads_or_memory(data):
     """Random sequences in random blocks, computed in random pieces side by side, against each alone at once."""
     model = MODELS[data.draw(st.sampled_from(sorted(MODELS)))]
-    decoder, pool = fused.decoder(model), pool_of(model)
+    decoder, pool = fused.Decoder(native.load(data.draw(st.sampled_from(HERE))), model), pool_of(model)
     lengths = data.draw(st.lists(st.integers(1, tiny.CONTEXT), min_size=1, max_size=4))
     rows = [sequence(length, number) for number, length in enumerate(lengths)]
     alone = [decoder(row, [Span(list(range(4)), 0, len(row))], pool_of(model, 4)) for row in rows]

@@ -38,8 +38,8 @@ class Engine:
     most half of the machine's memory). `budget` is how many tokens a step computes, about.
 
     With `invariant` what a request gets does not depend on what runs beside it, on what the cache holds, or on where
-    its prompt was cut: bit for bit on a CPU in fp32. Steps of few tokens are then filled up to a number of rows that is
-    rounded alike (`invariant.row_tile`). Default: on a CPU.
+    its prompt was cut: bit for bit on a CPU in fp32. Packed weights are so by themselves; for layers of torch's steps of
+    few tokens are filled up to a number of rows that is rounded alike (`invariant.row_tile`). Default: on a CPU.
 
     `guess` proposes up to `guess_tokens` tokens that may follow a sequence (`speculate.py`); a step verifies them along
     with the last one. Tokens come out as without it, several a step where guesses are right: see `stats`.
@@ -256,7 +256,7 @@ class Engine:
                     self._events = [event for event in events if event.number not in numbers]
                     for event in events:
                         if event.number in numbers:
-                            yield replace(event, number=numbers[event.number])
+                            yield Event(numbers[event.number], event.token, event.text, event.done)
         finally:
             for number in numbers:
                 self.cancel(number)
@@ -319,7 +319,7 @@ class Engine:
             self._rows = row_tile(self.model, max(128, self._scheduler.budget))
             self._keys = key_steps(self.model)
         spans = [Span(request.table, request.computed, count) for request, count in plan]
-        tokens = [t for request, count in plan for t in (request.tokens + request.draft)[request.computed :][:count]]
+        tokens = [t for request, count in plan for t in (request.tokens[request.computed :] + request.draft)[:count]]
         if self._decoder:
             return self._decoder(tokens, spans, self._pool)
         tokens += [0] * (-len(tokens) % self._rows)
@@ -329,9 +329,11 @@ class Engine:
         return hidden
 
     def _logits(self, hidden: Tensor, places: list[int]) -> Tensor:
-        """Logits [R, V] at `places` of hidden states [N, C]."""
+        """Logits [R, V] at `places`, rising, of hidden states [N, C]."""
         if not places:
             return hidden.new_empty(0, self.model.config.vocab_size)
+        if self._decoder:
+            return self._decoder.logits(hidden if len(places) == len(hidden) else hidden[places])
         assert self._rows is not None, "known since the first pass"
         padded = places + places[-1:] * (-len(places) % self._rows)
         logits: Tensor = self.model.embed_out(hidden[padded])

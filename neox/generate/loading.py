@@ -48,10 +48,10 @@ def load_engine(
         raise ValueError("give speculate= or draft=, not both")
     model, tokenizer = _load(source, resolve_device(device), dtype, weights)
     if draft:
-        smaller = load_engine(draft, device, dtype, weights)
-        if smaller.tokenizer and tokenizer and smaller.tokenizer.sha256 != tokenizer.sha256:
+        smaller, words = _load(draft, resolve_device(device), dtype, weights)
+        if words and tokenizer and words.sha256 != tokenizer.sha256:
             raise ValueError(f"draft={draft}: has another tokenizer than {source}: its guesses would be other tokens")
-        return Engine(model, tokenizer, guess=DraftModel(smaller.model), **options)
+        guess = DraftModel(smaller)
     return Engine(model, tokenizer, guess=guess, **options)
 
 

@@ -94,7 +94,7 @@ class Scheduler:
         return (request for request in self.running if request.pending <= 1 + len(request.draft))
 
     def _admit(self) -> None:
-        while self.waiting and self._has_place(self.waiting[0]):
+        while self.admits:
             request, hits = self.waiting[0], self.tree.stats.hits
             self._match(request)
             if request.missing + sum(other.missing for other in self.running) > self.tree.available:
@@ -162,9 +162,7 @@ class Scheduler:
 
     def _make_room(self, request: Request, count: int) -> bool:
         """Blocks for `count` tokens more, the newest requests being put back for them; false if this was the newest."""
-        while len(request.table) * BLOCK < request.computed + count:
-            if self._own_block(request):
-                continue
+        while not self.reserve(request, count):
             if request.draft:  # a guess is not worth another's place
                 count -= len(request.draft)
                 request.draft = []

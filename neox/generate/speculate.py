@@ -13,7 +13,7 @@ from neox.generate.engine import Engine
 from neox.generate.sampling import Sampling
 from neox.model import GPTNeoX
 
-LONGEST, SHORTEST = 3, 1  # tokens that `prompt_lookup` looks for
+LONGEST = 3  # tokens that `prompt_lookup` looks for
 
 
 def prompt_lookup(sequences: Sequence[list[int]], most: int) -> list[list[int]]:
@@ -25,12 +25,18 @@ def prompt_lookup(sequences: Sequence[list[int]], most: int) -> list[list[int]]:
 
 
 def _after_the_same(tokens: list[int], most: int) -> list[int]:
-    for size in range(min(LONGEST, len(tokens) - 1), SHORTEST - 1, -1):
-        end = tokens[-size:]
-        for start in range(len(tokens) - size - 1, -1, -1):
-            if tokens[start : start + size] == end:
-                return tokens[start + size : start + size + most]
-    return []
+    longest = found = 0
+    for stop in range(len(tokens) - 1, 0, -1):
+        if tokens[stop - 1] != tokens[-1]:
+            continue
+        same = 1
+        while same < min(LONGEST, stop) and tokens[stop - 1 - same] == tokens[-1 - same]:
+            same += 1
+        if same > longest:
+            longest, found = same, stop
+        if same == LONGEST:
+            break
+    return tokens[found : found + most] if longest else []
 
 
 class DraftModel:

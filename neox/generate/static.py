@@ -134,6 +134,8 @@ class StaticDecoder:
                     request.sampler.unused.insert(0, uniform)
         self.flying.clear()
         self._rows = {}
+        if self._cache is not None:
+            self._cache.clear()
 
     def _row(self, request: Generation, cache: StaticCache) -> _Row:
         """Its row, with what others computed of it meanwhile."""

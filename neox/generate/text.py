@@ -33,6 +33,8 @@ class TextStream:
     def _release(self, new: str) -> str:
         if self.stopped:
             return ""
+        if not self._stop:
+            return new
         text = self._held + new
         found = [start for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:

@@ -223,6 +223,28 @@ def test_logits_that_are_no_numbers_end_their_request_alone():
     assert done[good].tokens == naive_generate(model, [3], Sampling(max_tokens=8, seed=1))
 
 
+def test_what_is_not_finite_does_not_stay_in_a_row():
+    """An activation that overflows leaves keys and values that are nan, and zero times nan is nan."""
+    model = random_model()
+    engine, head = Engine(model, static=True), model.embed_out.forward
+
+    def overflow(x: torch.Tensor) -> torch.Tensor:
+        engine._static._cache.keys.fill_(math.nan)
+        engine._static._cache.values.fill_(math.nan)
+        return head(x) * math.nan
+
+    engine.submit([7], Sampling(max_tokens=8))
+    engine.step()
+    model.embed_out.forward = overflow
+    try:
+        with pytest.raises(ValueError, match="logits are not finite: try dtype=fp32"):
+            exhaust(engine)
+    finally:
+        model.embed_out.forward = head
+    asked = Sampling(max_tokens=8, seed=1)
+    assert engine.generate([[3]], asked)[0].tokens == naive_generate(model, [3], asked)
+
+
 def test_requests_that_memory_has_no_room_for_go_the_ordinary_way(monkeypatch, passes):
     model = random_model()
     expected = Engine(model, static=False).generate([3, 4], Sampling(max_tokens=8))[0]
