@@ -13,6 +13,7 @@ LAYERS = (
         "ordered",
         [
             "files",
+            "table",
             "runtime",
             "machine",
             "cache",

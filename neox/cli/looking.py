@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from neox.cli.reading import inspect_data
-from neox.cli.verb import UsageError, Verb, resolve
+from neox.cli.verb import UsageError, Verb, resolve, taken
 
 
 def show(targets: list[str], options: list[str]) -> None:
@@ -34,7 +34,7 @@ def show(targets: list[str], options: list[str]) -> None:
     from neox import estimate
     from neox.estimate import layouts
 
-    own, rest = _taken(options, ("gpu", "gpus", "network"))
+    own, rest = taken(options, ("gpu", "gpus", "network"))
     if not targets and not options:
         print(estimate.table())
         return
@@ -57,12 +57,6 @@ def show(targets: list[str], options: list[str]) -> None:
         print("", propose(config, int(own["gpus"]), name, device), sep="\n")
     else:
         print("", plan(config, name, device), sep="\n")
-
-
-def _taken(options: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """The options with these keys, which are the verb's own, and the others."""
-    own = dict(option.split("=", 1) for option in options if option.partition("=")[0] in keys)
-    return own, [option for option in options if option.partition("=")[0] not in keys]
 
 
 def inspect(targets: list[str], options: list[str]) -> int | None:
@@ -179,9 +173,9 @@ def inspect_coordinates(targets: list[str], options: list[str]) -> None:
       neox inspect coordinates pythia-70m widths=64,128,256,512 seq_length=128 optim.lr=1e-2
       neox inspect coordinates recipe.toml only=mup steps=10
     """
-    own = {"widths": "", "steps": "4", "only": "", "out": "coordinates.png"}
-    own |= dict(option.split("=", 1) for option in options if option.partition("=")[0] in own)
-    config = resolve(targets, [option for option in options if option.partition("=")[0] not in own])
+    defaults = {"widths": "", "steps": "4", "only": "", "out": "coordinates.png"}
+    chosen, rest = taken(options, defaults)
+    own, config = defaults | chosen, resolve(targets, rest)
     out, head_dim = Path(own["out"]), config.model.head_dim
     if out.suffix != ".png":
         raise ValueError(f"out={out}: must end in .png")

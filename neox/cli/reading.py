@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neox.cli.verb import UsageError, resolve
+from neox.cli.verb import UsageError, resolve, taken
+from neox.table import aligned
 
 if TYPE_CHECKING:
     from neox.inspect.reading import Reading
@@ -43,8 +44,7 @@ def inspect_data(targets: list[str], options: list[str]) -> None:
       neox inspect data runs/first document=17
       neox inspect data pythia-160m data.train=document data.order=preshuffled step=1 out=step1.npy
     """
-    own = dict(option.split("=", 1) for option in options if option.partition("=")[0] in OWN)
-    rest = [option for option in options if option.partition("=")[0] not in OWN]
+    own, rest = taken(options, OWN)
     asked = [key for key in OWN[:5] if key in own and key != "row"]
     if len(asked) > 1:
         raise UsageError(f"inspect data answers one question at a time, not {' and '.join(asked)}")
@@ -104,9 +104,8 @@ def _step(reading: Reading, step: int, row: int | None, out: Path | None) -> Non
         print(title)
         for found in rows:
             for stretch in found.stretches:
-                piece = stretch.piece
-                known = [text for text in (stretch.origin.component, stretch.origin.source) if text]
-                print(f"\n--- {', '.join([*known, f'{stretch.file}:{piece.document}'])}, from token {piece.offset} on:")
+                known = ", ".join([*stretch.origin.known, stretch.name])
+                print(f"\n--- {known}, from token {stretch.piece.offset} on:")
                 print(_plain(stretch.text))
     else:
         print(title)
@@ -117,14 +116,14 @@ def _step(reading: Reading, step: int, row: int | None, out: Path | None) -> Non
                     str(found.row),
                     str(found.sample),
                     str(stretch.piece.tokens),
-                    f"{stretch.file}:{stretch.piece.document}",
+                    stretch.name,
                     stretch.origin.component or "-",
                     stretch.origin.source or "-",
                     _short(stretch.text),
                 )
                 for stretch in found.stretches
             ]
-        _print(table)
+        print(*aligned(table, ">>><<<<"), sep="\n")
 
 
 def _find(reading: Reading, text: str, until: int, limit: int) -> None:
@@ -137,8 +136,7 @@ def _find(reading: Reading, text: str, until: int, limit: int) -> None:
         for hit in search.hits(lambda done: bar.advance(task, done)):
             count += 1
             stretch = reading.stretch(hit.piece)
-            known = [word for word in (stretch.origin.component, stretch.origin.source) if word]
-            where = ", ".join([f"{stretch.file}:{hit.piece.document} at token {hit.piece.offset}", *known])
+            where = ", ".join([f"{stretch.name} at token {hit.piece.offset}", *stretch.origin.known])
             bar.console.print(where, *_places(hit.places), sep="\n", markup=False, highlight=False, soft_wrap=True)
             if count == limit:
                 break
@@ -149,8 +147,7 @@ def _find(reading: Reading, text: str, until: int, limit: int) -> None:
 def _document(reading: Reading, name: str, until: int) -> None:
     piece = reading.document(name)
     stretch = reading.stretch(piece)
-    known = [text for text in (stretch.origin.component, stretch.origin.source) if text]
-    print(", ".join([f"{stretch.file}:{piece.document}", f"{piece.tokens} tokens", *known, _short(stretch.text)]))
+    print(", ".join([stretch.name, f"{piece.tokens} tokens", *stretch.origin.known, _short(stretch.text)]))
     places = reading.places(piece, until)
     for line in _places(places):
         print(line)
@@ -186,7 +183,7 @@ def _portions(reading: Reading, until: int) -> None:
         name = portion.component or "-"
         share = f"{100 * portion.tokens / read:.2f} %"
         table.append((portion.file, name, f"{portion.tokens:,}", share, f"{portion.epochs:.3f}"))
-    _print(table)
+    print(*aligned(table, "<<>>>"), sep="\n")
 
 
 def _plain(text: str) -> str:
@@ -199,16 +196,3 @@ def _plain(text: str) -> str:
 def _short(text: str) -> str:
     line = _plain(" ".join(text.split()))
     return line if len(line) <= SHOWN else line[: SHOWN - 1] + "…"
-
-
-def _print(table: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need to be, those of numbers to the right."""
-    columns = list(zip(*table, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    right = [all(cell[:1].isdecimal() for cell in column[1:]) for column in columns]
-    for row in table:
-        cells = [
-            cell.rjust(width) if numeric else cell.ljust(width)
-            for cell, width, numeric in zip(row, widths, right, strict=True)
-        ]
-        print("  ".join(cells).rstrip())

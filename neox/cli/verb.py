@@ -1,9 +1,9 @@
-"""What every verb shares: its form, the error of a wrong command, and the config that a command adds up to."""
+"""What every verb shares: its form, the error of a wrong command, the options that are its own, and the config."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,3 +27,9 @@ def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
     if len(named) > 1:
         raise UsageError(f"one preset at a time, not {' and '.join(named)}")
     return load_config(named[0] if named else None, files, options)
+
+
+def taken(options: Sequence[str], keys: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """The options with these keys, which are a verb's own, and the others."""
+    own = dict(option.split("=", 1) for option in options if option.partition("=")[0] in keys)
+    return own, [option for option in options if option.partition("=")[0] not in keys]

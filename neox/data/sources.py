@@ -27,6 +27,11 @@ class Origin(NamedTuple):
     source: str | None = None
     component: str | None = None
 
+    @property
+    def known(self) -> list[str]:
+        """Component and source, as far as they are known."""
+        return [text for text in (self.component, self.source) if text]
+
 
 class Sources:
     """Source and component of each document of a token file."""

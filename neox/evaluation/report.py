@@ -9,6 +9,7 @@ from typing import Any
 from lm_eval.utils import handle_non_serializable, hash_string, sanitize_list
 
 from neox.files import write_atomic
+from neox.table import padded
 
 Results = dict[str, Any]
 HEADS = ("Task", "Version", "Filter", "Shots", "Metric", "Value", "Stderr")
@@ -43,10 +44,8 @@ def rows(results: Results) -> Iterator[list[str]]:
 def markdown(results: Results) -> str:
     """The rows as a Markdown table that is also readable as it is."""
     table = [list(HEADS), *([cell.replace("|", "\\|") for cell in row] for row in rows(results))]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "".join(f"| {line} |\n" for line in lines)
+    head, *others = padded(table, "<" * len(HEADS))
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["-" * len(cell) for cell in head], *others))
 
 
 def page(results: Results) -> str:

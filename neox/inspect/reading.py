@@ -36,6 +36,11 @@ class Stretch:
     origin: Origin
     text: str
 
+    @property
+    def name(self) -> str:
+        """The document's, as `Reading.document` takes it."""
+        return f"{self.file}:{self.piece.document}"
+
 
 @dataclass(frozen=True)
 class Row:

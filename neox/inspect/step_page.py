@@ -38,7 +38,6 @@ def _row(row: Row) -> str:
 
 def _stretch(stretch: Stretch) -> str:
     piece = stretch.piece
-    known = [text for text in (stretch.origin.component, stretch.origin.source) if text]
-    where = f"{stretch.file}:{piece.document}, tokens {piece.offset} to {piece.offset + piece.tokens - 1}"
+    where = f"{stretch.name}, tokens {piece.offset} to {piece.offset + piece.tokens - 1}"
     # A line break right behind <pre> is dropped by browsers: hence one of our own.
-    return f"<small>{escape(' · '.join([*known, where]))}</small><pre>\n{escape(stretch.text)}</pre>"
+    return f"<small>{escape(' · '.join([*stretch.origin.known, where]))}</small><pre>\n{escape(stretch.text)}</pre>"

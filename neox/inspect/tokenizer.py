@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from neox.data.readers import Faults, Source, find_sources, read_source
 from neox.files import byte_progress
+from neox.table import aligned
 from neox.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -165,7 +166,7 @@ def _render(tokenizers: list[str], sources: list[str], found: list[list[Usage]],
             shares = ["-" if split is None or not n else f"{split / n:.1%}"]
             shares += [f"{len(usage.used) / usage.tokenizer.vocab_size:.1%}"]
             rows.append([source if letter == "A" else "", letter, *sizes, *rates, *shares, usage.round_trip])
-    lines = [*_aligned(kinds, 2), "", *_aligned(rows, 2), "", *textwrap.wrap(LEGEND, 100), ""]
+    lines = [*aligned(kinds, "<<>>>>"), "", *aligned(rows, "<<>>>>>>>>>>"), "", *textwrap.wrap(LEGEND, 100), ""]
     for letter, usage in zip(letters, total, strict=True):
         longest = ", ".join(f"{_shown(text)} {count:,}x" for text, count in usage.longest)
         lines.append(f"{letter}, longest tokens in the text: {longest}")
@@ -185,15 +186,3 @@ def _ratio(part: float, whole: float) -> str:
 def _shown(text: str) -> str:
     shown = repr(text)
     return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[: SHOWN_CHARACTERS - 4]}...{shown[-1]}"
-
-
-def _aligned(rows: list[list[str]], names: int) -> list[str]:
-    """Columns two spaces apart: the first `names` to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place < names else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
