@@ -14,20 +14,11 @@ from pydantic import model_validator
 
 from neox import presets
 from neox.options import SECTIONS, ConfigError, Section, did_you_mean, parse_override, read_toml
-from neox.sections import (
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    GenerateConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    ScheduleConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from neox.sections.around import CheckpointConfig, EvalConfig, GenerateConfig, LogConfig
 from neox.sections.kinds import OptionalStr
+from neox.sections.model import ModelConfig
+from neox.sections.text import DataConfig, TokenizerConfig
+from neox.sections.training import OptimConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
     "CheckpointConfig",
