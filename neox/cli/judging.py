@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 OWN = ("out", "device", "dtype", "weights", "model_args")
 LOADING = ("device", "dtype", "weights")
-TRAINING = ("every", "batches", "tasks_every")  # of section eval, but for `neox train`
 
 
 def eval_(targets: list[str], options: list[str]) -> None:
@@ -64,7 +63,7 @@ def eval_(targets: list[str], options: list[str]) -> None:
       neox eval lm-eval:local-completions tasks=arc_easy \\
         model_args=model=EleutherAI/pythia-160m,base_url=http://localhost:8000/v1/completions
     """
-    from neox.config import load_config
+    from neox.config import EvalConfig, load_config
     from neox.options import parse_override
 
     own: dict[str, str] = {}
@@ -76,7 +75,7 @@ def eval_(targets: list[str], options: list[str]) -> None:
             continue
         full = key if "." in key else f"eval.{key}"
         section, name, *_ = parse_override(f"{full}={value}")
-        if section != "eval" or name in TRAINING:
+        if section != "eval" or name not in EvalConfig().asked:
             raise UsageError(f"eval has no option {key}, see `neox eval --help`")
         overrides.append(f"{full}={value}")
     if len(targets) != 1:
@@ -102,14 +101,13 @@ def eval_(targets: list[str], options: list[str]) -> None:
     from neox.evaluation.report import markdown
     from neox.runtime import joined_processes, local_device
 
-    asked = config.model_dump(exclude=set(TRAINING))
     try:
         with joined_processes(own.get("device", "auto")) as processes:
             if processes.world > 1:
                 own["device"] = str(local_device(own.get("device", "auto")))
                 if watch == "true":
                     raise UsageError("watch=true is for one process: leave torchrun away")
-            wanted = {**asked, **own, "processes": processes, "progress": not processes.rank}
+            wanted = {**config.asked, **own, "processes": processes, "progress": not processes.rank}
             if steps or watch == "true":
                 numbers = None if steps in ("", "all") else [int(step) for step in steps.split(",")]
                 found = coming(targets[0]) if watch == "true" else checkpoints(targets[0], numbers)

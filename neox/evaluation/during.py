@@ -17,8 +17,6 @@ from neox.model import GPTNeoX
 from neox.tokenizer import Tokenizer
 from neox.train import Trainer
 
-TRAINING = ("every", "batches", "tasks_every")  # keys of section eval that say when, not what
-
 
 class TaskHook:
     """Evaluates `eval.tasks` before the first step, every `eval.tasks_every` steps, and after the last one.
@@ -58,8 +56,7 @@ class TaskHook:
 
     def _scores(self, trainer: Trainer, model: GPTNeoX, folder: Path) -> dict[str, float]:
         engine = Engine(model, Tokenizer.from_file(trainer.run / "tokenizer.json"))
-        options = self.config.eval.model_dump(exclude=set(TRAINING))
-        results = evaluate(engine, out=folder, progress=not trainer.quiet, **options)
+        results = evaluate(engine, out=folder, progress=not trainer.quiet, **self.config.eval.asked)
         return {
             f"tasks/{task} {key.partition(',')[0]}": float(value)
             for task, row in results["results"].items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -81,6 +81,11 @@ class EvalConfig(Section):
     """Also write each document with its prompts, answers and scores."""
     batch_size: OptionalInt = Field(default=8, gt=0)
     """Requests that a backend of lm-evaluation-harness (hf:, lm-eval:) computes at a time; none = as many as fit."""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What `evaluate` is called with: all but the options that say when training evaluates."""
+        return self.model_dump(exclude={"every", "batches", "tasks_every"})
 
 
 class GenerateConfig(Section):
