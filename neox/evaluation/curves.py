@@ -5,7 +5,6 @@ curves.png, curves.html.
 """
 
 import base64
-import html
 import io
 import json
 import math
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from neox.checkpoint import complete_steps, step_number
 from neox.checkpoint.huggingface import CheckpointError
 from neox.config import load_config
-from neox.evaluation.report import STYLE
+from neox.evaluation.report import scores, table_page
 from neox.evaluation.run import evaluate
 from neox.files import write_atomic
 
@@ -100,15 +99,8 @@ def read(out: Path) -> Curves:
     """The curves of the results that a folder holds."""
     curves: Curves = {}
     for file in sorted(out.glob("step_*/results.json")):
-        for task, row in json.loads(file.read_text())["results"].items():
-            for key, value in row.items():
-                metric, comma, kind = key.partition(",")
-                if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                    continue
-                error = row.get(f"{metric}_stderr,{kind}")
-                name = f"{task} {metric}" + (f" ({kind})" if kind != "none" else "")
-                points = curves.setdefault(name, [])
-                points.append((step_number(file.parent), value, error if isinstance(error, int | float) else None))
+        for name, value, error in scores(json.loads(file.read_text())):
+            curves.setdefault(name, []).append((step_number(file.parent), value, error))
     return curves
 
 
@@ -159,18 +151,11 @@ def figure(curves: Curves) -> "Figure":
 def _page(curves: Curves, picture: bytes) -> str:
     """One page that needs no other file: the picture, and every point in a table."""
     steps = sorted({step for points in curves.values() for step, _, _ in points})
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("Step", *curves))
-    found = {name: {step: (value, error) for step, value, error in points} for name, points in curves.items()}
-    lines = []
-    for step in steps:
-        cells = [_cell(*own[step]) if step in own else "" for own in found.values()]
-        lines.append(f"<tr><td>{step:,}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Curves</title><style>{STYLE}'
-        "img { max-width: 100% }</style>\n<h1>Over training</h1>\n"
-        f'<p><img alt="a curve for each metric" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>\n'
-        f"<table>\n<tr>{head}</tr>\n" + "\n".join(lines) + "\n</table>\n</html>\n"
-    )
+    cells = [{step: _cell(value, error) for step, value, error in points} for points in curves.values()]
+    lines = [[f"{step:,}", *(own.get(step, "") for own in cells)] for step in steps]
+    drawn = base64.b64encode(picture).decode()
+    above = f'<p><img alt="a curve for each metric" src="data:image/png;base64,{drawn}"></p>'
+    return table_page("Over training", above, ("Step", *curves), lines)
 
 
 def _cell(value: float, error: float | None) -> str:

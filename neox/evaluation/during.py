@@ -10,6 +10,7 @@ import torch
 
 from neox.config import Config
 from neox.evaluation.curves import write
+from neox.evaluation.report import scores
 from neox.evaluation.run import evaluate
 from neox.evaluation.tasks import load_tasks
 from neox.generate import Engine
@@ -57,12 +58,7 @@ class TaskHook:
     def _scores(self, trainer: Trainer, model: GPTNeoX, folder: Path) -> dict[str, float]:
         engine = Engine(model, Tokenizer.from_file(trainer.run / "tokenizer.json"))
         results = evaluate(engine, out=folder, progress=not trainer.quiet, **self.config.eval.asked)
-        return {
-            f"tasks/{task} {key.partition(',')[0]}": float(value)
-            for task, row in results["results"].items()
-            for key, value in row.items()
-            if "," in key and "_stderr" not in key and isinstance(value, int | float)
-        }
+        return {f"tasks/{name}": float(value) for name, value, _ in scores(results)}
 
 
 @contextmanager

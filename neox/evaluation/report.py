@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,25 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
 table { border-collapse: collapse } th, td { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left }
 td { white-space: pre; font-variant-numeric: tabular-nums }
+img { max-width: 100% }
 """
+
+
+def metrics(row: Results) -> Iterator[tuple[str, str, Any, Any]]:
+    """(metric, filter, value, standard error) of what lm-eval found of a task, under keys "metric,filter"."""
+    for key, value in row.items():
+        metric, comma, filter = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            yield metric, filter, value, row.get(f"{metric}_stderr,{filter}", "")
+
+
+def scores(results: Results) -> Iterator[tuple[str, float, float | None]]:
+    """("task metric", value, standard error) of all that are numbers; "task metric (filter)" where a task has one."""
+    for task, row in results["results"].items():
+        for metric, filter, value, error in metrics(row):
+            if isinstance(value, int | float):
+                name = f"{task} {metric}" + (f" ({filter})" if filter != "none" else "")
+                yield name, value, error if isinstance(error, int | float) else None
 
 
 def rows(results: Results) -> Iterator[list[str]]:
@@ -32,13 +50,9 @@ def rows(results: Results) -> Iterator[list[str]]:
 
     for top in dict.fromkeys([*members, *results["results"]]):
         for name, depth in below(top, 0) if top not in inner else ():
-            found = results["results"].get(name, {})
-            told = ["  " * depth + name, str(results["versions"].get(name, "")), str(results["n-shot"].get(name, ""))]
-            for key, value in found.items():
-                metric, comma, filter = key.partition(",")
-                if comma and not metric.endswith("_stderr"):
-                    error = found.get(f"{metric}_stderr,{filter}", "")
-                    yield [told[0], told[1], filter, told[2], metric, _text(value), _text(error)]
+            version, shots = (str(results[key].get(name, "")) for key in ("versions", "n-shot"))
+            for metric, filter, value, error in metrics(results["results"].get(name, {})):
+                yield ["  " * depth + name, version, filter, shots, metric, _text(value), _text(error)]
 
 
 def markdown(results: Results) -> str:
@@ -50,12 +64,18 @@ def markdown(results: Results) -> str:
 
 def page(results: Results) -> str:
     """The rows as one HTML page that needs no other file."""
-    name = html.escape(str(results["model_name"]))
-    body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows(results))
+    above = f"<p>lm-evaluation-harness {html.escape(results['lm_eval_version'])}</p>"
+    return table_page(str(results["model_name"]), above, HEADS, rows(results))
+
+
+def table_page(title: str, above: str, heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table as one HTML page; `above`, which is HTML, stands before it."""
+    title = html.escape(title)
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
+    body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>\n'
-        f"<h1>{name}</h1>\n<p>lm-evaluation-harness {html.escape(results['lm_eval_version'])}</p>\n"
-        f"<table>\n<tr>{''.join(f'<th>{head}</th>' for head in HEADS)}</tr>\n{body}\n</table>\n</html>\n"
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n'
+        f"<h1>{title}</h1>\n{above}\n<table>\n<tr>{head}</tr>\n{body}\n</table>\n</html>\n"
     )
 
 

@@ -77,6 +77,25 @@ def test_the_command_evaluates_and_a_resumed_run_does_not_repeat(tmp_path, asked
     assert (tmp_path / "run" / "evals" / "step_00000002" / "results.json").stat().st_mtime_ns == stamp
 
 
+FILTERS = """
+filter_list:
+- {name: whole, filter: [{function: take_first}]}
+- {name: digit, filter: [{function: regex, regex_pattern: "[0-9]"}, {function: take_first}]}
+"""
+
+
+def test_each_filter_of_a_task_has_a_score_of_its_own(tmp_path, asked):
+    task = (tmp_path / "tasks" / "write.yaml").read_text()
+    (tmp_path / "tasks" / "filtered.yaml").write_text(task.replace("sums_write", "sums_filtered") + FILTERS)
+    only = ("eval.tasks=sums_filtered", "eval.tasks_every=4", f"out={tmp_path / 'run'}")
+    config = load_config(overrides=[*options(tmp_path), *asked, *only])
+    Trainer(config, hooks=(TaskHook(config),), quiet=True).fit()
+    row = next(row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" not in row)
+    names = {f"sums_filtered exact_match ({name})" for name in ("whole", "digit")}
+    assert row.keys() >= {f"tasks/{name}" for name in names}
+    assert json.loads((tmp_path / "run" / "evals" / "curves.json").read_text()).keys() == names
+
+
 def many(overrides):
     lm_eval.evaluator.add_env_info = lambda results: results.update(lm_eval_version="0")
     config = load_config(overrides=overrides)
