@@ -13,6 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from neox.counts import parameters
 from neox.generate import Engine, Sampling, Score
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,8 @@ class EngineLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval puts into the results beside the scores."""
-        parameters = sum(parameter.numel() for parameter in self.engine.model.parameters())
-        return {"model_num_parameters": parameters, "model_dtype": str(self.engine.weight.dtype)}
+        count = parameters(self.engine.model.config).total
+        return {"model_num_parameters": count, "model_dtype": str(self.engine.weight.dtype)}
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=not self.progress)  # its bar counts what is encoded

@@ -67,6 +67,7 @@ def test_the_scores_are_those_of_lm_evals_own_backend(folder, tasks, theirs, tmp
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["results"] == ours["results"]
     assert stored["config"]["model"] == "neox"
+    assert stored["config"]["model_num_parameters"] == theirs.model.num_parameters()
     assert stored["task_hashes"].keys() == set(ALL)
     samples = [json.loads(line) for line in (tmp_path / "samples_sums_choose.jsonl").read_text().splitlines()]
     assert [sample["doc_id"] for sample in samples] == list(range(12))
