@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -72,8 +72,7 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Keyed], **kwargs: Any) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         pairs = [self._cut(*request) for request in requests]
-        if cut := sum(len(mine[0]) < len(asked[1]) for mine, asked in zip(pairs, requests, strict=True)):
-            logger.warning("%d of %d prompts lose their beginning: the context is %d", cut, len(pairs), self.max_length)
+        self._count_cuts((context for context, _ in pairs), (context for _, context, _ in requests))
         with self._bar("loglikelihood", len(requests)) as bar:
             for number, score in self._scores(pairs):
                 answers[number] = score.logprob, score.is_greedy
@@ -103,12 +102,14 @@ class EngineLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         answers = [""] * len(requests)
         asked = [self._sampling(request.args[1], seed) for seed, request in enumerate(requests)]
+        whole = [self.tok_encode(request.args[0]) for request in requests]
         prompts = [
-            self.tok_encode(request.args[0])[-(self.max_length - sampling.max_tokens) :]
-            for request, sampling in zip(requests, asked, strict=True)
+            tokens[-(self.max_length - sampling.max_tokens) :]
+            for tokens, sampling in zip(whole, asked, strict=True)
         ]
+        self._count_cuts(prompts, whole)
         # Neighbours in the alphabet of tokens share the most, while it is still in the cache.
-        order = sorted(range(len(requests)), key=lambda number: prompts[number])
+        order = sorted(range(len(requests)), key=prompts.__getitem__)
         events = self.engine.events([prompts[n] for n in order], [asked[n] for n in order], stream=False)
         with self._bar("generate_until", len(requests)) as bar:
             for event in events:
@@ -133,6 +134,12 @@ class EngineLM(TemplateLM):
         # Of white space alone nothing is left once it belongs to the continuation; lm-eval's own backend fails there.
         context = context or [self.prefix_token_id]
         return context[-(self.max_length + 1 - len(continuation)) :], continuation
+
+    def _count_cuts(self, kept: Iterable[Sequence[int]], whole: Iterable[Sequence[int]]) -> None:
+        """Warn of prompts that lose their beginning."""
+        cuts = [len(mine) < len(theirs) for mine, theirs in zip(kept, whole, strict=True)]
+        if cut := sum(cuts):
+            logger.warning("%d of %d prompts lose their beginning: the context is %d", cut, len(cuts), self.max_length)
 
     def _scores(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:
         """The score of each pair with its number, in an order in which neighbours share the most."""

@@ -162,6 +162,9 @@ def test_answers_are_handed_on_as_they_come(ours, monkeypatch):
 def test_prompts_that_lose_their_beginning_are_counted(ours, caplog):
     ours.loglikelihood(asked("loglikelihood", [(LONG, " yes"), ("The", " yes"), (LONG, " no")]))
     assert caplog.messages == ["2 of 3 prompts lose their beginning: the context is 64"]
+    caplog.clear()
+    ours.generate_until(asked("generate_until", [(context, {"max_gen_toks": 3}) for context in (LONG, "The")]))
+    assert caplog.messages == ["1 of 2 prompts lose their beginning: the context is 64"]
 
 
 def test_what_cannot_be_asked_is_said(ours, folder):
