@@ -133,7 +133,9 @@ class EngineLM(TemplateLM):
             )
         # Of white space alone nothing is left once it belongs to the continuation; lm-eval's own backend fails there.
         context = context or [self.prefix_token_id]
-        return context[-(self.max_length + 1 - len(continuation)) :], continuation
+        room = self.max_length + 1 - len(continuation)
+        # Uncut it stays the one list that the choices share.
+        return context if len(context) <= room else context[-room:], continuation
 
     def _count_cuts(self, kept: Iterable[Sequence[int]], whole: Iterable[Sequence[int]]) -> None:
         """Warn of prompts that lose their beginning."""
@@ -143,7 +145,7 @@ class EngineLM(TemplateLM):
 
     def _scores(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:
         """The score of each pair with its number, in an order in which neighbours share the most."""
-        order = sorted(range(len(pairs)), key=lambda number: (*pairs[number][0], *pairs[number][1]))
+        order = sorted(range(len(pairs)), key=pairs.__getitem__)
         for start in range(0, len(order), CHUNK):
             chunk = order[start : start + CHUNK]
             yield from zip(chunk, self.engine.score([pairs[number] for number in chunk]), strict=True)
