@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from neox.checkpoint import complete_steps, step_number
 from neox.checkpoint.huggingface import CheckpointError
 from neox.config import load_config
 from neox.evaluation.report import scores, table_page
-from neox.evaluation.run import evaluate
+from neox.evaluation.run import ALONE, evaluate
 from neox.files import write_atomic
 
 if TYPE_CHECKING:
@@ -57,36 +57,39 @@ def coming(run: str, every: float = 5.0) -> Iterator[tuple[int, str]]:
     seen: set[int] = set()
     while True:
         last = load_config(files=[config]).train.steps
-        new = [one for one in checkpoints(run, None) if one[0] not in seen] if complete_steps(Path(run)) else []
-        if new:
-            seen.add(new[-1][0])
-            yield new[-1]
+        if new := [folder for folder in complete_steps(Path(run)) if step_number(folder) not in seen]:
+            step = step_number(new[-1])
+            seen.add(step)
+            yield step, str(new[-1])
         elif seen and max(seen) >= last:
             return
         else:
             time.sleep(every)
 
 
-def evaluate_steps(found: Iterator[tuple[int, str]] | Sequence[tuple[int, str]], out: Path, **options: Any) -> Curves:
+def evaluate_steps(found: Iterable[tuple[int, str]], out: Path, **options: Any) -> Curves:
     """Evaluate each of these checkpoints into OUT/step_NNNNNNNN, drawing the curves anew after each.
 
     `options` are those of `evaluate`. What OUT holds for the same options is not asked again. A checkpoint that cannot
     be loaded, damaged or removed since, is passed over with a line on stderr.
     """
-    processes = options.get("processes")
+    first, drawn = not options.get("processes", ALONE).rank, False
     for step, model in found:
         folder = out / f"step_{step:08d}"
         note, asked = folder / "asked.json", _asked(model, options)
-        if not (note.is_file() and note.read_text() == asked):
-            try:
-                evaluate(model, out=folder, **options)
-            except CheckpointError as error:
-                print(f"neox: step {step} is passed over: {error}", file=sys.stderr)
-                continue
-            if not (processes and processes.rank):
-                write_atomic(note, asked.encode())
-        if not (processes and processes.rank):
+        if note.is_file() and note.read_text() == asked:
+            continue
+        try:
+            evaluate(model, out=folder, **options)
+        except CheckpointError as error:
+            print(f"neox: step {step} is passed over: {error}", file=sys.stderr)
+            continue
+        if first:
+            write_atomic(note, asked.encode())
             write(out)
+            drawn = True
+    if first and not drawn:
+        write(out)
     return read(out)
 
 

@@ -57,12 +57,16 @@ def asked(monkeypatch) -> list[int]:
     return counts
 
 
-def test_each_checkpoint_is_evaluated_as_by_itself_once_and_drawn(run, tasks, tmp_path, capsys, asked):
+def test_each_checkpoint_is_evaluated_as_by_itself_once_and_drawn(run, tasks, tmp_path, capsys, asked, monkeypatch):
+    drawn, plain = [], curves.figure
+    monkeypatch.setattr(curves, "figure", lambda found: drawn.append(len(found["sums_choose acc"])) or plain(found))
     command = ["eval", str(run), "tasks=sums_choose", f"include_path={tasks}", f"out={tmp_path / 'out'}"]
     assert cli.main([*command, "steps=0,2"]) == 0
     assert asked == [48, 48]
+    assert drawn == [1, 2]
     assert cli.main([*command, "steps=all"]) == 0
     assert asked == [48] * 4, "what was there was asked again"
+    assert drawn == [1, 2, 3, 4], "what was there was drawn again"
     found = json.loads((tmp_path / "out" / "curves.json").read_text())
     assert found.keys() == {"sums_choose acc"}
     curve = found["sums_choose acc"]
