@@ -30,7 +30,8 @@ VERBS: dict[str, Verb] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for an error, 2 for bad usage, 128 + n if signal n stopped it."""
     # A thread of torch's that waits for the others spins for milliseconds first, in front of whoever else needs the
-    # core: on a busy machine ten times slower than to sleep. GNU's OpenMP reads this once, when torch loads it.
+    # core: beside a busy process a token took 80 ms, and takes 12 ms with this (docs/log.md, pythia-160m in int4).
+    # GNU's OpenMP reads it once, when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
