@@ -40,7 +40,7 @@ def checkpoints(source: str, steps: Sequence[int] | None) -> list[tuple[int, str
     if not folders:
         if steps is None:
             raise ValueError(f"{source}: no run with checkpoints; of a hub id name the steps, as steps=1000,143000")
-        return [(step, f"{source}@step{step}") for step in sorted(steps)]
+        return [(step, f"{source}@step{step}") for step in sorted(set(steps))]
     if missing := sorted(set(steps or ()) - folders.keys()):
         raise ValueError(f"{source}: has no step {missing[0]}; it has {', '.join(map(str, folders))}")
     return [(step, folder) for step, folder in sorted(folders.items()) if steps is None or step in steps]

@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, tasks, tmp_path, capsys):
 
 def test_which_checkpoints(run, tmp_path):
     assert [step for step, _ in curves.checkpoints(str(run), None)] == list(STEPS)
-    assert curves.checkpoints("A/b", [3, 1]) == [(1, "A/b@step1"), (3, "A/b@step3")]
+    assert curves.checkpoints("A/b", [3, 1, 3]) == [(1, "A/b@step1"), (3, "A/b@step3")]
     with pytest.raises(ValueError, match="has no step 3; it has 0, 1, 2, 4"):
         curves.checkpoints(str(run), [2, 3])
     with pytest.raises(ValueError, match="of a hub id name the steps"):
