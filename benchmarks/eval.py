@@ -175,19 +175,21 @@ class Ours:
 
 
 class Theirs:
-    def __init__(self, folder, dtype, batch):
+    def __init__(self, folder, dtype):
         from lm_eval.models.huggingface import HFLM
 
-        self.name, self.batch, self.seen = f"hf {dtype}, batch {batch}", batch, 0
-        self.lm = HFLM(str(folder), dtype=dtype, device="cpu", batch_size=batch)
+        self.dtype, self.seen, self.lm = dtype, 0, HFLM(str(folder), dtype=dtype, device="cpu")
         self.lm.model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module, arguments, named):
         self.seen += (arguments[0] if arguments else named["input_ids"]).numel()
 
+    @property
+    def name(self):
+        return f"hf {self.dtype}, batch {self.lm.batch_size}"
+
     def at(self, batch):
         self.lm.batch_size_per_gpu = batch
-        self.name = f"{self.name.rpartition(' ')[0]} {batch}"
         return self
 
     def model(self):
@@ -226,8 +228,8 @@ def fastest(folder, tasks, dtypes, batches, sample):
     """For each dtype the hf backend at the batch size that is fastest on `sample` documents a task, the best first."""
     tried = []
     for dtype in dtypes:
-        lm = Theirs(folder, dtype, batches[0])
-        evaluate(lm, tasks, 1)  # warms up
+        lm = Theirs(folder, dtype)
+        evaluate(lm.at(batches[0]), tasks, 1)  # warms up
         times = []
         for batch in batches:
             try:
@@ -244,9 +246,10 @@ def fastest(folder, tasks, dtypes, batches, sample):
 
 def compare(name, tasks, ours, folder, options):
     print(f"\n### {name}\n", flush=True)
-    peers = fastest(folder, tasks, options["dtypes"], options["batches"], options["sample"])
-    exact = [peer for peer in peers if "float32" in peer.name]
-    runs = [ours, *dict.fromkeys(peers[:1] + exact)]
+    tried = fastest(folder, tasks, options["dtypes"], options["batches"], options["sample"])
+    exact = [peer for peer in tried if peer.dtype == "float32"]
+    peers = list(dict.fromkeys(tried[:1] + exact))
+    runs = [ours, *peers]
     found = {who.name: [] for who in runs}
     for turn in range(options["turns"]):
         for who in runs:
@@ -279,7 +282,7 @@ def compare(name, tasks, ours, folder, options):
             f"(largest difference {largest:.1e}), {greedy} of {len(pairs)} greedy flags equal, "
             f"scores {'identical' if same else 'DIFFER'}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
         )
-    for peer in dict.fromkeys(peers[:1] + exact):
+    for peer in peers:
         ratio = middle[peer.name] / middle[ours.name]
         print(f"target {TARGETS[name]} times against {peer.name}: {'' if ratio >= TARGETS[name] else 'not '}met")
 
