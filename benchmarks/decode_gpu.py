@@ -27,6 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import peers
+
 SIZES = {"160m": "pythia-160m", "1.4b": "pythia-1.4b", "6.9b": "pythia-6.9b", "20b": "neox-20b", "tiny": "pythia-14m"}
 TINY = ("model.vocab_size=256", "model.hidden_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=2")
 VARIANTS = ("ours bf16", "ours bf16 static=false", "ours int8", "ours int4", "peer bf16", "peer bf16 cache=static")
@@ -112,27 +114,12 @@ def ours(job, device):
 def peer(job, device):
     """The same of transformers."""
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from neox.runtime import resolve_dtype
 
-    config = shape(job)
     torch.set_default_dtype(resolve_dtype(job["kind"]))
     with torch.device(device):
-        model = GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.num_hidden_layers,
-                num_attention_heads=config.num_attention_heads,
-                intermediate_size=config.ffn_size,
-                max_position_embeddings=config.max_position_embeddings,
-                use_parallel_residual=config.use_parallel_residual,
-                attn_implementation="sdpa",
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        ).eval()
+        model = peers.gpt_neox(shape(job)).eval()
     cache = {"cache_implementation": job["options"]["cache"]} if "cache" in job["options"] else {}
 
     def timed(prompts, tokens):

@@ -15,6 +15,10 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import peers
+
 
 def main(seconds, out):
     from neox.checkpoint import save
@@ -62,11 +66,11 @@ def main(seconds, out):
             return {"input_ids": row[:-1], "labels": row[:-1]}
 
     def theirs(steps, lr):
-        from transformers import GPTNeoXForCausalLM, TrainingArguments, set_seed
         from transformers import Trainer as TheirTrainer
+        from transformers import TrainingArguments, set_seed
 
         set_seed(0)
-        model = GPTNeoXForCausalLM(peer_config())
+        model = peers.gpt_neox(base.model)
         arguments = TrainingArguments(
             output_dir=str(out / "peer"),
             max_steps=steps,
@@ -87,27 +91,6 @@ def main(seconds, out):
         started = time.perf_counter()
         trainer.train()
         return model, time.perf_counter() - started
-
-    def peer_config():
-        from transformers import GPTNeoXConfig
-
-        m = base.model
-        return GPTNeoXConfig(
-            vocab_size=m.vocab_size,
-            hidden_size=m.hidden_size,
-            num_hidden_layers=m.num_hidden_layers,
-            num_attention_heads=m.num_attention_heads,
-            intermediate_size=m.ffn_size,
-            hidden_act=m.hidden_act,
-            max_position_embeddings=m.max_position_embeddings,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": m.rotary_emb_base,
-                "partial_rotary_factor": m.rotary_pct,
-            },
-            use_parallel_residual=m.use_parallel_residual,
-            attn_implementation="sdpa",
-        )
 
     from transformers import AutoModelForCausalLM
 

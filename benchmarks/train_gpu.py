@@ -37,6 +37,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import peers
+
 SIZES = {"410m": "pythia-410m", "1.4b": "pythia-1.4b", "6.9b": "pythia-6.9b", "tiny": "pythia-14m"}
 TINY = ("model.vocab_size=256", "model.hidden_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=2")
 MOST_ROWS = 8
@@ -95,23 +97,11 @@ def ours(config, job, device):
 def peer(config, job, device):
     """The same of transformers."""
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    shape, options = config.model, job["options"]
+    options = job["options"]
     half = options.get("params") == "bf16"
     with torch.device(device):
-        model = GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=shape.vocab_size,
-                hidden_size=shape.hidden_size,
-                num_hidden_layers=shape.num_hidden_layers,
-                num_attention_heads=shape.num_attention_heads,
-                intermediate_size=shape.ffn_size,
-                max_position_embeddings=shape.max_position_embeddings,
-                attn_implementation="sdpa",
-                use_cache=False,
-            )
-        )
+        model = peers.gpt_neox(config.model, use_cache=False)
     model.to(torch.bfloat16 if half else torch.float32).train()
     run = model
     compiled = options.get("compile", "none" if job["device"] == "cpu" else "model")
