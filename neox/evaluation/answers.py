@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neox.files import read_rows
 
+Ask = Callable[..., list[Any]]
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 SECONDS = 5.0  # between two times that the file is forced onto the disk
 VALUES = 4096  # of each tensor, spread over it, that tell two models apart
@@ -60,7 +61,7 @@ class Answers:
 
     def key(self, method: str, arguments: Sequence[Any] | None) -> str | None:
         """None for what is drawn at random, as such answers are not alike, and for a part of a request."""
-        if arguments is None or (method == "generate_until" and is_drawn(arguments[1])):
+        if arguments is None or is_drawn(method, arguments):
             return None
         return hash_args(f"{self.identity} {method}", arguments)
 
@@ -80,7 +81,7 @@ class Answers:
             reason = f"{error.strerror or error}: what was written is kept, the same command continues"
             raise OSError(error.errno, reason, str(self.path)) from error
 
-    def asked(self, method: str, ask: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def asked(self, method: str, ask: Ask) -> Ask:
         """`ask`, a method of a model, for those requests only that are not answered yet, and once for equal ones."""
 
         def answers(requests: list[Instance], **options: Any) -> list[Any]:
@@ -104,20 +105,33 @@ class Answers:
 
 
 @contextlib.contextmanager
-def remembered(model: LM, answers: Answers) -> Iterator[None]:
-    """Inside, `model` answers from `answers` what is known there, and adds to it what is not."""
-    hook = model.cache_hook
-    model.set_cache_hook(answers)
-    for method in METHODS:
-        setattr(model, method, answers.asked(method, getattr(model, method)))
+def wrapped(model: LM, wrap: Callable[[str, Ask], Ask]) -> Iterator[None]:
+    """Inside, each method by which lm-eval asks `model` is what `wrap` makes of its name and it."""
+    own = {method: vars(model)[method] for method in METHODS if method in vars(model)}
+    vars(model).update({method: wrap(method, getattr(model, method)) for method in METHODS})
     try:
         yield
     finally:
         for method in METHODS:
             delattr(model, method)
+        vars(model).update(own)
+
+
+@contextlib.contextmanager
+def remembered(model: LM, answers: Answers) -> Iterator[None]:
+    """Inside, `model` answers from `answers` what is known there, and adds to it what is not."""
+    hook = model.cache_hook
+    model.set_cache_hook(answers)
+    try:
+        with wrapped(model, answers.asked):
+            yield
+    finally:
         model.set_cache_hook(hook)
 
 
-def is_drawn(options: dict[str, Any]) -> bool:
-    do_sample = options.get("do_sample")
-    return bool(do_sample or (do_sample is None and float(options.get("temperature", 0.0)) > 0))
+def is_drawn(method: str, arguments: Sequence[Any]) -> bool:
+    """Whether the answer is drawn at random, by lm-eval's reading of a task's options."""
+    if method != "generate_until":
+        return False
+    do_sample = arguments[1].get("do_sample")
+    return bool(do_sample or (do_sample is None and float(arguments[1].get("temperature", 0.0)) > 0))

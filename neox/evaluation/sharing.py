@@ -1,15 +1,15 @@
 """One evaluation by several processes: each asks its share of the requests, and all of them know the answers."""
 
-import contextlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, pairwise
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from neox.evaluation.answers import METHODS, is_drawn
+from neox.evaluation.answers import Ask, is_drawn, wrapped
 from neox.runtime import Processes
 
 EACH = 16  # what a request costs beside its text, in characters: a pass, a row of logits
@@ -36,32 +36,20 @@ def _common(one: str, other: str) -> int:
     return bisect_left(lengths, True, key=lambda length: one[:length] != other[:length])
 
 
-@contextlib.contextmanager
-def shared(model: LM, processes: Processes) -> Iterator[None]:
+def shared(model: LM, processes: Processes) -> AbstractContextManager[None]:
     """Inside, `model` is asked for this process' share of the requests, and the others' answers come from them.
 
     All processes are given the same requests, in the same order. What is drawn at random each asks by itself: which
     number a draw has must not depend on how many processes there are.
     """
-    methods = {method: getattr(model, method) for method in METHODS} if processes.world > 1 else {}
-    for method, ask in methods.items():
-        setattr(model, method, _divided(ask, processes))
-    try:
-        yield
-    finally:
-        for method, ask in methods.items():
-            setattr(model, method, ask)
+    return wrapped(model, lambda method, ask: _divided(ask, processes)) if processes.world > 1 else nullcontext()
 
 
-def _drawn(request: Instance) -> bool:
-    return request.request_type == "generate_until" and is_drawn(request.args[1])
-
-
-def _divided(ask: Callable[..., list[Any]], processes: Processes) -> Callable[..., list[Any]]:
+def _divided(ask: Ask, processes: Processes) -> Ask:
     import torch.distributed as dist
 
     def answers(requests: list[Instance], **options: Any) -> list[Any]:
-        alike = [number for number, request in enumerate(requests) if not _drawn(request)]
+        alike = [n for n, request in enumerate(requests) if not is_drawn(request.request_type, request.args)]
         texts = ["".join(part for part in requests[number].args if isinstance(part, str)) for number in alike]
         parts = [[alike[place] for place in share] for share in shares(texts, processes.world)]
         drawn = sorted(set(range(len(requests))) - set(alike))
