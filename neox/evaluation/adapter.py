@@ -1,6 +1,7 @@
 """The engine as lm-evaluation-harness wants a model: what its `hf` backend answers, request by request."""
 
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from neox.counts import parameters
+from neox.evaluation.answers import is_drawn
 from neox.generate import Engine, Sampling, Score
 
 logger = logging.getLogger(__name__)
@@ -101,7 +103,12 @@ class EngineLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         answers = [""] * len(requests)
-        asked = [self._sampling(request.args[1], seed) for seed, request in enumerate(requests)]
+        # What is drawn counts by itself: which greedy requests are answered already, or elsewhere, does not matter.
+        seeds = itertools.count()
+        asked = [
+            self._sampling(request.args[1], next(seeds) if is_drawn("generate_until", request.args) else 0)
+            for request in requests
+        ]
         whole = [self.tok_encode(request.args[0]) for request in requests]
         prompts = [
             tokens[-(self.max_length - sampling.max_tokens) :]

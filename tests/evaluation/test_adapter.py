@@ -124,6 +124,14 @@ def test_generation(ours, theirs, options):
     assert ours.generate_until([]) == []
 
 
+def test_a_draw_does_not_depend_on_what_is_greedy_beside_it(ours):
+    """Of several processes each has other greedy requests; of a run that goes on some are answered."""
+    drawn = [(context, {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}) for context in ("The", "12 +")]
+    greedy = ("The fox", {"max_gen_toks": 4})
+    alone = ours.generate_until(asked("generate_until", drawn))
+    assert ours.generate_until(asked("generate_until", [greedy, *drawn]))[1:] == alone
+
+
 def test_the_prefix_tree_is_used_and_changes_nothing(folder):
     """To the bit: each request by an engine that has nothing in its cache."""
     shots = TEXT[:90]
