@@ -56,7 +56,6 @@ def score_files(
     out: Path,
     window: int,
     limit: int | None = None,
-    batch: int = 8,
     progress: bool = True,
 ) -> dict[str, Likelihood]:
     """Score the first `limit` documents (all without one) of files of the Pile, such as its `test.jsonl.zst`.
@@ -76,7 +75,7 @@ def score_files(
                 yield component, document.text
                 bar.advance(task, document.taken)
 
-        found = score(logits_of, tokenizer, texts(), window, batch)
+        found = score(logits_of, tokenizer, texts(), window)
     if not found:
         raise ValueError(f"{sources}: holds no document to score")
     rows = {**{component: found[component] for component in in_order(found)}, **by_group(found)}
