@@ -42,8 +42,8 @@ def evaluate(
     of the config's section `eval`. With `out`, a folder, every answer is kept in OUT/answers.jsonl as it comes, and
     what it holds already is not asked again; at the end results.json, .md, .html and, on request, samples are written.
 
-    With several `processes`, all of which make this call, each asks its share; the first one writes, and the others
-    return nothing, {}.
+    With several `processes`, all of which make this call, each asks its share and keeps the answers; the first one
+    writes the results, and the others return nothing, {}.
 
     Raises ValueError, one line, for tasks and models that cannot be loaded, and for a backend that fails on the way.
     """
