@@ -13,9 +13,8 @@ from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import fingerprint
 from neox.generate import Engine
 from neox.generate.loading import load_engine
-from neox.runtime import resolve_device
+from neox.runtime import resolve_device, resolve_dtype
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # These say how a backend is asked, never what it answers; some are secret.
 MANNERS = ("auth_token", "batch_size", "header", "max_retries", "num_concurrent", "timeout")
 
@@ -47,7 +46,8 @@ def load_model(
     if kind == "hf":
         place, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
         where = {"pretrained": place, **({"revision": revision} if revision else {})}
-        how = {"device": str(resolve_device(device)), "dtype": DTYPES.get(dtype or "", dtype or "auto")}
+        named = str(resolve_dtype(dtype)).removeprefix("torch.") if dtype else "auto"
+        how = {"device": str(resolve_device(device)), "dtype": named}
         arguments = where | how | arguments
         name = "hf"
     elif dtype or device != "auto":
