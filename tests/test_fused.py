@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neox import fused, kernels
+from neox import fused
 from neox.cache import BLOCK, KVCache, KVPool, Span
 from neox.kernels import native
 from neox.model import GPTNeoX
@@ -132,3 +132,8 @@ def test_a_model_that_is_not_packed_whole_is_left_to_torch():
     half.layers[1].mlp.dense_4h_to_h = tiny.ours().layers[1].mlp.dense_4h_to_h
     assert fused.decoder(half) is None
     assert fused.decoder(quantize(tiny.ours(), "int4")) is not None
+
+
+def test_a_model_that_is_not_packed_compiles_no_kernels(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: pytest.fail("nothing needs them"))
+    assert fused.decoder(tiny.ours()) is None

@@ -38,8 +38,8 @@ class Engine:
     most half of the machine's memory). `budget` is how many tokens a step computes, about.
 
     With `invariant` what a request gets does not depend on what runs beside it, on what the cache holds, or on where
-    its prompt was cut: bit for bit on a CPU in fp32. Packed weights are so by themselves; for layers of torch's steps of
-    few tokens are filled up to a number of rows that is rounded alike (`invariant.row_tile`). Default: on a CPU.
+    its prompt was cut: bit for bit on a CPU in fp32. Packed weights are so by themselves; with torch's own layers steps
+    of few tokens are filled up to a number of rows that is rounded alike (`invariant.row_tile`). Default: on a CPU.
 
     `guess` proposes up to `guess_tokens` tokens that may follow a sequence (`speculate.py`); a step verifies them along
     with the last one. Tokens come out as without it, several a step where guesses are right: see `stats`.

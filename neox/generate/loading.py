@@ -39,7 +39,8 @@ def load_engine(
     weights: on a CPU, `auto` holds them in the type they are stored in, which loses nothing, where there are compiled
     kernels for it; elsewhere, and where a `dtype` is asked for, it leaves them to torch. float8 is for CUDA; the types
     of 16 and 32 bits are a `dtype` there. Packed weights are made layer by layer, while the next ones are still on the
-    disk. speculate: `prompt` guesses from the text so far; `draft` is the source of a smaller model that guesses. Raises ValueError for a word that is none of these.
+    disk. speculate: `prompt` guesses from the text so far; `draft` is the source of a smaller model that guesses.
+    Raises ValueError for a word that is none of these.
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights={weights}: must be one of {', '.join(get_args(Weights))}")

@@ -9,9 +9,9 @@ so that one lane of a vector register is one output.
     int4               weights uint8 [P, 16 G, 16, 4]: w + 8 of 4 neighbours in the low half of a byte, of the next 4 in
                        the high half; scales bf16 [P, G, 16]
 
-bf16a16 differs from bf16 in what enters a product: that is rounded to bfloat16 too, as in a model of that type. int8 and
-int4 round it to 8 bits. int8 is symmetric, its scale the row's largest magnitude / 127. int4 is symmetric in groups of 128 of a row: -8 .. 7
-times a scale, of a few candidates the one with the least squared error.
+bf16a16 differs from bf16 in what enters a product: it is rounded to bfloat16 too, as in a model of that type; int8 and
+int4 round it to 8 bits. int8 is symmetric, its scale the row's largest magnitude / 127. int4 is symmetric in groups of
+128 of a row: -8 .. 7 times a scale, of a few candidates the one with the least squared error.
 """
 
 from collections.abc import Iterator
