@@ -111,8 +111,7 @@ class EngineLM(TemplateLM):
         ]
         whole = [self.tok_encode(request.args[0]) for request in requests]
         prompts = [
-            tokens[-(self.max_length - sampling.max_tokens) :]
-            for tokens, sampling in zip(whole, asked, strict=True)
+            tokens[-(self.max_length - sampling.max_tokens) :] for tokens, sampling in zip(whole, asked, strict=True)
         ]
         self._count_cuts(prompts, whole)
         # Neighbours in the alphabet of tokens share the most, while it is still in the cache.
