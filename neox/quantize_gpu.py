@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from neox.model import Block, GPTNeoX
 
@@ -62,6 +63,14 @@ def _config(kind: Kind, module: nn.Linear, name: str) -> Any:
     if group is None:
         raise ValueError(f"{name}: int4 wants a width that {GROUPS[-1]} divides, not {module.in_features}: take int8")
     return ao.Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d", **plain)
+
+
+def stored(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that one of torchao's is made of; any other is its own."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 def compile_products(model: GPTNeoX) -> GPTNeoX:

@@ -16,6 +16,7 @@ from lm_eval.api.model import LM, hash_args
 from torch import Tensor
 
 from neox.files import read_rows
+from neox.quantize_gpu import stored
 
 Ask = Callable[..., list[Any]]
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
@@ -28,9 +29,10 @@ def fingerprint(tensors: Mapping[str, Tensor], *others: Any) -> str:
     digest = hashlib.sha256(json.dumps(others, default=str).encode())
     for name, tensor in tensors.items():
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        flat = tensor.detach().flatten()
-        values = flat[:: max(1, len(flat) // VALUES)].contiguous().cpu()
-        digest.update(values.view(torch.uint8).numpy().tobytes())
+        for part in stored(tensor):
+            flat = part.detach().flatten()
+            values = flat[:: max(1, len(flat) // VALUES)].contiguous().cpu()
+            digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -2,12 +2,12 @@
 
 import time
 
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import nn
 
 from neox.generate.engine import Engine
 from neox.generate.requests import Event
 from neox.machine import read_speed
+from neox.quantize_gpu import stored
 
 LEAST = 50_000_000  # bytes of weights from which their reading, from memory and not from a cache, is the limit
 
@@ -54,12 +54,4 @@ def bytes_read(model: nn.Module) -> int:
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None
     ]
-    return sum(_stored(tensor) for tensor in tensors)
-
-
-def _stored(tensor: Tensor) -> int:
-    """Bytes of a tensor, or of the parts of one that torchao made of several."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return tensor.nbytes
-    names, _ = tensor.__tensor_flatten__()
-    return sum(getattr(tensor, name).nbytes for name in names)
+    return sum(part.nbytes for tensor in tensors for part in stored(tensor))
