@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -78,16 +78,26 @@ class Sources:
         component = None if self.numbers is None else self.names[int(self.numbers[document])]
         return Origin(self.paths[bisect_right(self.firsts, document) - 1], component)
 
+    def components(self, first: int, count: int) -> list[str | None]:
+        """The components of the `count` documents from `first` on; None stands for what is not known."""
+        if self.numbers is None:
+            return [None]
+        here = np.zeros(len(self.names), bool)
+        for own in _blocks(self.numbers[first : first + count]):
+            here |= np.bincount(own, minlength=len(here)) > 0
+        return [name for name, there in zip(self.names, here, strict=True) if there]
+
     def tokens(self, sizes: npt.NDArray[np.int32], first: int) -> dict[str | None, int]:
         """Tokens of each component among the documents from `first` on that have these sizes."""
         if self.numbers is None:
             return {None: int(sizes.sum(dtype=np.int64))}
         totals = np.zeros(len(self.names))
-        here = np.zeros(len(self.names), bool)
-        for start in range(0, len(sizes), BLOCK):
-            block = sizes[start : start + BLOCK]
-            own = self.numbers[first + start : first + start + len(block)]
+        for block, own in zip(_blocks(sizes), _blocks(self.numbers[first : first + len(sizes)]), strict=True):
             # Exact: float64 holds whole numbers up to 2**53.
             totals += np.bincount(own, weights=block, minlength=len(totals))
-            here |= np.bincount(own, minlength=len(totals)) > 0
-        return {name: int(total) for name, total, there in zip(self.names, totals, here, strict=True) if there}
+        here = self.components(first, len(sizes))
+        return {name: int(total) for name, total in zip(self.names, totals, strict=True) if name in here}
+
+
+def _blocks(numbers: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    return (numbers[start : start + BLOCK] for start in range(0, len(numbers), BLOCK))

@@ -39,7 +39,7 @@ def by_documents(documents: Sequence[int], alpha: float) -> tuple[float, ...]:
 
 
 def _pile_weight(part: Documents) -> float:
-    names = list(Sources.of(part.file).tokens(part.sizes, part.first))
+    names = Sources.of(part.file).components(part.first, len(part))
     if len(names) != 1 or names[0] not in COMPONENTS:
         raise ValueError(
             f'{part.name}: data.weigh = "pile" needs each entry of data.train to be one component of the Pile, this '

@@ -19,12 +19,11 @@ from neox.checkpoint import complete_steps
 from neox.checkpoint.native import read_step
 from neox.config import Config, load_config, without_code
 from neox.data import Datasets, Loader, build_datasets
-from neox.data.blend import BlendedDataset
 from neox.data.dataset import Dataset, Piece
 from neox.data.sources import Origin, Sources
 from neox.tokenizer import Tokenizer
 from neox.train.corpus import named_files
-from neox.train.mixture import began_with, phases
+from neox.train.mixture import began_with, blended
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,9 @@ def of_run(run: Path, tokenizer: str | None = None) -> Reading:
     config = without_code(load_config(files=kept[:1]))
     order = run / "order"
     datasets = _datasets(config, run, began_with(done), order if order.is_dir() else None)
-    dataset: Dataset = datasets.train
     if state.get("order", "") not in ("", datasets.fingerprint):
         raise ValueError(f"{run}: its token files are not those that it was trained on: put them back")
-    if state.get("blend") and isinstance(dataset, BlendedDataset):
-        dataset = dataset.with_phases(phases(state["blend"], datasets.weights, state["samples"]))
+    dataset = blended(datasets.train, state.get("blend", []), datasets.weights, state.get("samples", 0))
     loader = Loader(dataset, config.train.global_batch_size, map(tuple, state.get("stepped_over", [])))
     if tokenizer is None and (run / "tokenizer.json").exists():
         tokenizer = str(run / "tokenizer.json")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from neox.data import Loader
-from neox.data.blend import Phase
+from neox.data.blend import BlendedDataset, Phase
 from neox.data.dataset import Dataset
 from neox.data.sources import Sources
 
@@ -25,6 +25,14 @@ def phases(noted: Sequence[Sequence[Any]], wanted: Sequence[float], samples: int
     return [known[0], *before, *([] if last[1] == tuple(wanted) else [(samples, tuple(wanted))])]
 
 
+def blended(dataset: Dataset, noted: Sequence[Sequence[Any]], wanted: Sequence[float], samples: int) -> Dataset:
+    """`dataset` with the `phases` of a run; as it is where none were noted or no weights are wanted, as of megatron's
+    order without weights, whose blend never changes."""
+    if noted and wanted and isinstance(dataset, BlendedDataset):
+        return dataset.with_phases(phases(noted, wanted, samples))
+    return dataset
+
+
 def began_with(steps: Sequence[Path]) -> tuple[float, ...]:
     """The weights that a run began with, from its newest checkpoint that tells them: all of them tell the same."""
     for folder in reversed(steps):
@@ -37,7 +45,7 @@ def names(dataset: Dataset) -> list[str]:
     """What the entries of data.train are called: their component where they hold one, else their file; no two alike."""
     found: list[str] = []
     for part in dataset.parts:
-        components = list(Sources.of(part.file).tokens(part.sizes, part.first))
+        components = Sources.of(part.file).components(part.first, len(part))
         name = (components[0] if len(components) == 1 else None) or part.file.bin.stem
         found.append(f"{name} ({len(found)})" if name in found else name)
     return found
@@ -46,10 +54,11 @@ def names(dataset: Dataset) -> list[str]:
 class Account:
     """Samples that were read of each entry of data.train, up to a step."""
 
-    def __init__(self, step: int = 0, read: Sequence[int] | None = None) -> None:
-        """`read`: after `step` steps; None where it is not known and is counted from the beginning."""
+    def __init__(self, step: int = 0, read: Sequence[int] | None = None, names: Sequence[str] = ()) -> None:
+        """`read`: after `step` steps; None where it is not known and is counted from the beginning. `names` of the
+        entries, where they are known."""
         self.step, self.read = (step, list(map(int, read))) if read is not None else (0, [])
-        self.names: list[str] = []
+        self.names = names
 
     def up_to(self, step: int, loader: Loader) -> list[int]:
         """After `step` steps, as `loader` reads them."""

@@ -9,7 +9,7 @@ from neox.data.blend import BlendedDataset
 from neox.data.dataset import Dataset
 from neox.train.goodput import Goodput
 from neox.train.guard import Guard
-from neox.train.mixture import Account, phases
+from neox.train.mixture import Account, blended
 from neox.train.scaler import build_scaler
 
 
@@ -60,10 +60,8 @@ class Progress:
             guard = Guard(self.config.train, state["guard"])
             over = [(int(first), int(last)) for first, last in state["stepped_over"]]
             seconds = dict(state["seconds"])
-            dataset, noted = self.loader.dataset, state.get("blend", [])
-            if noted and self.weights and isinstance(dataset, BlendedDataset):
-                dataset = dataset.with_phases(phases(noted, self.weights, samples))
-            account = Account(step, state.get("read"))
+            dataset = blended(self.loader.dataset, state.get("blend", []), self.weights, samples)
+            account = Account(step, state.get("read"), self.account.names)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder / 'state.json'}: cannot be read ({error}): remove the folder, and the run resumes at the "

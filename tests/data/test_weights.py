@@ -90,6 +90,7 @@ def test_sources_are_read_back(tmp_path_factory: pytest.TempPathFactory, rows, k
     for (_, component), size in list(zip(every, lengths, strict=True))[first:]:
         wanted[component] = wanted.get(component, 0) + size
     assert sources.tokens(file.sizes[first:], first) == wanted
+    assert set(sources.components(first, len(every) - first)) == set(wanted)
 
 
 def test_files_beside_that_do_not_fit(tmp_path: Path) -> None:

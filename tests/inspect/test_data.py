@@ -162,6 +162,15 @@ def test_without_a_run(folder: Path, options: tuple[str, ...]) -> None:
     assert not (folder / "none").exists()
 
 
+def test_a_run_over_files_without_weights(folder: Path, tmp_path: Path, neox_) -> None:
+    """In megatron's order they are a blend, which the checkpoints note, though no weights are wanted."""
+    options = ("order=megatron", "steps=2")
+    Trainer(settings(folder, tmp_path / "run", *options), quiet=True).fit()
+    wanted = of_config(settings(folder, tmp_path / "none", *options)).loader.batch(1)
+    assert of_run(tmp_path / "run").loader.batch(1).tokens.tolist() == wanted.tokens.tolist()
+    assert neox_("inspect", "data", str(tmp_path / "run"))[0] == 0
+
+
 def test_pythias_layout(tmp_path: Path, neox_) -> None:
     """Documents that are rows of seq_length + 1 tokens, without end-of-document tokens."""
     draw = np.random.default_rng(1).integers(0, 64, (8, 17))
