@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -229,11 +229,11 @@ class BlendedDataset:
 
     def trace(self, samples: npt.ArrayLike) -> list[list[Piece]]:
         """What each of n samples is made of, in order."""
-        owners, indices = self.history(self._wrapped(samples))
-        return [
-            [piece._replace(part=owner) for piece in self.datasets[owner].trace(index)[0]]
-            for owner, index in zip(owners.tolist(), indices.tolist(), strict=True)
-        ]
+        found: list[list[Piece]] = [[]] * np.size(samples)
+        for owner, rows, indices in self._by_owner(samples):
+            for row, pieces in zip(rows.tolist(), self.datasets[owner].trace(indices), strict=True):
+                found[row] = [piece._replace(part=owner) for piece in pieces]
+        return found
 
     def seen(self, piece: Piece, samples: int) -> Seen:
         """Those of the samples before number `samples` that hold any token of the piece."""
@@ -254,10 +254,15 @@ class BlendedDataset:
         numbers = np.atleast_1d(np.asarray(samples, dtype=np.int64))
         return numbers % self.size if self.size else numbers
 
-    def _rows(self, samples: npt.ArrayLike, read: Sequence[Callable[[npt.ArrayLike], Numbers]]) -> Numbers:
+    def _by_owner(self, samples: npt.ArrayLike) -> Iterator[tuple[int, Numbers, Numbers]]:
+        """Each dataset that gives some of n samples: its number, which of them they are, and their numbers in it."""
         owners, indices = self.history(self._wrapped(samples))
-        out = np.empty((len(owners), self.seq_length + 1), dtype=np.int64)
-        for owner in np.unique(owners):
-            rows = owners == owner
-            out[rows] = read[owner](indices[rows])
+        for owner in np.unique(owners).tolist():
+            rows = np.flatnonzero(owners == owner)
+            yield owner, rows, indices[rows]
+
+    def _rows(self, samples: npt.ArrayLike, read: Sequence[Callable[[npt.ArrayLike], Numbers]]) -> Numbers:
+        out = np.empty((np.size(samples), self.seq_length + 1), dtype=np.int64)
+        for owner, rows, indices in self._by_owner(samples):
+            out[rows] = read[owner](indices)
         return out

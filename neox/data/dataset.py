@@ -106,6 +106,7 @@ class TokenDataset:
         shared = seq_length + 1 - self._stride
         windows = [max(0, len(part.tokens) - shared) // self._stride for part in self.parts]
         self._ends = np.cumsum(windows, dtype=np.int64)
+        self._starts = self._ends - windows
         self.num_windows = int(self._ends[-1])
         if not self.num_windows:
             longest = max(self.parts, key=lambda part: len(part.tokens))
@@ -144,6 +145,8 @@ class TokenDataset:
 
     def owners(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """For each of n sample numbers the part that it is read from, [n]."""
+        if len(self.parts) == 1:
+            return np.zeros(np.size(samples), np.int64)
         windows = np.atleast_1d(self.order(np.asarray(samples, dtype=np.int64)))
         return np.searchsorted(self._ends, windows, side="right").astype(np.int64)
 
@@ -159,12 +162,9 @@ class TokenDataset:
     def seen(self, piece: Piece, samples: int) -> Seen:
         """Those of the samples before number `samples` that hold any token of the piece, with their epochs."""
         first = self.parts[piece.part].place(piece.document) + piece.offset
-        starts = self._ends - np.diff(self._ends, prepend=0)
-        low = max(0, -(-(first - self.seq_length) // self._stride)) + int(starts[piece.part])
-        high = min(
-            (first + piece.tokens - 1) // self._stride + 1 + int(starts[piece.part]), int(self._ends[piece.part])
-        )
-        windows = np.arange(low, high)
+        low = max(0, -(-(first - self.seq_length) // self._stride)) + int(self._starts[piece.part])
+        high = (first + piece.tokens - 1) // self._stride + 1 + int(self._starts[piece.part])
+        windows = np.arange(low, min(high, int(self._ends[piece.part])))
         found = [np.empty((0, 2), np.int64)]
         for epoch in range(-(-samples // self.num_windows) if piece.tokens else 0):
             numbers = np.sort(self.order.inverse(windows, epoch))
@@ -174,14 +174,13 @@ class TokenDataset:
 
     def per_epoch(self) -> list[float]:
         """Of each part, how many samples read all of it once."""
-        return np.diff(self._ends, prepend=0).astype(float).tolist()
+        return (self._ends - self._starts).astype(float).tolist()
 
     def _places(self, windows: npt.NDArray[np.int64]) -> Iterator[tuple[Documents, int]]:
         """The documents that each window lies in, and its first token's place among their tokens."""
         owners = np.searchsorted(self._ends, windows, side="right")
-        starts = self._ends - np.diff(self._ends, prepend=0)
         for number, owner in zip(windows.tolist(), owners.tolist(), strict=True):
-            yield self.parts[owner], (number - int(starts[owner])) * self._stride
+            yield self.parts[owner], (number - int(self._starts[owner])) * self._stride
 
 
 def _check_rows(part: Documents, length: int) -> None:

@@ -14,6 +14,7 @@ from neox.inspect.reading import Reading
 
 CHUNK = 1 << 20  # tokens whose text is in memory at once
 FEW = 1 << 20  # samples that are searched one by one rather than all text
+BLOCK = 1024  # samples that are traced at once
 Range = tuple[int, int, int]
 """Part, first and behind the last of its tokens."""
 
@@ -94,8 +95,9 @@ def ranges(dataset: Dataset, samples: int, margin: int = 0) -> list[Range]:
     if samples > FEW or samples * (dataset.seq_length + 1 + 2 * margin) >= sum(stop for _, _, stop in whole):
         return whole
     read = []
-    for sample in range(samples):
-        for piece in dataset.trace([sample])[0]:
+    for start in range(0, samples, BLOCK):
+        traced = dataset.trace(np.arange(start, min(start + BLOCK, samples)))
+        for piece in (piece for pieces in traced for piece in pieces):
             first = dataset.parts[piece.part].place(piece.document) + piece.offset
             stop = min(first + piece.tokens + margin, whole[piece.part][2])
             read.append((piece.part, max(0, first - margin), stop))
