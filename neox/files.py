@@ -42,7 +42,7 @@ def open_own(path: Path, mode: str) -> IO[bytes]:
     return open(path, mode, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666))
 
 
-def write_synced(path: Path, write: Callable[[IO[bytes]], None], named: Path | None = None) -> None:
+def write_synced(path: Path, write: Callable[[IO[bytes]], object], named: Path | None = None) -> None:
     """Call `write(file)` on a fresh binary file at `path` and fsync it; on failure no file stays behind.
 
     Raises OSError naming `named` (or `path`) when the disk is full or the folder is not writable.
@@ -60,20 +60,23 @@ def write_synced(path: Path, write: Callable[[IO[bytes]], None], named: Path | N
         raise
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: a reader, or a crash at any moment, sees the old file or the new one, never a part.
+def write_whole(path: Path, write: Callable[[IO[bytes]], object], temporary: Path | None = None) -> None:
+    """Replace `path` by what `write(file)` writes: a reader, or a crash at any moment, sees all of the old file or all
+    of the new one.
 
-    The folder is made where it is absent. Raises OSError naming `path` when the disk is full or not writable.
+    The folder is made where it is absent. Where several processes may write the same file at once, each names a
+    `temporary` file of its own beside it. Raises OSError naming `path` when the disk is full or not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-
-    def write(file: IO[bytes]) -> None:
-        file.write(content)
-
+    temporary = temporary or temporary_name(path)
     write_synced(temporary, write, named=path)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, as `write_whole` does."""
+    write_whole(path, lambda file: file.write(content))
 
 
 def write_error(error: OSError, path: Path) -> OSError:

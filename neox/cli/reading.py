@@ -85,7 +85,7 @@ def _number(own: dict[str, str], key: str) -> int:
 def _step(reading: Reading, step: int, row: int | None, out: Path | None) -> None:
     import numpy as np
 
-    from neox.files import write_atomic
+    from neox.files import write_whole
     from neox.inspect.step_page import write_step_page
 
     rows = list(reading.rows(step, None if row is None else [row]))
@@ -94,11 +94,8 @@ def _step(reading: Reading, step: int, row: int | None, out: Path | None) -> Non
         write_step_page(out, rows, title)
         print(f"{out}: open it in a browser")
     elif out:
-        from io import BytesIO
-
-        buffer = BytesIO()
-        np.save(buffer, np.stack([found.tokens for found in rows]))
-        write_atomic(out, buffer.getvalue())
+        tokens = np.stack([found.tokens for found in rows])
+        write_whole(out, lambda file: np.save(file, tokens))
         print(f"{out}: written")
     elif row is not None:
         print(title)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
-from neox.files import sync_folder, write_error
+from neox.files import write_whole
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -38,36 +36,32 @@ def cached_arrays(folder: Path, key: str, names: tuple[str, ...], build: Callabl
     if not all(path.exists() for path in paths.values()):
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in build().items():
-            write_npy(paths[name], array.dtype, array.shape, [array])
+            path = paths[name]
+            # A name of its own: another process may be writing the same array.
+            write_npy(path, array.dtype, array.shape, [array], path.with_name(f"{path.name}.{uuid4().hex}.tmp"))
     try:
         return {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
     except (ValueError, EOFError) as error:
         raise ValueError(f"{folder}/{key}_*.npy: damaged ({error}): remove them, they are made again") from None
 
 
-def write_npy(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...], blocks: Iterable[npt.NDArray[Any]]) -> None:
+def write_npy(
+    path: Path,
+    dtype: npt.DTypeLike,
+    shape: tuple[int, ...],
+    blocks: Iterable[npt.NDArray[Any]],
+    temporary: Path | None = None,
+) -> None:
     """Write a `.npy` file from blocks of rows, which may come one at a time; it is whole or absent.
 
-    Raises OSError that names the file.
+    `temporary` as for `write_whole`. Raises OSError that names the file.
     """
     dtype = np.dtype(dtype)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    temporary = None
-    try:
-        # A name of its own: another process may be writing the same array.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            np.lib.format.write_array_header_1_0(file, header)
-            for block in blocks:
-                file.write(np.ascontiguousarray(block, dtype).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # as any other file: a temporary one is its owner's alone
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            os.unlink(temporary or "")
-        if isinstance(error, OSError):
-            raise write_error(error, path) from error
-        raise
-    sync_folder(path.parent)
+
+    def write(file: IO[bytes]) -> None:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype).data)
+
+    write_whole(path, write, temporary)

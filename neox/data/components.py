@@ -1,11 +1,10 @@
-"""Which component each document of a corpus is from: noted while it is prepared, one byte or two a document.
+"""Which component each document of a corpus is from: noted while it is prepared, kept in two bytes a document.
 
-documents -> Components.documents, which notes -> prepare -> .bin/.idx -> collect: names, numbers, counts
+documents -> Components.documents, which notes -> prepare -> .bin/.idx -> count_components: names, numbers, counts
 """
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from array import array
@@ -15,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from neox.data.arrays import write_npy
 from neox.data.mmap import TokenFile
 from neox.data.readers import Document, Faults
 from neox.data.shards import Shard, documents
 from neox.data.statistics import Counts
-from neox.files import temporary_name, write_atomic
+from neox.files import write_atomic, write_whole
 
 META, NAME = "meta", "pile_set_name"
 Read = Callable[[Shard, str, Faults | None, str | None], Iterator[Document]]
@@ -60,9 +61,8 @@ class Components:
                 numbers.append(names.setdefault(name, len(names)))
                 sizes.append(len(document.text.encode()))
             yield document
-        note = io.BytesIO()
-        np.savez(note, names=json.dumps(list(names)), numbers=numbers, sizes=sizes)
-        write_atomic(self.folder / f"{shard.number:05d}.npz", note.getvalue())
+        path = self.folder / f"{shard.number:05d}.npz"
+        write_whole(path, lambda file: np.savez(file, names=json.dumps(list(names)), numbers=numbers, sizes=sizes))
 
 
 def count_components(prefix: Path) -> dict[str, Counts]:
@@ -84,24 +84,23 @@ def count_components(prefix: Path) -> dict[str, Counts]:
 def _merged(notes: Path, prefix: Path, append_eod: bool) -> dict[str, Any]:
     """Write `<prefix>.components.npy`; returns the names, and for each documents, bytes and tokens."""
     sizes = TokenFile(prefix).sizes
-    path = prefix.with_name(prefix.name + ".components.npy")
-    whole = np.lib.format.open_memmap(temporary_name(path), "w+", np.uint16, (len(sizes),))
-    names: list[str] = []
     counts: dict[str, Counts] = {}
-    start = shard = 0
-    while start < len(sizes):
-        with np.load(notes / f"{shard:05d}.npz") as note:
-            own, numbers, lengths = json.loads(str(note["names"])), note["numbers"], note["sizes"]
-        names += [name for name in own if name not in names]
-        end = start + len(numbers)
-        whole[start:end] = np.array([names.index(name) for name in own], np.uint16)[numbers] if own else 0
-        tokens = sizes[start:end].astype(np.int64) - append_eod
-        for number, name in enumerate(own):
-            mine = numbers == number
-            more = Counts(int(mine.sum()), int(lengths[mine].sum()), int(tokens[mine].sum()))
-            counts[name] = counts.get(name, Counts()) + more
-        start, shard = end, shard + 1
-    assert start == len(sizes), "as many documents were noted as written"
-    whole.flush()
-    temporary_name(path).replace(path)
-    return {"names": names, "counts": [astuple(counts[name]) for name in names]}
+
+    def blocks() -> Iterator[npt.NDArray[np.uint16]]:
+        start = shard = 0
+        while start < len(sizes):
+            with np.load(notes / f"{shard:05d}.npz") as note:
+                own, numbers, lengths = json.loads(str(note["names"])), note["numbers"], note["sizes"]
+            end = start + len(numbers)
+            tokens = sizes[start:end].astype(np.int64) - append_eod
+            for number, name in enumerate(own):
+                mine = numbers == number
+                more = Counts(int(mine.sum()), int(lengths[mine].sum()), int(tokens[mine].sum()))
+                counts[name] = counts.get(name, Counts()) + more
+            names = list(counts)
+            yield np.array([names.index(name) for name in own], np.uint16)[numbers]
+            start, shard = end, shard + 1
+        assert start == len(sizes), "as many documents were noted as written"
+
+    write_npy(prefix.with_name(prefix.name + ".components.npy"), np.uint16, (len(sizes),), blocks())
+    return {"names": list(counts), "counts": [astuple(found) for found in counts.values()]}

@@ -56,7 +56,6 @@ def _export(dataset: Dataset, samples: int, seed: int, name: str) -> list[Path]:
         begins = (_begins(ends, numbers * length) for numbers in _blocks(count + 1))
     stem = f"{name}_indexmap_{samples}ns_{length}sl_{seed}s"
     paths = [Path(f"{stem}_{kind}_idx.npy") for kind in ("doc", "sample", "shuffle")]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
     write_npy(paths[0], np.int32, doc_idx.shape, [doc_idx])
     write_npy(paths[1], np.int32 if 2 * (count + 1) < 2**31 else np.int64, (count + 1, 2), begins)
     write_npy(paths[2], dtype, (shuffled,), shuffle)
