@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox.data import TokenFile, prepare, read_documents
-from neox.data.readers import Faults, find_sources, read_source
+from neox.data.readers import Document, Faults, Piece, find_sources, read_piece, read_source
 from neox.tokenizer import Tokenizer, train_bpe
 
 datasets = pytest.importorskip("datasets", reason="the data extra is not installed: pip install 'neox[data]'")
@@ -210,7 +210,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 READ = """
 import json, sys
 from neox.data import read_documents
-from neox.data.readers import Faults, find_sources, read_source
+from neox.data.readers import Document, Faults, Piece, find_sources, read_piece, read_source
 for name in sys.argv[1:]:
     try:
         source, *_ = find_sources(name.split())
@@ -295,3 +295,20 @@ def test_the_hub_through_the_command_line(hub: tuple[dict[str, str], list[str]],
     noted = json.loads((tmp_path / "out.json").read_text())["sources"]
     assert noted == [{"path": "hf:o/table", "bytes": 45000, "revision": COMMITS["main"]}]
     assert "45.0/45.0 kB" in done.stderr
+
+
+def test_a_data_set_of_many_files_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str) -> None:
+            opened.append(name)
+
+        def documents(self, piece: Piece, *_: Any) -> Iterator[Document]:
+            yield Document(f"file {piece.start}")
+
+    monkeypatch.setattr("neox.data.readers.huggingface.HubDataset", Counted)
+    pieces = [Piece("hf:o/counted@c#train", "hub", number) for number in range(3)]
+    texts = [document.text for piece in pieces for document in read_piece(piece, "text", Faults("fail"))]
+    assert texts == ["file 0", "file 1", "file 2"]
+    assert opened == ["hf:o/counted@c#train"]

@@ -151,7 +151,13 @@ class HubDataset:
             row += len(table)
 
 
+@cache
+def _opened(pinned: str) -> HubDataset:
+    """A data set of the hub, opened once in a process: for each piece anew the hub would list all of its files."""
+    return HubDataset(pinned)
+
+
 def read_dataset(piece: Piece, text_key: str, faults: Faults, meta_key: str | None = None) -> Iterator[Document]:
     """The rows of a piece of a saved data set or of one on the hub."""
-    opened = SavedDataset(piece.name) if piece.kind == "saved" else HubDataset(piece.name)
+    opened = SavedDataset(piece.name) if piece.kind == "saved" else _opened(piece.name)
     return opened.documents(piece, text_key, faults, meta_key)
