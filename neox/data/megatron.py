@@ -5,8 +5,9 @@ T = seq_length, and the samples are shuffled once more. Both shuffles draw from 
 first. How many epochs there are follows from the number of samples asked for, so the whole order depends on it.
 Source: EleutherAI/gpt-neox, megatron/data/gpt2_dataset.py and helpers.cpp, as of v1.0 and since.
 
-Memory: 4 bytes a document and epoch, 4 bytes a sample, and 8 bytes every GROUP documents. gpt-neox's third array, where
-each sample begins (8 bytes a sample), is not stored: it follows from the sizes of a group of documents.
+Memory: 4 bytes a document and epoch, 4 bytes a sample, 8 bytes every GROUP documents; while it is built another 4 bytes
+a document. gpt-neox's third array, where each sample begins (8 bytes a sample), is not stored: it follows from the
+sizes of a group of documents.
 """
 
 from __future__ import annotations

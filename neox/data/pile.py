@@ -7,10 +7,10 @@ GPT-NeoX-20B paper (arXiv 2204.06745), section 3.1, for the groups.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Group = Literal["academic", "internet", "prose", "dialogue", "miscellaneous"]
-GROUPS: tuple[Group, ...] = ("academic", "internet", "prose", "dialogue", "miscellaneous")
+GROUPS: tuple[Group, ...] = get_args(Group)
 Rights = Literal["author", "terms", "neither"]
 """What the paper's table 5 found: use within the source's terms and with its authors' consent, within the terms alone,
 or neither."""

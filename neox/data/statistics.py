@@ -167,7 +167,7 @@ HEAD = (
 
 
 def _line(name: str, counts: Counts, whole: Counts) -> str:
-    known = _published(name.strip("*")) if name.strip("*") in COMPONENTS else {}
+    known = _published(name) if name in COMPONENTS else {}
     places = {"share": 2, "document_kib": 2, "tokens_per_byte": 4}
     cells = [
         f"{value:.{places[key]}f}" + (f" ({known[key]:.{places[key]}f})" if known else "")
