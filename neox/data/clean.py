@@ -1,6 +1,6 @@
 """Which documents `prepare` leaves out, and why: repeats of earlier ones, and text of evaluation sets.
 
-    shards -> Cleaning.find: the repeats -> Cleaning.documents: what stays -> Cleaning.finish: removed.jsonl
+    shards -> Cleaning.found: the repeats -> Cleaning.documents: what stays -> Cleaning.finish: removed.jsonl
 
 Nothing depends on the number of workers, nor on how often the work was killed and begun again.
 """
@@ -11,7 +11,8 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
@@ -20,11 +21,11 @@ from typing import Any
 
 from neox.data.dedup import PARAMETERS, Method
 from neox.data.overlap import RUN, Overlaps, cut, evaluation_texts
+from neox.data.plan import Plan, locked
 from neox.data.readers import Document, Faults, OnError, read_piece
-from neox.data.readers.places import version_of
 from neox.data.repeats import Search, read_counts, read_repeats
 from neox.data.shards import Shard
-from neox.files import write_atomic, write_synced
+from neox.files import write_atomic, write_whole
 
 REASONS: Mapping[Method, str] = {"exact": "duplicate", "minhash": "near-duplicate"}
 OVERLAP = "overlap"
@@ -32,18 +33,17 @@ OVERLAP = "overlap"
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is left out of a corpus. Once `find` is done any process can apply it: what it needs is in `folder`."""
+    """What is left out of a corpus. What is `found` any process can apply: it is in `folder`."""
 
     folder: Path
     shards: tuple[Shard, ...]
     dedup: Method | None
-    decontaminate: tuple[str, ...]
-    text_key: str
-    on_error: OnError
-    keys: tuple[str, ...]
-    """Tell the documents of each shard, and how they are compared, from others."""
     key: str
     """Tells this cleaning of these files from any other."""
+    overlaps: Overlaps = field(compare=False)
+    """The evaluation sets, indexed."""
+    search: Search | None = None
+    """How repeats are found; none where none are looked for, or they are found."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -51,45 +51,53 @@ class Cleaning:
         return {
             "folder": str(self.folder),
             "dedup": self.dedup,
-            "decontaminate": list(self.decontaminate),
+            "decontaminate": [known.name for known in self.overlaps.sets],
             "key": self.key,
         }
 
     @classmethod
-    def again(cls, settings: dict[str, Any], shards: Sequence[Shard]) -> Cleaning:
-        """A cleaning whose `find` is done, elsewhere perhaps, to be applied."""
-        chosen = (settings["dedup"], tuple(settings["decontaminate"]))
-        return cls(Path(settings["folder"]), tuple(shards), *chosen, "", "fail", (), settings["key"])
+    def again(cls, plan: Plan) -> Cleaning:
+        """The cleaning of a plan, found elsewhere perhaps, to be applied."""
+        settings = plan.settings["cleaning"]
+        folder = Path(settings["folder"])
+        overlaps = Overlaps.load(folder / "overlaps.npz")
+        return cls(folder, tuple(plan.shards), settings["dedup"], settings["key"], overlaps)
 
     @classmethod
     def of(
         cls,
-        shards: Sequence[Shard],
+        plan: Plan,
         folder: Path,
         dedup: Method | None = None,
         decontaminate: Sequence[str] = (),
-        text_key: str = "text",
         on_error: OnError = "fail",
     ) -> Cleaning:
-        """A cleaning whose evaluation sets are read and indexed; of the shards nothing is read yet.
+        """A cleaning of a plan's shards; its evaluation sets are read and indexed, of the shards nothing is read yet.
 
         `decontaminate` names files or tasks, see `neox.data.overlap.evaluation_texts`. Raises ValueError on one that
-        cannot be read, or none of whose examples has 13 words; OSError on a file of the shards that has gone.
+        cannot be read, or none of whose examples has 13 words.
         """
         overlaps = Overlaps.of((name, evaluation_texts(name)) for name in decontaminate)
         for known in overlaps.sets:
             if known.short == known.examples:
                 raise ValueError(f"decontaminate: {known.name}: none of its {known.examples} examples has {RUN} words")
-        overlaps.save(folder / "overlaps.npz")
-        keys = tuple(_key(dedup, PARAMETERS, text_key, on_error, _versions(shard)) for shard in shards)
-        key = _key(keys, overlaps.digest)
-        return cls(folder, tuple(shards), dedup, tuple(decontaminate), text_key, on_error, keys, key)
+        shards, text_key = tuple(plan.shards), plan.settings["text_key"]
+        versions = ([(asdict(piece), plan.versions.get(piece.name)) for piece in shard.pieces] for shard in shards)
+        keys = tuple(_key(dedup, PARAMETERS, text_key, on_error, of_shard) for of_shard in versions)
+        search = Search(folder, dedup, text_key, on_error, shards, keys) if dedup else None
+        return cls(folder, shards, dedup, _key(keys, overlaps.digest), overlaps, search)
 
-    def find(self, workers: int = 1, progress: bool = True) -> None:
-        """Find the repeats, see `neox.data.repeats`. Raises what the readers raise."""
-        if self.dedup:
-            search = Search(self.folder, self.dedup, self.text_key, self.on_error, self.shards, self.keys)
-            search.run(workers, progress)
+    @contextmanager
+    def found(self, workers: int = 1, progress: bool = True) -> Iterator[None]:
+        """Find the repeats, see `neox.data.repeats`, and put into the folder all that `again` needs; hold it meanwhile.
+
+        Raises what the readers raise, and ValueError while another run holds the folder.
+        """
+        with locked(self.folder) as lock:
+            self.overlaps.save(self.folder / "overlaps.npz")
+            if self.search:
+                self.search.run(workers, progress, lock.fileno())
+            yield
 
     def documents(
         self, shard: Shard, text_key: str = "text", faults: Faults | None = None, meta_key: str | None = None
@@ -111,7 +119,7 @@ class Cleaning:
                 if self.dedup and (kept := repeats.get(place)):
                     texts = []
                     removed.append({**row, "reason": REASONS[self.dedup], "kept": self._place(*kept)})
-                elif found := self._overlaps.find(document.text):
+                elif found := self.overlaps.find(document.text):
                     texts = cut(document.text, found)
                     sizes = {"characters": len(document.text), "left": sum(map(len, texts)), "pieces": len(texts)}
                     overlaps = [asdict(overlap) for overlap in found]
@@ -144,12 +152,10 @@ class Cleaning:
                     hit.update({overlap["set"] for overlap in row.get("overlaps", ())})
                     file.write(line)
 
-        temporary = out.with_name(out.name + ".tmp")
-        write_synced(temporary, write, named=out)
-        temporary.replace(out)
+        write_whole(out, write)
         counts: dict[str, Any] = {REASONS[self.dedup]: reasons[REASONS[self.dedup]]} if self.dedup else {}
-        if self.decontaminate:
-            sets = [{**asdict(known), "documents": hit[known.name]} for known in self._overlaps.sets]
+        if self.overlaps.sets:
+            sets = [{**asdict(known), "documents": hit[known.name]} for known in self.overlaps.sets]
             counts[OVERLAP] = {"documents": reasons[OVERLAP], "whole": reasons["whole"], "sets": sets}
         return counts
 
@@ -172,10 +178,6 @@ class Cleaning:
         """Documents of each piece of each shard."""
         return [read_counts(self.folder, shard.number) for shard in self.shards]
 
-    @cached_property
-    def _overlaps(self) -> Overlaps:
-        return Overlaps.load(self.folder / "overlaps.npz")
-
 
 def removed_lines(counts: dict[str, Any], path: str) -> list[str]:
     """What `Cleaning.finish` counted, in lines for a user; `path` is where all of it was written."""
@@ -189,11 +191,6 @@ def removed_lines(counts: dict[str, Any], path: str) -> list[str]:
                 f"  {known['name']}: {known['examples']:,} examples{short} in {known['documents']:,} documents"
             )
     return [*lines, f"all of it: {path}"] if lines else []
-
-
-def _versions(shard: Shard) -> list[Any]:
-    """What tells the files of a shard from changed ones; a data set of the hub has its commit in its name."""
-    return [(asdict(piece), None if piece.kind == "hub" else version_of(piece.name)) for piece in shard.pieces]
 
 
 def _key(*parts: Any) -> str:

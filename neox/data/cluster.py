@@ -19,7 +19,7 @@ from neox.data.plan import Parts, Plan
 from neox.data.prepare import settings_of
 from neox.data.readers import Faults, OnError, find_sources
 from neox.data.readers.faults import optional
-from neox.data.tokenize import encoder_of, make_part
+from neox.data.tokenize import Work, make_part
 from neox.tokenizer import Tokenizer
 
 PipelineStep: Any = optional("datatrove.pipeline.base", "neox.data.cluster", "cluster").PipelineStep
@@ -66,9 +66,9 @@ class TokenizeShards(PipelineStep):
         with parts.locked(shared=True):
             plan = Plan.read(parts.plan_file)
             tokenizer = Tokenizer.from_file(parts.folder / "tokenizer.json")
-            encoder = encoder_of(tokenizer, plan.settings, self.backend)
+            work = Work.of(plan, tokenizer, self.backend)
             for shard in plan.shards[rank::world_size]:
                 with self.track_time("shard"):
-                    make_part(parts, plan, shard, encoder, self.on_error, lambda done: None)
+                    make_part(parts, work, shard, self.on_error, lambda done: None)
                 self.stat_update("shards")
                 self.stat_update("bytes", value=shard.size, unit="shard")

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from neox.data.readers.faults import optional
 from neox.data.readers.streams import COMPRESSED, FileStream
 from neox.data.shingles import Numbers, placed, shingles, words
-from neox.files import write_synced
+from neox.files import write_whole
 
 RUN = 13  # words
 MARGIN = 200  # characters on each side of a match
@@ -82,10 +82,9 @@ class Overlaps:
         return cls(numbers[order], owners[order], known)
 
     def save(self, path: Path) -> None:
-        """Write what `load` reads."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write what `load` reads. Raises OSError."""
         sets = json.dumps([asdict(known) for known in self.sets])
-        write_synced(path, lambda file: np.savez(file, numbers=self._numbers, owners=self._owners, sets=sets))
+        write_whole(path, lambda file: np.savez(file, numbers=self._numbers, owners=self._owners, sets=sets))
 
     @classmethod
     def load(cls, path: Path) -> Overlaps:
@@ -100,21 +99,21 @@ class Overlaps:
 
     def find(self, text: str) -> list[Overlap]:
         """Where `text` shares runs with the sets, in order; runs that overlap or touch are one stretch."""
-        numbers = shingles(words(text), RUN)
-        if not len(numbers) or not len(self._numbers):
+        if not len(self._numbers):
             return []
+        numbers = shingles(words(text), RUN)
         places = np.searchsorted(self._numbers, numbers).clip(max=len(self._numbers) - 1)
         hits = np.flatnonzero(self._numbers[places] == numbers)
         if not len(hits):
             return []
-        spelled = list(placed(text))
+        _, starts, ends = zip(*placed(text), strict=True)
         stretches = np.split(hits, np.flatnonzero(np.diff(hits) > RUN) + 1)
         return [
             Overlap(
                 self.sets[self._owners[places[first]]].name,
-                text[spelled[first][1] : spelled[first + RUN - 1][2]],
-                spelled[first][1],
-                spelled[last + RUN - 1][2],
+                text[starts[first] : ends[first + RUN - 1]],
+                starts[first],
+                ends[last + RUN - 1],
             )
             for first, last in ((stretch[0], stretch[-1]) for stretch in stretches)
         ]

@@ -8,15 +8,15 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from neox.data.mmap import pair, token_dtype
-from neox.data.readers import Fault, Faults, Piece, Source
+from neox.data.readers import Fault, Faults, Source
 from neox.data.readers.places import ends_digest, version_of
-from neox.data.shards import Shard, shards
+from neox.data.shards import Shard, shard_rows, shards, shards_of
 from neox.files import open_own, write_atomic
 from neox.tokenizer import Tokenizer
 
@@ -45,22 +45,20 @@ class Plan:
         """A plan that was written. Raises ValueError naming the file where it is none."""
         try:
             raw = json.loads(path.read_bytes())
-            found = [Shard(n, tuple(Piece(*piece) for piece in pieces)) for n, pieces in enumerate(raw["shards"])]
-            return cls(raw["settings"], raw["versions"], found)
+            return cls(raw["settings"], raw["versions"], shards_of(raw["shards"]))
         except (ValueError, KeyError, TypeError, AttributeError):
             folder = path.parent
             raise ValueError(f"{path}: no plan that `neox prepare` wrote; remove the folder {folder} first") from None
 
     def write(self, path: Path) -> None:
         """Write the plan, atomically."""
-        rows = [[list(asdict(piece).values()) for piece in shard.pieces] for shard in self.shards]
-        content = {"format": 1, "settings": self.settings, "versions": self.versions, "shards": rows}
+        content = {"format": 1, "settings": self.settings, "versions": self.versions, "shards": shard_rows(self.shards)}
         write_atomic(path, json.dumps(content).encode("utf-8"))
 
     def key(self, shard: Shard | None = None) -> str:
         """Equal where the tokens of a shard (or of all) are bound to be: a hash of settings, pieces and versions."""
         pieces = [piece for one in (self.shards if shard is None else [shard]) for piece in one.pieces]
-        content = [self.settings, [[*asdict(piece).values(), self.versions.get(piece.name)] for piece in pieces]]
+        content = [self.settings, [[*astuple(piece), self.versions.get(piece.name)] for piece in pieces]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
     def check_unchanged(self, names: Iterable[str], faults: Faults) -> None:
@@ -158,14 +156,12 @@ class Parts:
         """The folder and all in it; what a link in it leads to stays."""
         shutil.rmtree(self.folder)
 
-    @contextmanager
-    def locked(self, shared: bool = False) -> Iterator[IO[bytes]]:
+    def locked(self, shared: bool = False) -> AbstractContextManager[IO[bytes]]:
         """Hold the folder: alone, or shared by the processes of a cluster that each make some of its parts.
 
         Raises ValueError where another run holds it, after a moment in which one that was killed may end.
         """
-        with locked(self.folder, shared) as file:
-            yield file
+        return locked(self.folder, shared)
 
 
 @contextmanager

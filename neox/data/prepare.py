@@ -6,8 +6,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from neox.data.plan import Parts, Plan
 from neox.data.readers import Faults, OnError, Skipped, Source, find_sources
 from neox.data.readers.faults import SHOWN
 from neox.data.skipped import SkipReport
-from neox.data.tokenize import Counts, encoder_of, make_part, tokenize
+from neox.data.tokenize import Counts, Work, make_part, tokenize
 from neox.data.workers import each
 from neox.files import byte_progress
 from neox.machine import available_cores
@@ -85,9 +86,9 @@ def prepare(
 
     The work is cut into shards (see `neox.data.shards`), by the sources alone. Of several, each becomes a part in
     `<out_prefix>.parts`, in `workers` processes (0: one a core); then the parts are joined and removed. A call that was
-    killed is continued by the same call; after one that finished, it reads nothing. The files do not depend on
-    `workers` nor on `backend`, which library encodes (see `neox.data.encode`). All of them appear at the end, or none
-    does; files of an earlier run stay whole until then.
+    killed is continued by the same call; after one that finished, it reads no text but that of the evaluation sets, to
+    know that they are the same. The files do not depend on `workers` nor on `backend`, which library encodes (see
+    `neox.data.encode`). All of them appear at the end, or none does; files of an earlier run stay whole until then.
 
     `dedup` leaves out what repeats an earlier document, `decontaminate` the text of evaluation sets (see
     `neox.data.clean`); what went and why is in `<out_prefix>.removed.jsonl`. With `components` each document's
@@ -109,25 +110,24 @@ def prepare(
     cleaning = None
     if dedup or decontaminate:
         folder = manifest_file.with_suffix(".cleaning")
-        cleaning = Cleaning.of(plan.shards, folder, dedup, decontaminate, text_key, on_error)
+        cleaning = Cleaning.of(plan, folder, dedup, decontaminate, on_error)
         plan = replace(plan, settings={**settings, "cleaning": cleaning.settings})
     if done := _finished(out_prefix, plan, on_error):
         return _report(out_prefix, done, started, done_before=True)
     pair(out_prefix)[0].parent.mkdir(parents=True, exist_ok=True)
-    with SkipReport(out_prefix) as report:
+    count = workers or available_cores()
+    held = cleaning.found(count, progress) if cleaning else nullcontext()
+    with held, SkipReport(out_prefix) as report:
         faults = Faults(on_error, report)
         for fault in (fault for source in found for fault in source.strangers()):
             faults.add(fault)
-        count = workers or available_cores()
-        if cleaning:
-            cleaning.find(count, progress)
         job = _Job(
             found, plan, Path(out_prefix), tokenizer, on_error, backend, count, progress, report, faults, cleaning
         )
         alone = len(plan.shards) == 1 and not Parts(out_prefix).plan_file.exists()
         noted = job.at_once() if alone else job.by_parts()
-    if cleaning:
-        cleaning.forget()
+        if cleaning:
+            cleaning.forget()
     return _report(out_prefix, noted, started)
 
 
@@ -168,14 +168,10 @@ class _Job:
 
     def at_once(self) -> dict[str, Any]:
         """One shard, straight into the output. Returns the manifest."""
-        encoder = encoder_of(self.tokenizer, self.plan.settings, self.backend)
+        work = Work.of(self.plan, self.tokenizer, self.backend)
         with self.writer() as writer, byte_progress(self.progress) as bar:
-            task = bar.add_task(f"prepare ({encoder.backend})", total=self.total)
-
-            def advance(done: float) -> None:
-                bar.advance(task, done)
-
-            counts = tokenize(self.plan, self.plan.shards[0], encoder, writer, self.faults, advance)
+            task = bar.add_task(f"prepare ({work.encoder.backend})", total=self.total)
+            counts = tokenize(work, self.plan.shards[0], writer, self.faults, partial(bar.advance, task))
             if self.total is not None:
                 bar.update(task, completed=self.total)
             return self.finish(writer, counts)
@@ -197,27 +193,24 @@ class _Job:
 
     def make(self, parts: Parts, lock: int) -> None:
         """Make the parts that are missing."""
-        encoder = encoder_of(self.tokenizer, self.plan.settings, self.backend)
+        work = Work.of(self.plan, self.tokenizer, self.backend)
         with byte_progress(self.progress) as bar:
-            task = bar.add_task(f"prepare ({encoder.backend})", total=self.total)
+            task = bar.add_task(f"prepare ({work.encoder.backend})", total=self.total)
+            advance = partial(bar.advance, task)
             missing = []
             for shard in self.plan.shards:
                 if parts.marker(self.plan, shard, self.faults):
-                    bar.advance(task, shard.size)
+                    advance(shard.size)
                 else:
                     missing.append(shard)
-
-            def advance(done: float) -> None:
-                bar.advance(task, done)
-
             if self.workers > 1 and len(missing) > 1:
                 names = {shard.number: shard.pieces[0].name for shard in missing}
                 count = min(self.workers, len(missing))
-                command = ["neox.data.tokenize", str(parts.folder), self.on_error, encoder.backend]
+                command = ["neox.data.tokenize", str(parts.folder), self.on_error, work.encoder.backend]
                 each(command, names, count, lock, advance)
             else:
                 for shard in missing:
-                    make_part(parts, self.plan, shard, encoder, self.on_error, advance)
+                    make_part(parts, work, shard, self.on_error, advance)
             if self.total is not None:
                 bar.update(task, completed=self.total)
 
@@ -231,7 +224,7 @@ class _Job:
             for prefix, shard in zip(prefixes, self.plan.shards, strict=True):
                 noted = parts.marker(self.plan, shard, self.faults)
                 assert noted, "a part that was made is gone"
-                _append(writer, prefix, noted["sha256"], lambda done: bar.advance(task, done))
+                _append(writer, prefix, noted["sha256"], partial(bar.advance, task))
                 counts.bytes += noted["bytes"]
                 counts.empty += noted["empty"]
                 counts.add_origins(noted["origins"])

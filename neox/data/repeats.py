@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from neox.data.dedup import Method, repeated, write_keys
-from neox.data.plan import locked
-from neox.data.readers import Faults, OnError, Piece, read_piece
-from neox.data.shards import Shard
+from neox.data.readers import Faults, OnError, read_piece
+from neox.data.shards import Shard, shard_rows, shards_of
 from neox.data.workers import Task, each, serve
 from neox.files import byte_progress, write_atomic, write_synced
 
@@ -35,18 +33,18 @@ class Search:
     keys: tuple[str, ...]
     """Tell the documents of each shard, and how they are compared, from others."""
 
-    def run(self, workers: int, progress: bool) -> None:
+    def run(self, workers: int, progress: bool, lock: int) -> None:
         """Find the repeats; what was found before in `folder`, for the same `keys`, stands.
 
-        Raises what the readers raise, and ValueError while another run holds the folder.
+        `lock` is the file that holds the folder. Raises what the readers raise.
         """
-        with locked(self.folder) as lock, byte_progress(progress) as bar:
+        with byte_progress(progress) as bar:
             done = _repeats(self.folder, 0).with_name("done.json")
             if done.exists() and json.loads(done.read_bytes()) == list(self.keys):
                 return
             done.unlink(missing_ok=True)
             task = bar.add_task(f"dedup={self.dedup}", total=sum(shard.size for shard in self.shards) or None)
-            self._write_all(workers, lock.fileno(), partial(bar.advance, task))
+            self._write_all(workers, lock, partial(bar.advance, task))
             written = []
             for shard in self.shards:
                 marker = json.loads(_marker(self.folder, shard.number).read_bytes())
@@ -86,8 +84,7 @@ class Search:
         missing = {shard.number: shard.pieces[0].name for shard in self.shards if not self._written(shard.number)}
         advance(sum(shard.size for shard in self.shards if shard.number not in missing))
         if workers > 1 and len(missing) > 1:
-            pieces = [[list(asdict(piece).values()) for piece in shard.pieces] for shard in self.shards]
-            content = [self.dedup, self.text_key, self.on_error, pieces, self.keys]
+            content = [self.dedup, self.text_key, self.on_error, shard_rows(self.shards), self.keys]
             write_atomic(self.folder / "search.json", json.dumps(content).encode())
             each([__name__, str(self.folder)], missing, min(workers, len(missing)), lock, advance)
         else:
@@ -133,8 +130,7 @@ def main(folder: str) -> None:
     """What a process does that writes keys, see `neox.data.workers`."""
 
     def begin() -> Task:
-        dedup, text_key, on_error, pieces, keys = json.loads((Path(folder) / "search.json").read_bytes())
-        shards: Any = (Shard(n, tuple(Piece(*piece) for piece in of_shard)) for n, of_shard in enumerate(pieces))
-        return Search(Path(folder), dedup, text_key, on_error, tuple(shards), tuple(keys)).write
+        dedup, text_key, on_error, rows, keys = json.loads((Path(folder) / "search.json").read_bytes())
+        return Search(Path(folder), dedup, text_key, on_error, tuple(shards_of(rows)), tuple(keys)).write
 
     serve(begin)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 from neox.data.readers import Document, Faults, Piece, Source, read_piece
 from neox.data.readers.pieces import PIECE_BYTES
@@ -41,6 +42,16 @@ def shards(sources: Sequence[Source]) -> list[Shard]:
         together.append(piece)
         size += weight
     return [*found, Shard(len(found), tuple(together))]
+
+
+def shard_rows(given: Iterable[Shard]) -> list[Any]:
+    """Shards as JSON holds them: a list of pieces for each."""
+    return [[astuple(piece) for piece in shard.pieces] for shard in given]
+
+
+def shards_of(rows: Iterable[Any]) -> list[Shard]:
+    """The shards that `shard_rows` was given."""
+    return [Shard(number, tuple(Piece(*piece) for piece in pieces)) for number, pieces in enumerate(rows)]
 
 
 def documents(

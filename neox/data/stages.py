@@ -11,10 +11,10 @@ from neox.data.shards import documents
 
 
 def reader(plan: Plan) -> Read:
-    """What reads a shard of the plan: all of its documents, or those that the plan's settings leave."""
+    """What reads shards of the plan: all of their documents, or those that the plan's settings leave."""
     read: Read = documents
-    if cleaning := plan.settings.get("cleaning"):
-        read = Cleaning.again(cleaning, plan.shards).documents
+    if "cleaning" in plan.settings:
+        read = Cleaning.again(plan).documents
     if folder := plan.settings.get("components"):
         read = Components(Path(folder), read).documents
     return read

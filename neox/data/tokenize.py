@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from neox.data.batches import batches
+from neox.data.components import Read
 from neox.data.encode import Backend, Difference, Encoder
 from neox.data.mmap import TokenWriter, token_dtype
 from neox.data.plan import Parts, Plan
-from neox.data.readers import Document, Faults, OnError
+from neox.data.readers import Faults, OnError
 from neox.data.readers.places import ends_digest
 from neox.data.shards import Shard
 from neox.data.skipped import SkipReport
@@ -44,18 +46,22 @@ class Counts:
                 self.origins.append([source, count])
 
 
-def encoder_of(tokenizer: Tokenizer, settings: dict[str, Any], backend: Backend) -> Encoder:
-    """The encoder for a plan's settings. Raises ValueError as Encoder does."""
-    return Encoder(tokenizer, backend, settings["special_in_text"] == "token")
+@dataclass(frozen=True)
+class Work:
+    """What makes tokens of a plan's shards, set up once in a process."""
+
+    plan: Plan
+    read: Read
+    encoder: Encoder
+
+    @classmethod
+    def of(cls, plan: Plan, tokenizer: Tokenizer, backend: Backend) -> Work:
+        """Raises ValueError as Encoder does."""
+        return cls(plan, reader(plan), Encoder(tokenizer, backend, plan.settings["special_in_text"] == "token"))
 
 
 def tokenize(
-    plan: Plan,
-    shard: Shard,
-    encoder: Encoder,
-    writer: TokenWriter,
-    faults: Faults,
-    advance: Callable[[float], object],
+    work: Work, shard: Shard, writer: TokenWriter, faults: Faults, advance: Callable[[float], object]
 ) -> Counts:
     """Write the documents of a shard, in order; `advance` is told the bytes of the files as they are done.
 
@@ -63,9 +69,10 @@ def tokenize(
     where a sample shows that the encoder is not exact; OSError.
     """
     counts = Counts()
-    settings = plan.settings
+    settings, encoder = work.plan.settings, work.encoder
     end = np.array([encoder.tokenizer.eod_id] if settings["append_eod"] else [], dtype=np.int64)
-    for batch in _batches(reader(plan)(shard, settings["text_key"], faults, None)):
+    documents = enumerate(work.read(shard, settings["text_key"], faults, None))
+    for batch in batches(documents, lambda row: len(row[1].text), BATCH_CHARACTERS, BATCH_DOCUMENTS):
         texts = [document.text for _, document in batch if document.text]
         counts.add_origins((document.source, 1) for _, document in batch if document.text)
         counts.bytes += sum(len(text.encode("utf-8")) for text in texts)
@@ -95,37 +102,20 @@ def tokenize(
             writer.add_tokens(np.concatenate(ids))
         writer.add_sizes(sizes)
         advance(taken * held)
-    plan.check_unchanged(dict.fromkeys(piece.name for piece in shard.pieces), faults)
+    work.plan.check_unchanged(dict.fromkeys(piece.name for piece in shard.pieces), faults)
     return counts
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[tuple[int, Document]]]:
-    """Documents with their numbers, large enough for all cores in groups and small enough for
-    memory; one longer than a group comes alone."""
-    batch: list[tuple[int, Document]] = []
-    characters = 0
-    for number, document in enumerate(documents):
-        if batch and (characters + len(document.text) > BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS):
-            yield batch
-            batch, characters = [], 0
-        batch.append((number, document))
-        characters += len(document.text)
-    if batch:
-        yield batch
-
-
-def make_part(
-    parts: Parts, plan: Plan, shard: Shard, encoder: Encoder, on_error: OnError, advance: Callable[[float], object]
-) -> None:
+def make_part(parts: Parts, work: Work, shard: Shard, on_error: OnError, advance: Callable[[float], object]) -> None:
     """Make the part of one shard, whole or not at all, unless it is there already. Raises what `tokenize` raises."""
-    if parts.marker(plan, shard, Faults(on_error)):
+    if parts.marker(work.plan, shard, Faults(on_error)):
         advance(shard.size)
         return
-    prefix = parts.prefix(plan, shard)
+    prefix = parts.prefix(work.plan, shard)
     ends = {piece.name: ends_digest(piece.name) for piece in shard.pieces if piece.kind != "hub"}
-    with TokenWriter(prefix, token_dtype(plan.settings["vocab_size"])) as writer, SkipReport(prefix) as report:
+    with TokenWriter(prefix, token_dtype(work.plan.settings["vocab_size"])) as writer, SkipReport(prefix) as report:
         faults = Faults(on_error, report)
-        counts = tokenize(plan, shard, encoder, writer, faults, advance)
+        counts = tokenize(work, shard, writer, faults, advance)
         report.place()
         writer.manifest = {
             "format": 1,
@@ -147,7 +137,7 @@ def main(folder: str, on_error: OnError, backend: Backend) -> None:
         tokenizer = Tokenizer.from_file(parts.folder / "tokenizer.json")
         if tokenizer.sha256 != plan.settings["tokenizer_sha256"]:
             raise ValueError(f"{parts.folder / 'tokenizer.json'}: is not the tokenizer of the plan: begin anew")
-        encoder = encoder_of(tokenizer, plan.settings, backend)
-        return lambda number, advance: make_part(parts, plan, plan.shards[number], encoder, on_error, advance)
+        work = Work.of(plan, tokenizer, backend)
+        return lambda number, advance: make_part(parts, work, plan.shards[number], on_error, advance)
 
     serve(begin)

@@ -10,8 +10,9 @@ import pytest
 
 from neox.data import shards as shards_module
 from neox.data.clean import Cleaning
+from neox.data.plan import Plan
 from neox.data.readers import find_sources
-from neox.data.shards import Shard, documents, shards
+from neox.data.shards import documents
 
 EXAM = " ".join(f"exam{i}" for i in range(20))
 
@@ -33,15 +34,16 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def cut(corpus: Path) -> list[Shard]:
-    found = shards(find_sources(corpus))
-    assert len(found) == 4
-    return found
+def cut(corpus: Path) -> Plan:
+    plan = Plan.of(find_sources(corpus), {"text_key": "text"})
+    assert len(plan.shards) == 4
+    return plan
 
 
 def cleaned(*arguments, workers: int = 1) -> Cleaning:
     cleaning = Cleaning.of(*arguments)
-    cleaning.find(workers, progress=False)
+    with cleaning.found(workers, progress=False):
+        pass
     return cleaning
 
 
@@ -55,7 +57,7 @@ def result(cleaning: Cleaning) -> tuple[list[str], list[dict], dict]:
 def test_each_document_that_goes_is_named_with_the_one_that_stays(corpus: Path, tmp_path: Path):
     plan = cut(corpus)
     texts, rows, counts = result(cleaned(plan, tmp_path / "out", "exact"))
-    everything = [[document.text for document in documents(shard)] for shard in plan]
+    everything = [[document.text for document in documents(shard)] for shard in plan.shards]
     seen: set[str] = set()
     stays, goes = [], []
     for shard, of_shard in enumerate(everything):
@@ -138,6 +140,7 @@ import rensa  # once, and not in every child
 from pathlib import Path
 from neox.data import shards as shards_module
 from neox.data.clean import Cleaning
+from neox.data.plan import Plan
 from neox.data.readers import find_sources
 
 shards_module.PIECE_BYTES = 1
@@ -153,10 +156,10 @@ def run(folder, last):
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(handle)
     os.fsync = counted
-    plan = shards_module.shards(find_sources(corpus))
+    plan = Plan.of(find_sources(corpus), {"text_key": "text"})
     cleaning = Cleaning.of(plan, folder, "minhash", [exam])
-    cleaning.find(progress=False)
-    texts = [document.text for shard in plan for document in cleaning.documents(shard)]
+    with cleaning.found(progress=False):
+        texts = [document.text for shard in plan.shards for document in cleaning.documents(shard)]
     (folder / "texts").write_text(repr(texts))
     cleaning.finish(folder / "removed.jsonl")
 
@@ -190,12 +193,13 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 from neox.data.clean import Cleaning
+from neox.data.plan import Plan
 from neox.data.readers import find_sources
-from neox.data.shards import shards
 
-cleaning = Cleaning.of(shards(find_sources(sys.argv[1])), Path(sys.argv[2]), "minhash", [sys.argv[3]])
-cleaning.find(progress=False)
-kept = sum(1 for shard in cleaning.shards for document in cleaning.documents(shard))
+plan = Plan.of(find_sources(sys.argv[1]), {"text_key": "text"})
+cleaning = Cleaning.of(plan, Path(sys.argv[2]), "minhash", [sys.argv[3]])
+with cleaning.found(progress=False):
+    kept = sum(1 for shard in cleaning.shards for document in cleaning.documents(shard))
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

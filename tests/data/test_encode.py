@@ -1,6 +1,5 @@
 """The fast encoder gives the reference's ids, which decode to NFC of the text; where it cannot, it is not used."""
 
-import importlib
 import json
 import re
 import unicodedata
@@ -143,7 +142,7 @@ def test_a_difference_in_a_sample_ends_the_work(
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": ""}\n' + "".join(json.dumps({"text": text}) + "\n" for text in texts))
     encoder._seen = 0
-    monkeypatch.setattr(importlib.import_module("neox.data.prepare"), "encoder_of", lambda *_: encoder)
+    monkeypatch.setattr("neox.data.tokenize.Encoder", lambda *_: encoder)
     with pytest.raises(ValueError) as said:
         prepare(source, tmp_path / "out", tokenizer, progress=False)
     assert str(said.value) == (

@@ -1,5 +1,6 @@
 """prepare with what it leaves out: the tokens are those of the text that stays, from any number of processes."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from neox.cli import main
 from neox.data import TokenFile, prepare
 from neox.data import shards as shards_module
+from neox.data.clean import Cleaning
 from neox.tokenizer import Tokenizer, train_bpe
 
 EXAM = " ".join(f"exam{i}" for i in range(20))
@@ -60,13 +62,42 @@ def test_the_tokens_are_of_what_stays(corpus: Path, tmp_path: Path, tokenizer: T
         f"  {exam}: 1 examples in 2 documents",
         f"all of it: {out}.removed.jsonl",
     ]
-    assert sorted(path.name for path in out.parent.iterdir()) == [
-        "clean.bin", "clean.idx", "clean.json", "clean.removed.jsonl"
-    ]  # fmt: skip
+    kept = ["clean.bin", "clean.idx", "clean.json", "clean.removed.jsonl"]
+    assert sorted(path.name for path in out.parent.iterdir()) == kept
     again = run()
     assert again.done_before
     assert again.removed == report.removed
+    assert sorted(path.name for path in out.parent.iterdir()) == kept
     assert not prepare(corpus, out, tokenizer, progress=False, workers=workers, dedup="exact").done_before
+
+
+def test_what_was_found_is_read_once_in_a_process(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    real, plans = Cleaning.again, []
+    monkeypatch.setattr(Cleaning, "again", lambda plan: plans.append(plan) or real(plan))
+    prepare(corpus, tmp_path / "clean", tokenizer, progress=False, workers=1, dedup="exact")
+    assert [len(plan.shards) for plan in plans] == [3]
+
+
+def test_two_at_once(corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """The second is refused before it touches what the first has found."""
+    monkeypatch.setattr("neox.data.plan.PATIENCE", 0.3)
+    module, out = importlib.import_module("neox.data.prepare"), tmp_path / "clean"
+    real = module.make_part
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in Path(f"{out}.cleaning").rglob("*") if path.is_file()}
+
+    def another(*arguments):
+        before = content()
+        with pytest.raises(ValueError, match=r"clean\.cleaning: another run is writing this output now"):
+            prepare(corpus, out, tokenizer, progress=False, workers=1, dedup="minhash")
+        assert content() == before
+        real(*arguments)
+
+    monkeypatch.setattr(module, "make_part", another)
+    assert prepare(corpus, out, tokenizer, progress=False, workers=1, dedup="exact").removed == {"duplicate": 1}
 
 
 def test_by_the_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
