@@ -17,7 +17,7 @@ from neox.data.mmap import pair, token_dtype
 from neox.data.readers import Fault, Faults, Source
 from neox.data.readers.places import ends_digest, version_of
 from neox.data.shards import Shard, shard_rows, shards, shards_of
-from neox.files import open_own, write_atomic
+from neox.files import open_own, temporary_name, write_atomic
 from neox.tokenizer import Tokenizer
 
 PATIENCE = 5.0  # seconds until the processes of a run that was killed are gone
@@ -146,7 +146,8 @@ class Parts:
     @property
     def ours(self) -> bool:
         """Whether `prepare` made the folder, and may remove it."""
-        return self.plan_file.exists() or not any(path.name != "lock" for path in self.folder.iterdir())
+        begun = ("lock", temporary_name(self.plan_file).name)
+        return self.plan_file.exists() or all(path.name in begun for path in self.folder.iterdir())
 
     def any_done(self) -> bool:
         """Whether there is a part to go on from."""

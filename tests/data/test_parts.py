@@ -358,6 +358,13 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path, corpus: Path, t
     assert (tmp_path / "c.parts" / "thesis.txt").read_text() == "precious"
 
 
+def test_killed_while_it_wrote_the_plan(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "c.parts").mkdir()
+    (tmp_path / "c.parts" / "plan.json.tmp").write_bytes(b'{"format": 1, "sett')
+    assert prepare(corpus, tmp_path / "c", tokenizer, progress=False, workers=1).documents == 600
+    assert not (tmp_path / "c.parts").exists()
+
+
 def test_a_plan_that_is_none(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "c.parts").mkdir()
     (tmp_path / "c.parts" / "plan.json").write_bytes(b"\x80\x04cos\nsystem\n.")
