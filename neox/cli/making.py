@@ -58,7 +58,7 @@ def prepare(targets: list[str], options: list[str]) -> None:
 
     The work is cut into shards of about 64 MiB, whose parts lie in PREFIX.parts until all are done.
     Interrupted and called again, it makes the parts that are missing; finished and called again, it
-    reads nothing. The output is the same from any number of processes.
+    reads no more than evaluation sets. The output is the same from any number of processes.
 
     Options:
       out=PREFIX                writes PREFIX.bin and PREFIX.idx
