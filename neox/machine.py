@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
@@ -9,6 +10,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # As the kernel spells it in /proc/cpuinfo, and as people do: what decides the speed of matrix products.
@@ -49,6 +51,13 @@ def available_ram() -> int:
         if line.isdigit():
             ram = min(ram, int(line))
     return ram
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system where the C library keeps it (glibc)."""
+    # Of tensors below 32 MB each may leave a hole that the next one does not fit into: up to all that ever was.
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def processor() -> str:

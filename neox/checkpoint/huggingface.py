@@ -20,6 +20,7 @@ from torch import Tensor
 from neox.checkpoint import families
 from neox.config import ModelConfig
 from neox.files import byte_progress, sync_folder, write_error
+from neox.machine import return_freed_memory
 from neox.model import GPTNeoX
 from neox.runtime import resolve_device, resolve_dtype
 from neox.tokenizer import END_OF_TEXT, Tokenizer
@@ -161,6 +162,8 @@ def transform_layer(model: GPTNeoX, name: str, transform: Transform) -> None:
     wanted = isinstance(module, torch.nn.Linear | torch.nn.Embedding) and not tied
     if wanted and not any(parameter.is_meta for parameter in module.parameters()):
         model.set_submodule(name, transform(name, module))
+        del module
+        return_freed_memory()
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

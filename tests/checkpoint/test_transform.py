@@ -67,7 +67,7 @@ def test_every_linear_layer_is_given_once_with_its_weights(tmp_path, kind, flags
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["huggingface", "run"])
 def test_memory_holds_what_is_made_and_little_more(tmp_path, kind):
-    """1.2 GB of fp32 weights in 44 layers, each thrown away: anonymous memory stays below a fifth of that."""
+    """1.2 GB of fp32 weights in 44 layers, each thrown away: anonymous memory stays below an eighth of that."""
     options = ["hidden_size=1024", "num_hidden_layers=24", "num_attention_heads=8", "model.vocab_size=512"]
     model = neox.GPTNeoX(load_config(overrides=options).model).initialize()
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -91,4 +91,4 @@ load(sys.argv[1], transform=transform)
 print(max(peak, anonymous()) - before)
 """
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < size / 5
+    assert int(done.stdout) < size / 8
