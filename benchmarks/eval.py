@@ -2,7 +2,7 @@
 
     pip install 'neox[eval]'
     python benchmarks/eval.py [limit=N] [turns=3] [sample=32] [batches=1,2,4,8,16,32] [dtypes=float32,bfloat16]
-                              [only=mmlu,hellaswag,lambada] [shape=pythia-160m] [data=../shared/data]
+                              [only=mmlu,hellaswag,lambada] [shape=pythia-160m] [data=../shared/data] [weights=auto]
 
 Random float16 weights of a published shape, the tokenizer of GPT-NeoX-20B (`data`/20B_tokenizer.json; one trained on
 this project's guides where it is absent). The texts of `mmlu` and `hellaswag` are random words; their lengths are what
@@ -17,7 +17,8 @@ What is timed is `lm_eval.simple_evaluate`, models loaded, so that building prom
 reading of all its own tasks' files and its report on the machine, seconds that neither has a part in, are left out.
 Before it, the hf backend scores `sample` documents of each task in every dtype at every batch size; it is then run with
 the fastest. Where that is not float32 it is also run in float32, at its fastest batch size: 16 bits are within 1e-4 of
-nothing, so that is whom log-likelihoods are compared with. neox begins each turn with an empty cache. Medians over the
+nothing, so that is whom log-likelihoods are compared with. neox holds the float16 weights as they are and computes in
+float32; `weights` chooses another way, bf16a16 for one. It begins each turn with an empty cache. Medians over the
 turns; `tokens` is what went through the model, padding included.
 """
 
@@ -157,10 +158,10 @@ def write_model(folder, shape, tokenizer):
 class Ours:
     name = "neox"
 
-    def __init__(self, folder):
+    def __init__(self, folder, weights):
         from neox.generate.loading import load_engine
 
-        self.folder, self.first = folder, load_engine(folder, "cpu")
+        self.folder, self.first = folder, load_engine(folder, "cpu", weights=weights)
 
     def model(self):
         """As new: with an empty cache."""
@@ -308,7 +309,7 @@ def main(options):
         folder = Path(place)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
         write_model(folder / "model", options["shape"], tokenizer)
-        ours = Ours(folder / "model")
+        ours = Ours(folder / "model", options["weights"])
         for name in options["only"]:
             if name == "lambada" and not rows:
                 print(f"lambada is left out: no {texts}")
@@ -329,6 +330,7 @@ if __name__ == "__main__":
             "dtypes": given.get("dtypes", "float32,bfloat16").split(","),
             "only": given.get("only", ",".join(TARGETS)).split(","),
             "shape": given.get("shape", "pythia-160m"),
+            "weights": given.get("weights", "auto"),
             "data": given.get("data", "../shared/data"),
         }
     )
