@@ -55,7 +55,7 @@ def available_ram() -> int:
 
 def return_freed_memory() -> None:
     """Give memory that was freed back to the system where the C library keeps it (glibc)."""
-    # Of tensors below 32 MB each may leave a hole that the next one does not fit into: up to all that ever was.
+    # Of tensors below 32 MB each may leave a hole that the next one does not fit into (docs/log.md).
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

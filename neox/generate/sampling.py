@@ -243,7 +243,7 @@ class Sampler:
     def __call__(self, logits: Tensor) -> int:
         """The next token for logits [V], which the sequence then holds. Raises ValueError as `probabilities` does."""
         if self.sampling.temperature == 0 and not self._past and not self._constraint and logits.device.type == "cpu":
-            # By numpy, and in one look: nan and infinity are the largest. Of a small model's token torch takes 4 %.
+            # By numpy, and in one look: nan and infinity are the largest. Torch looks twice, with its threads.
             values = logits[: self.usable].float().numpy()
             token = int(values.argmax())
             if not values[token] < math.inf:
