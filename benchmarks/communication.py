@@ -24,10 +24,10 @@ import torch.distributed as dist
 
 from neox.config import Config, load_config
 from neox.data import Batch
-from neox.estimate.traffic import Recorder, Traffic
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 from neox.parallel import build, layout
-from neox.runtime import Processes
+from neox.planning.traffic import Recorder, Traffic
+from neox.system.runtime import Processes
 from neox.train import cross_entropy
 
 B, T, C, L, V, MICROBATCHES = 2, 64, 64, 4, 256, 3

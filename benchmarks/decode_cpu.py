@@ -125,7 +125,7 @@ def measure(who, kind, folder, tokens):
 
 
 def cores():
-    from neox.machine import available_cores
+    from neox.system.machine import available_cores
 
     return available_cores()
 
@@ -133,7 +133,7 @@ def cores():
 def write_checkpoint(shape, folder):
     """`folder`/hf: seeded weights of the preset `shape` in float16."""
     import neox
-    from neox.model import GPTNeoX
+    from neox.model.decoder import GPTNeoX
 
     model = GPTNeoX(neox.ModelConfig(**neox.preset(shape)["model"])).initialize(1)
     neox.save(model.half(), Path(folder) / "hf")
@@ -368,7 +368,7 @@ if __name__ == "__main__":
     elif task == "matrices":
         print_matrices(*rest)
     elif task == "read":
-        from neox.machine import read_speed
+        from neox.system.machine import read_speed
 
         print(read_speed(1.0))
     elif task == "measure":

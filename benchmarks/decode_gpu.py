@@ -3,7 +3,7 @@
     python benchmarks/decode_gpu.py [sizes=1.4b,20b] [turns=3] [tokens=128] [limit=1700] VARIANTS
 
 A VARIANT is one argument, "ours KIND [KEY=VALUE]" or "peer KIND [KEY=VALUE]"; without any they are VARIANTS below.
-    ours: KIND bf16, fp16, int8, int4, float8 (neox.quantize_gpu); static=false: without recorded passes; compile=true:
+    ours: KIND bf16, fp16, int8, int4, float8 (torchao); static=false: without recorded passes; compile=true:
           the products of 16-bit weights compiled too, as those of fewer bits always are
     peer: KIND bf16 or fp16; cache=static: its static cache, with the forward pass that it compiles for it
 
@@ -42,7 +42,7 @@ def measure(job):
     """One variant on one shape: rates, bytes, and the card's own speed."""
     import torch
 
-    from neox.runtime import peak_memory
+    from neox.system.runtime import peak_memory
 
     device = torch.device(job["device"])
     read = read_speed(device)
@@ -74,15 +74,15 @@ def ours(job, device):
     import torch
     from torch import nn
 
-    from neox import quantize_gpu
     from neox.generate import Engine, Sampling
     from neox.generate.rate import bytes_read
-    from neox.model import GPTNeoX
-    from neox.runtime import resolve_dtype
+    from neox.model.decoder import GPTNeoX
+    from neox.quantization import torchao_weights
+    from neox.system.runtime import resolve_dtype
 
     kind, options = job["kind"], job["options"]
-    fewer = kind in quantize_gpu.KINDS
-    pack = quantize_gpu.packing(kind, device) if fewer else None
+    fewer = kind in torchao_weights.KINDS
+    pack = torchao_weights.packing(kind, device) if fewer else None
     with torch.device("meta"):
         model = GPTNeoX(shape(job))
     for name, module in list(model.named_modules()):
@@ -95,7 +95,7 @@ def ours(job, device):
             model.set_submodule(name, pack(name, module))
     model.requires_grad_(False)
     if fewer or options.get("compile") == "true":
-        quantize_gpu.compile_products(model)
+        torchao_weights.compile_products(model)
     engine = Engine(model, slots=max(BATCHES), budget=512, static=options.get("static", "true") == "true")
 
     def run(prompts, tokens):
@@ -115,7 +115,7 @@ def peer(job, device):
     """The same of transformers."""
     import torch
 
-    from neox.runtime import resolve_dtype
+    from neox.system.runtime import resolve_dtype
 
     torch.set_default_dtype(resolve_dtype(job["kind"]))
     with torch.device(device):

@@ -146,7 +146,7 @@ def write_model(folder, shape, tokenizer):
     import transformers
 
     import neox
-    from neox.model import GPTNeoX
+    from neox.model.decoder import GPTNeoX
 
     model = GPTNeoX(neox.ModelConfig(**neox.preset(shape)["model"])).initialize(1)
     neox.save(model.half(), folder, tokenizer)

@@ -17,8 +17,8 @@ import torch
 
 from neox.config import load_config
 from neox.generate import Engine, Sampling
-from neox.model import GPTNeoX
-from neox.quantize import quantize
+from neox.model.decoder import GPTNeoX
+from neox.quantization.packed import quantize
 
 PROMPT, PREFILL, BATCHES = 16, 256, (1, 8)
 

@@ -28,12 +28,12 @@ from safetensors.torch import save_file
 
 from neox.checkpoint import families, load
 from neox.config import ModelConfig, load_config
-from neox.files import write_atomic
 from neox.generate import Engine, Sampling
 from neox.generate.rate import bytes_read
-from neox.machine import processor, read_speed
-from neox.model import GPTNeoX, init_std
-from neox.quantize import packing, quantize
+from neox.model.decoder import GPTNeoX, init_std
+from neox.quantization.packed import packing, quantize
+from neox.system.files import write_atomic
+from neox.system.machine import processor, read_speed
 
 BLOCK = 16 << 20  # bytes read at a time
 

@@ -133,8 +133,8 @@ def loop(source, out, tokenizer):
 
 
 def ours(source, out, tokenizer, backend):
-    from neox.data import prepare
-    from neox.data.encode import Encoder
+    from neox.corpus import prepare
+    from neox.corpus.encode import Encoder
     from neox.tokenizer import Tokenizer
 
     read = Tokenizer.from_file(tokenizer)

@@ -26,7 +26,7 @@ def build(which):
 
     if which == "ours":
         from neox.config import ModelConfig, OptimConfig, TrainConfig
-        from neox.model import GPTNeoX
+        from neox.model.decoder import GPTNeoX
         from neox.train import build_optimizers, clip_gradients, cross_entropy
 
         base = resident("VmRSS")

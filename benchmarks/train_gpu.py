@@ -71,7 +71,7 @@ def ours(config, job, device):
     import torch
 
     from neox.parallel import Layout, build
-    from neox.runtime import Processes
+    from neox.system.runtime import Processes
     from neox.train import build_optimizers, clip_gradients, cross_entropy
 
     def head_loss(head, hidden, labels, scale):
@@ -190,7 +190,7 @@ def matmul_rate(device):
 
 def used(device):
     """Bytes at the peak that torch had from the card, reserved included; of a CPU the process's resident memory."""
-    from neox.runtime import peak_memory
+    from neox.system.runtime import peak_memory
 
     if device.type == "cuda":
         import torch
@@ -248,8 +248,8 @@ class Worker:
 
 def estimate(job):
     """Bytes that a variant takes: neox's own estimate, with half as many activations again, and 16-bit weights."""
-    from neox.counts import parameters
-    from neox.estimate import train_memory
+    from neox.model.flops import parameters
+    from neox.planning import train_memory
 
     config = config_of(job)
     memory, count = train_memory(config), parameters(config.model).total
@@ -340,7 +340,7 @@ def measure(size, variants, settings, turns, card, deadline):
 
 def row_of(entry, peak):
     """The row of a variant: medians over its turns."""
-    from neox.counts import train_flops_per_token
+    from neox.model.flops import train_flops_per_token
 
     job, parameters, turns, wrong = entry
     config = config_of(job)

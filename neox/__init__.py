@@ -11,13 +11,13 @@ __version__ = "0.1.0"
 _HOME = {
     "Config": "neox.config",
     "Engine": "neox.generate",
-    "GPTNeoX": "neox.model",
+    "GPTNeoX": "neox.model.decoder",
     "ModelConfig": "neox.config",
     "Tokenizer": "neox.tokenizer",
     "Trainer": "neox.train",
     "evaluate": "neox.evaluation",
     "load": "neox.checkpoint",
-    "preset": "neox.presets",
+    "preset": "neox.config.presets",
     "save": "neox.checkpoint",
 }
 

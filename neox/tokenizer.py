@@ -19,7 +19,7 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from neox.files import byte_progress, write_atomic
+from neox.system.files import byte_progress, write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datatrove.executor import SlurmPipelineExecutor
 
-from neox.data.cluster import TokenizeShards, begin
+from neox.corpus.cluster import TokenizeShards, begin
 from neox.tokenizer import Tokenizer
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neox.config import ModelConfig
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 
 VOCAB = 97
 CONTEXT = 64

@@ -15,7 +15,8 @@ from neox.checkpoint.huggingface import (
     stored_dtype,
 )
 from neox.checkpoint.initial import load_initial
-from neox.checkpoint.native import (
+from neox.checkpoint.retention import expired, is_due, prune
+from neox.checkpoint.steps import (
     complete_steps,
     fill_state,
     is_sound,
@@ -30,10 +31,9 @@ from neox.checkpoint.native import (
     step_number,
     step_tokenizer,
 )
-from neox.checkpoint.retention import expired, is_due, prune
 from neox.checkpoint.writer import Saver, save_step
-from neox.model import GPTNeoX
-from neox.runtime import resolve_device, resolve_dtype
+from neox.model.decoder import GPTNeoX
+from neox.system.runtime import resolve_device, resolve_dtype
 from neox.tokenizer import Tokenizer
 
 __all__ = [

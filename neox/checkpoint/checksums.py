@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neox.checkpoint.huggingface import CheckpointError
-from neox.files import byte_progress
+from neox.system.files import byte_progress
 
 NAME = "checksums.json"
 REMEDY = "remove the folder, and the run resumes at the step before it"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from neox.checkpoint.huggingface import SHARD_BYTES, find, load_huggingface, save_huggingface, write_huggingface
-from neox.checkpoint.native import fitting_reader, is_step, newest_sound, read_step, step_tokenizer
-from neox.model import GPTNeoX
-from neox.runtime import resolve_dtype
+from neox.checkpoint.steps import fitting_reader, is_step, newest_sound, read_step, step_tokenizer
+from neox.model.decoder import GPTNeoX
+from neox.system.runtime import resolve_dtype
 from neox.tokenizer import Tokenizer
 
 

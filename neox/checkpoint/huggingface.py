@@ -19,10 +19,10 @@ from torch import Tensor
 
 from neox.checkpoint import families
 from neox.config import ModelConfig
-from neox.files import byte_progress, sync_folder, write_error
-from neox.machine import return_freed_memory
-from neox.model import GPTNeoX
-from neox.runtime import resolve_device, resolve_dtype
+from neox.model.decoder import GPTNeoX
+from neox.system.files import byte_progress, sync_folder, write_error
+from neox.system.machine import return_freed_memory
+from neox.system.runtime import resolve_device, resolve_dtype
 from neox.tokenizer import END_OF_TEXT, Tokenizer
 
 SHARD_BYTES = 5 * 10**9

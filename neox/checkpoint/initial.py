@@ -11,19 +11,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from neox.checkpoint import families
-from neox.checkpoint.huggingface import (
-    CheckpointError,
-    broken,
-    check_names,
-    find,
-    read_bin,
-    read_config,
-    weight_files,
-)
-from neox.checkpoint.native import agreed, is_step, load_tensors, newest_sound, read_step
+from neox.checkpoint.huggingface import CheckpointError, broken, check_names, find, read_bin, read_config, weight_files
+from neox.checkpoint.steps import agreed, is_step, load_tensors, newest_sound, read_step
 from neox.config import ModelConfig
-from neox.model import GPTNeoX
-from neox.runtime import Processes
+from neox.model.decoder import GPTNeoX
+from neox.system.runtime import Processes
 
 # No part of what the weights compute; the sizes are compared as what they come to.
 _FREE = {

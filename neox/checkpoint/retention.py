@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from neox.checkpoint.native import complete_steps, step_number
+from neox.checkpoint.steps import complete_steps, step_number
 from neox.config import CheckpointConfig
 
 

@@ -1,4 +1,4 @@
-"""Writing a run's checkpoints: at once, or in the background from a copy in CPU memory. The format is native.py's."""
+"""Writing a run's checkpoints: at once, or in the background from a copy in CPU memory. The format is steps.py's."""
 
 import dataclasses
 import errno
@@ -26,12 +26,20 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from neox.checkpoint import checksums
-from neox.checkpoint.native import ALONE, FAILURES, FORMAT_VERSION, inside, named_state, pass_interrupt_on, step_folder
 from neox.checkpoint.retention import prune
+from neox.checkpoint.steps import (
+    ALONE,
+    FAILURES,
+    FORMAT_VERSION,
+    inside,
+    named_state,
+    pass_interrupt_on,
+    step_folder,
+)
 from neox.config import CheckpointConfig, Config
-from neox.files import sync_folder, write_synced
-from neox.model import GPTNeoX
-from neox.runtime import OtherProcessFailed, Processes
+from neox.model.decoder import GPTNeoX
+from neox.system.files import sync_folder, write_synced
+from neox.system.runtime import OtherProcessFailed, Processes
 
 # That one process saves without a process group is intended. (For good: catch_warnings is not safe beside threads.)
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)

@@ -64,7 +64,7 @@ def eval_(targets: list[str], options: list[str]) -> None:
         model_args=model=EleutherAI/pythia-160m,base_url=http://localhost:8000/v1/completions
     """
     from neox.config import EvalConfig, load_config
-    from neox.options import parse_override
+    from neox.config.options import parse_override
 
     own: dict[str, str] = {}
     overrides = []
@@ -99,7 +99,7 @@ def eval_(targets: list[str], options: list[str]) -> None:
     from neox.evaluation import evaluate
     from neox.evaluation.curves import checkpoints, coming, evaluate_steps
     from neox.evaluation.report import markdown
-    from neox.runtime import joined_processes, local_device
+    from neox.system.runtime import joined_processes, local_device
 
     try:
         with joined_processes(own.get("device", "auto")) as processes:
@@ -137,8 +137,8 @@ def _pile(target: str, own: dict[str, str], asked: list[str], config: EvalConfig
         )
     if config.limit is not None and config.limit != int(config.limit):
         raise UsageError(f"limit={config.limit}: pile= takes a number of documents")
-    from neox.data.statistics import likelihood_page
-    from neox.evaluation.pile import score_files
+    from neox.corpus.pile.statistics import likelihood_page
+    from neox.evaluation.bits_per_byte import score_files
     from neox.generate.loading import load_engine
 
     engine = load_engine(target, **{key: own[key] for key in LOADING if key in own})

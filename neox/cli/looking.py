@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from neox.cli.reading import inspect_data
+from neox.cli.inspect_data import inspect_data
 from neox.cli.verb import UsageError, Verb, resolve, taken
 
 
@@ -31,8 +31,8 @@ def show(targets: list[str], options: list[str]) -> None:
       neox show neox-20b parallel.tp=2 parallel.pp=4 parallel.dp_shard=12 gpu=a100-40gb
       neox show pythia-6.9b dtype=bf16 gpus=16 gpu=h100
     """
-    from neox import estimate
-    from neox.estimate import layouts
+    from neox import planning as estimate
+    from neox.planning import layouts
 
     own, rest = taken(options, ("gpu", "gpus", "network"))
     if not targets and not options:
@@ -47,9 +47,9 @@ def show(targets: list[str], options: list[str]) -> None:
     print(estimate.show(config))
     if "gpu" not in own and layouts.processes(config) == 1:
         return
-    from neox.estimate.hardware import gpu
-    from neox.estimate.plan import plan
-    from neox.estimate.propose import propose
+    from neox.planning.hardware import gpu
+    from neox.planning.propose import propose
+    from neox.planning.run_plan import plan
 
     name = own.get("gpu")
     device = gpu(name, float(own.get("network", 0))) if name else None
@@ -116,13 +116,13 @@ def inspect_run(targets: list[str], options: list[str]) -> None:
     if out.suffix not in (".html", ".png"):
         raise ValueError(f"out={out}: must end in .html (a page) or .png (a picture)")
 
-    from neox.inspect.runs import read_runs, summary
+    from neox.analysis.runs import read_runs, summary
 
     runs = read_runs(targets)
     if out.suffix == ".html":
-        from neox.inspect.page import write_page as write
+        from neox.analysis.run_page import write_page as write
     else:
-        from neox.inspect.picture import write_picture as write
+        from neox.analysis.run_picture import write_picture as write
     write(out, runs, plain["x"], plain["y"], share)
     for run in runs:
         print(f"{run.name}: {summary(run)}")
@@ -147,7 +147,7 @@ def inspect_tokenizer(targets: list[str], options: list[str]) -> None:
     text_key = rest.pop("text_key", "text")
     if not targets or not texts or rest:
         raise UsageError("inspect tokenizer needs a TOKENIZER and text=SOURCE; its only other option is text_key")
-    from neox.inspect.tokenizer import tokenizer_report
+    from neox.analysis.tokenizer_report import tokenizer_report
 
     print(tokenizer_report(targets, texts, text_key))
 
@@ -193,7 +193,7 @@ def inspect_coordinates(targets: list[str], options: list[str]) -> None:
 
     import numpy as np
 
-    from neox.inspect.coordinates import at_width, coordinates, table, write_coordinates
+    from neox.analysis.coordinates import at_width, coordinates, table, write_coordinates
 
     base = config.model.mup_base_width or min(widths)
     kinds = {"standard": None, "mup": base}
@@ -226,7 +226,7 @@ def doctor(targets: list[str], options: list[str]) -> int:
       neox doctor
       neox doctor out=/scratch/runs
     """
-    from neox.doctor import examine
+    from neox.system.diagnosis import examine
 
     if targets or any(not option.startswith("out=") for option in options):
         raise UsageError("doctor takes out=RUN_DIR only")

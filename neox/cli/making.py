@@ -89,7 +89,7 @@ def prepare(targets: list[str], options: list[str]) -> None:
       neox prepare pile the-pile/ out=data/pile tokenizer=20B_tokenizer.json
     """
     from neox.config import load_config
-    from neox.options import parse_override
+    from neox.config.options import parse_override
 
     out, trained, overrides = "", "", []
     for option in options:
@@ -114,14 +114,14 @@ def prepare(targets: list[str], options: list[str]) -> None:
     if path and trained:
         raise UsageError(f"give tokenizer= to use one or {trained}= to train one, not both")
 
-    from neox.data.pile import stand_in
-    from neox.data.prepare import prepare as run
-    from neox.data.trained import trained_tokenizer
+    from neox.config.pile import stand_in
+    from neox.corpus.preparation import prepare as run
+    from neox.corpus.train_tokenizer import trained_tokenizer
     from neox.tokenizer import Tokenizer
 
     pile = targets[0] == "pile"
     if pile:
-        from neox.data.pile_release import find_release, prepare_pile
+        from neox.corpus.pile.release import find_release, prepare_pile
 
         if len(targets) != 2:
             raise UsageError("prepare pile needs the FOLDER of the release, and nothing else")
@@ -190,12 +190,12 @@ def train(targets: list[str], options: list[str]) -> int:
       neox train resume=runs/first
       neox train resume=runs/first steps=400
     """
+    from neox.analysis.samples import SampleHook
     from neox.checkpoint import complete_steps, is_sound, step_number
     from neox.cli.launch import launch, processes_here
-    from neox.inspect.samples import SampleHook
-    from neox.runtime import OtherProcessFailed, first_of_host, is_launched
+    from neox.system.runtime import OtherProcessFailed, first_of_host, is_launched
     from neox.train import Trainer
-    from neox.train.run import refuse_existing
+    from neox.train.run_directory import refuse_existing
 
     try:
         config, resumed = _asked(targets, options)
@@ -242,7 +242,7 @@ def train(targets: list[str], options: list[str]) -> int:
 def _asked(targets: list[str], options: list[str]) -> tuple[Config, bool]:
     """The config that a command of `train` adds up to, and whether it may go on with what its run directory holds."""
     from neox.checkpoint import complete_steps
-    from neox.options import parse_override
+    from neox.config.options import parse_override
     from neox.train import run_config
 
     overrides = [option for option in options if not option.startswith("resume=")]

@@ -70,7 +70,7 @@ def generate(targets: list[str], options: list[str]) -> int | None:
       neox generate runs/first prompt='Colour: ' json_schema='{"enum": ["red", "green"]}'
     """
     from neox.config import ParallelConfig, TrainConfig, load_config
-    from neox.options import parse_override
+    from neox.config.options import parse_override
 
     own: dict[str, str] = {}
     overrides = []
@@ -111,7 +111,7 @@ def generate(targets: list[str], options: list[str]) -> int | None:
     from neox.generate.batch import refuse_existing
     from neox.generate.loading import shared_engine
     from neox.generate.prompts import read_prompts
-    from neox.runtime import is_first, is_launched
+    from neox.system.runtime import is_first, is_launched
 
     # Loading may take minutes: what is wrong with the files is said before.
     sampling = Sampling.of(config)
@@ -139,8 +139,8 @@ def _answer(
 ) -> None:
     """What `generate` was asked for, with the engine there."""
     from neox.generate.batch import complete, partial_name, write_completions
-    from neox.generate.interactive import converse
     from neox.generate.rate import Rate
+    from neox.generate.repl import converse
 
     prompts = [(prompt or "", "")] if prompts is None else prompts
     if out:
@@ -187,7 +187,7 @@ def bench(targets: list[str], options: list[str]) -> None:
     kinds = plain.pop("weights", "plain,fp32,fp16,bf16,bf16a16,int8,int4").split(",")
     if len(targets) != 1 or plain:
         raise UsageError("bench needs one MODEL; its option is weights")
-    from neox.generate.bench import report
+    from neox.generate.benchmark import report
 
     print(report(targets[0], kinds))
 

@@ -19,8 +19,7 @@ class UsageError(Exception):
 
 def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
     """The config that a preset's name, TOML files and key=value options add up to."""
-    from neox import presets
-    from neox.config import load_config
+    from neox.config import load_config, presets
 
     files = [t for t in targets if t not in presets.names() and (t.endswith(".toml") or os.path.isfile(t))]
     named = [t for t in targets if t not in files]

@@ -1,15 +1,13 @@
-"""From text to batches: text -> prepare -> .bin/.idx -> build_datasets -> Loader -> Batch."""
+"""Token files to batches: .bin/.idx -> build_datasets -> Loader -> Batch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from neox.data.build import Datasets, build_datasets
-from neox.data.dataset import Dataset, TokenDataset
-from neox.data.mmap import TokenFile, TokenWriter, token_dtype
+from neox.data.datasets import Datasets, build_datasets
 from neox.data.order import PermutedOrder, SequentialOrder
-from neox.data.prepare import PrepareReport, prepare
-from neox.data.readers import read_documents
+from neox.data.token_file import TokenFile, TokenWriter, token_dtype
+from neox.data.windows import Dataset, TokenDataset
 
 if TYPE_CHECKING:
     from neox.data.loader import Batch, Loader
@@ -20,14 +18,11 @@ __all__ = [
     "Datasets",
     "Loader",
     "PermutedOrder",
-    "PrepareReport",
     "SequentialOrder",
     "TokenDataset",
     "TokenFile",
     "TokenWriter",
     "build_datasets",
-    "prepare",
-    "read_documents",
     "token_dtype",
 ]
 

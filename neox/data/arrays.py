@@ -12,7 +12,7 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from neox.files import write_whole
+from neox.system.files import write_whole
 
 Arrays = dict[str, npt.NDArray[Any]]
 

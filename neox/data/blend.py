@@ -20,8 +20,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import track
 
-from neox.data.dataset import Dataset, Piece, Seen
 from neox.data.split import Documents
+from neox.data.windows import Dataset, Piece, Seen
 
 SEGMENT = 1024  # samples
 SIDE_BY_SIDE = 1024  # segments, at most

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from neox.data.dataset import Dataset
+from neox.data.windows import Dataset
 
 IGNORED = -100
 """The label of a position that takes no part in the loss (torch's cross_entropy leaves it out by default)."""

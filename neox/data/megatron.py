@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from neox.data.arrays import Arrays, cached_arrays, content_key
-from neox.data.dataset import Piece, Seen
 from neox.data.split import Documents
+from neox.data.windows import Piece, Seen
 
 GROUP = 64
 """Documents whose sizes are added up to find where a sample begins."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from neox.data.mmap import TokenFile
+from neox.data.token_file import TokenFile
 
 
 class Documents:

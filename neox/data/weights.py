@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neox.config import DataConfig
-from neox.data.pile import COMPONENTS
-from neox.data.sources import Sources
+from neox.config.pile import COMPONENTS
+from neox.data.provenance import Sources
 from neox.data.split import Documents
 
 

@@ -8,6 +8,6 @@ except ModuleNotFoundError as error:
     raise ValueError("evaluation needs the package lm-eval: pip install 'neox[eval]'") from None
 
 from neox.evaluation.adapter import EngineLM
-from neox.evaluation.run import evaluate
+from neox.evaluation.evaluate import evaluate
 
 __all__ = ["EngineLM", "evaluate"]

@@ -14,9 +14,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from neox.counts import parameters
 from neox.evaluation.answers import is_drawn
 from neox.generate import Engine, Sampling, Score
+from neox.model.flops import parameters
 
 logger = logging.getLogger(__name__)
 Pair = tuple[Sequence[int], Sequence[int]]

@@ -15,8 +15,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, hash_args
 from torch import Tensor
 
-from neox.files import read_rows
-from neox.quantize_gpu import stored
+from neox.quantization.torchao_weights import stored
+from neox.system.files import read_rows
 
 Ask = Callable[..., list[Any]]
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")

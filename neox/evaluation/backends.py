@@ -8,12 +8,12 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.utils import simple_parse_args_string
 
-from neox.data.readers.faults import one_line
+from neox.corpus.readers.faults import one_line
 from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import fingerprint
 from neox.generate import Engine
 from neox.generate.loading import load_engine
-from neox.runtime import resolve_device, resolve_dtype
+from neox.system.runtime import resolve_device, resolve_dtype
 
 # These say how a backend is asked, never what it answers; some are secret.
 MANNERS = ("auth_token", "batch_size", "header", "max_retries", "num_concurrent", "timeout")

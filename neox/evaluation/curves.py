@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from neox.checkpoint import complete_steps, step_number
 from neox.checkpoint.huggingface import CheckpointError
 from neox.config import load_config
+from neox.evaluation.evaluate import ALONE, evaluate
 from neox.evaluation.report import scores, table_page
-from neox.evaluation.run import ALONE, evaluate
-from neox.files import write_atomic
+from neox.system.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

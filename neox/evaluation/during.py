@@ -10,11 +10,11 @@ import torch
 
 from neox.config import Config
 from neox.evaluation.curves import write
+from neox.evaluation.evaluate import evaluate
 from neox.evaluation.report import scores
-from neox.evaluation.run import evaluate
 from neox.evaluation.tasks import load_tasks
 from neox.generate import Engine
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 from neox.tokenizer import Tokenizer
 from neox.train import Trainer
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from lm_eval.utils import handle_non_serializable, hash_string, sanitize_list
 
-from neox.files import write_atomic
-from neox.table import padded
+from neox.system.console import padded
+from neox.system.files import write_atomic
 
 Results = dict[str, Any]
 HEADS = ("Task", "Version", "Filter", "Shots", "Metric", "Value", "Stderr")

@@ -6,7 +6,7 @@ from neox.generate.requests import Completion, Event, Score, TokenLogprob
 from neox.generate.sampling import Sampler, Sampling, distribution
 from neox.generate.score import bits_per_byte, token_logprobs
 from neox.generate.speculate import DraftModel, prompt_lookup
-from neox.generate.text import TextStream
+from neox.generate.text_stream import TextStream
 
 __all__ = [
     "Completion",

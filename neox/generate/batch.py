@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from neox.files import sync_folder, temporary_name, write_synced
 from neox.generate.engine import Engine
 from neox.generate.requests import Completion
 from neox.generate.sampling import Sampling
+from neox.system.files import sync_folder, temporary_name, write_synced
 
 Record = dict[str, Any]
 

@@ -12,17 +12,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from neox import machine
-from neox.cache import BLOCK, KVCache, KVPool, Span
-from neox.fused import decoder
 from neox.generate.invariant import key_steps, row_tile
 from neox.generate.prefix import PrefixTree, Stats
 from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, TokenLogprob
 from neox.generate.sampling import NOT_FINITE, Sampler, Sampling
-from neox.generate.schedule import Scheduler
-from neox.generate.static import StaticDecoder
-from neox.generate.text import TextStream
-from neox.model import GPTNeoX
+from neox.generate.scheduler import Scheduler
+from neox.generate.static_decode import StaticDecoder
+from neox.generate.text_stream import TextStream
+from neox.model.cache import BLOCK, KVCache, KVPool, Span
+from neox.model.decoder import GPTNeoX
+from neox.quantization.fused import decoder
+from neox.system import machine
 from neox.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]

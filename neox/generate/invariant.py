@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neox.cache import BLOCK
-from neox.model import GPTNeoX
+from neox.model.cache import BLOCK
+from neox.model.decoder import GPTNeoX
 
 CANDIDATES = (1, 4, 8, 16, 32, 64)
 KEYS = 512  # attention on a CPU reads keys in parts of so many

@@ -7,22 +7,22 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from neox import quantize_gpu
 from neox.checkpoint import load, weights_dtype
 from neox.config import Config, DataConfig, ParallelConfig
 from neox.generate.engine import Engine, Guess
+from neox.generate.sharded import Leader, follow
 from neox.generate.speculate import DraftModel, prompt_lookup
-from neox.generate.tensor import Leader, follow
-from neox.kernels import Kind
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 from neox.parallel import layout
 from neox.parallel.inference import share, sharing
-from neox.quantize import lossless, packing, quantize
-from neox.runtime import DTYPES, OtherProcessFailed, Processes, joined_processes, local_device, resolve_device
+from neox.quantization import torchao_weights
+from neox.quantization.kernels import Kind
+from neox.quantization.packed import lossless, packing, quantize
+from neox.system.runtime import DTYPES, OtherProcessFailed, Processes, joined_processes, local_device, resolve_device
 from neox.tokenizer import Tokenizer
 
 Weights = Literal["auto", "plain", "fp32", "fp16", "bf16", "bf16a16", "int8", "int4", "float8"]
-"""plain leaves the layers to torch; the others are kinds of `neox.kernels`, on CUDA of `neox.quantize_gpu`."""
+"""plain leaves the layers to torch; the others are kinds of `quantization.kernels`, on CUDA of `torchao_weights`."""
 
 
 def load_engine(
@@ -64,9 +64,9 @@ def _load(source: str | Path, place: torch.device, dtype: str | None, weights: s
     if place.type == "cuda":
         if weights in (*DTYPES, "bf16a16"):
             return load(source, str(place), weights.removesuffix("a16"))
-        pack = quantize_gpu.packing(cast(quantize_gpu.Kind, weights), place)
+        pack = torchao_weights.packing(cast(torchao_weights.Kind, weights), place)
         model, tokenizer = load(source, str(place), "bf16", pack)
-        return quantize_gpu.compile_products(model), tokenizer
+        return torchao_weights.compile_products(model), tokenizer
     if place.type != "cpu" or weights == "float8":
         where = "CUDA" if weights == "float8" else "a CPU or CUDA"
         raise ValueError(f"weights={weights}: is for {where}, not for {place.type}")

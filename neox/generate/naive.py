@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from neox.generate.sampling import Sampler, Sampling
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 from neox.tokenizer import Tokenizer
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from neox.generate.engine import Engine
 from neox.generate.requests import Event
-from neox.machine import read_speed
-from neox.quantize_gpu import stored
+from neox.quantization.torchao_weights import stored
+from neox.system.machine import read_speed
 
 LEAST = 50_000_000  # bytes of weights from which their reading, from memory and not from a cache, is the limit
 

@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from neox.cache import BLOCK
 from neox.generate.prefix import Node
 from neox.generate.sampling import Sampler
-from neox.generate.text import TextStream
+from neox.generate.text_stream import TextStream
+from neox.model.cache import BLOCK
 
 
 @dataclass(frozen=True)

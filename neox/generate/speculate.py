@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from neox.generate.engine import Engine
 from neox.generate.sampling import Sampling
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 
 LONGEST = 3  # tokens that `prompt_lookup` looks for
 

@@ -2,8 +2,8 @@
 
 from neox.parallel.blocks import checkpoint_blocks, compile_blocks, compiles
 from neox.parallel.build import ForwardBackward, HeadLoss, build
+from neox.parallel.fsdp import whole_model
 from neox.parallel.mesh import Layout, layout
-from neox.parallel.shard import whole_model
 
 __all__ = [
     "ForwardBackward",

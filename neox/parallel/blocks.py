@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from neox.config import Config
-from neox.model import MLP, Block, GPTNeoX
+from neox.model.decoder import MLP, Block, GPTNeoX
 from neox.parallel.mesh import Layout
 
 

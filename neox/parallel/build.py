@@ -11,15 +11,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from neox.config import Config
-from neox.model import GPTNeoX, initial_value
+from neox.model.decoder import GPTNeoX, initial_value
 from neox.parallel.blocks import checkpoint_blocks, compile_blocks, compiles
 from neox.parallel.context import split_batch, split_sequences
 from neox.parallel.float8 import float8_blocks
 from neox.parallel.forward import Forward
+from neox.parallel.fsdp import reshard, shard
 from neox.parallel.mesh import Layout
 from neox.parallel.pipeline import check_pipeline, layers_of_stages, pipelined, stages_of_rank
-from neox.parallel.plan import apply_plan
-from neox.parallel.shard import reshard, shard
+from neox.parallel.tp_plan import apply_plan
 
 HeadLoss = Callable[..., Tensor]
 """(head, hidden [B, T, C], labels [B, T], scale) -> the sum of the tokens' losses times scale, a scalar."""

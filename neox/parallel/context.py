@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from neox.config import ModelConfig
-from neox.model import Attention, GPTNeoX, attention_masks
+from neox.model.decoder import Attention, GPTNeoX, attention_masks
 from neox.parallel import collectives
 
 

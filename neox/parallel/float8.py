@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 
 
 def float8_blocks(model: GPTNeoX, recipe: str, device: torch.device) -> None:

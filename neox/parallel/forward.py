@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from neox.config import Config
-from neox.model import GPTNeoX
-from neox.runtime import resolve_dtype
+from neox.model.decoder import GPTNeoX
+from neox.system.runtime import resolve_dtype
 
 
 class Forward:

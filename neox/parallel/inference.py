@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from neox.config import Config
-from neox.model import GPTNeoX
-from neox.parallel.plan import apply_plan, matches, plan
+from neox.model.decoder import GPTNeoX
+from neox.parallel.tp_plan import apply_plan, matches, plan
 
 
 def sharing(mesh: DeviceMesh) -> Callable[[str, nn.Module], nn.Module]:

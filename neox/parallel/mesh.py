@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from neox.config import ParallelConfig
-from neox.runtime import Processes
+from neox.system.runtime import Processes
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Outermost first, as gpt-neox orders its ranks: what talks most, tensor parallelism, is among neighbours."""

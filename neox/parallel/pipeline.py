@@ -15,12 +15,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from neox.config import Config, ParallelConfig
-from neox.counts import forward_flops, parameters
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
+from neox.model.flops import forward_flops, parameters
 from neox.parallel.forward import Forward
+from neox.parallel.fsdp import reshard
 from neox.parallel.mesh import Layout
-from neox.parallel.shard import reshard
-from neox.runtime import resolve_dtype
+from neox.system.runtime import resolve_dtype
 
 IGNORED = -100
 """The label of a position without loss, as in `neox.data` and torch's cross_entropy."""

@@ -1,4 +1,4 @@
-"""How a module works when its matrix is split over processes: the styles that a plan (`neox.parallel.plan`) names.
+"""How a module works when its matrix is split over processes: the styles that a plan (`neox.parallel.tp_plan`) names.
 
 Shapes: B batch, T time, C hidden, V vocab, n processes of tensor parallelism.
 
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import functional as F
 
-from neox.model import Block
+from neox.model.decoder import Block
 from neox.parallel import collectives
 
 TIME = 1

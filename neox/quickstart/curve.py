@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neox.files import write_atomic
+from neox.system.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from neox.files import write_atomic
+from neox.system.files import write_atomic
 
 PLACEHOLDER = "@@FLIPBOOK_DATA@@"
 BITS_DECIMALS = 2

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from neox.checkpoint import save
 from neox.config import Config, load_config
-from neox.counts import parameters
-from neox.data import prepare
-from neox.files import write_atomic
+from neox.corpus import prepare
 from neox.generate import Engine, Sampling, bits_per_byte, token_logprobs
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
+from neox.model.flops import parameters
 from neox.quickstart.baselines import start_baselines
+from neox.quickstart.budget import measure_machine
 from neox.quickstart.corpus import Corpus, build_corpus
 from neox.quickstart.curve import draw_loss_curve
 from neox.quickstart.flipbook import merge_pieces, write_flipbook
-from neox.quickstart.machine import measure_machine
+from neox.system.files import write_atomic
 from neox.tokenizer import Tokenizer, train_bpe
 from neox.train import Result, Trainer
 from neox.train.metrics import read_rows

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from neox.files import read_rows
+from neox.system.files import read_rows
 
 KINDS = {
     "training": "training",

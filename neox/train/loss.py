@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from neox.data.loader import IGNORED
 from neox.parallel.collectives import gather
-from neox.runtime import readable
+from neox.system.runtime import readable
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from neox.config import Config
-from neox.counts import parameters
+from neox.model.flops import parameters
 from neox.parallel import Layout
 
 EVENTS = 100_000

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from neox.config import Config
-from neox.counts import train_flops_per_token
-from neox.files import read_rows
+from neox.model.flops import train_flops_per_token
+from neox.system.files import read_rows
 
 __all__ = ["Meter", "make_row", "read_rows"]
 

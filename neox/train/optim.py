@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from neox.config import OptimConfig
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
+from neox.model.mup import scaling
 from neox.parallel import Layout
-from neox.runtime import readable
-from neox.width import scaling
+from neox.system.runtime import readable
 
 
 def build_optimizers(parts: Iterable[GPTNeoX], config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon over the blocks' matrices and AdamW over the rest, of a model's parts.
 
     Weight decay is decoupled and spares layer norms and biases, as in gpt-neox; embeddings and the head do decay.
-    Under muP, AdamW's rate, decay and eps follow the width (`neox.width`); Muon's do so by themselves.
+    Under muP, AdamW's rate, decay and eps follow the width (`neox.model.mup`); Muon's do so by themselves.
     Every group carries `peak_lr`, which `set_lr` scales.
     """
     muon: list[Tensor] = []

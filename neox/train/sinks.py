@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from neox.config import Config
-from neox.files import read_rows, write_atomic
+from neox.system.files import read_rows, write_atomic
 from neox.train.trackers import Guarded, TensorBoard, WeightsAndBiases
 
 Row = Mapping[str, Any]

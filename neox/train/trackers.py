@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from neox.config import Config
-from neox.files import write_atomic
+from neox.system.files import write_atomic
 
 Row = Mapping[str, Any]
 RUNTIME = ("tokens_per_second", "mfu", "mfu_causal", "hfu", "memory", "seconds", "eta", "spent")

@@ -27,36 +27,37 @@ from neox.checkpoint import (
     step_number,
 )
 from neox.config import Config
-from neox.counts import recomputed_share
 from neox.data import Loader, build_datasets
+from neox.data.datasets import check_named
 from neox.data.prefetch import Prefetch
-from neox.files import write_atomic
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
+from neox.model.flops import recomputed_share
 from neox.parallel import Layout, build, layout, whole_model
-from neox.runtime import OtherProcessFailed, Processes, joined_processes, local_device, matmul_flops, peak_memory
+from neox.system.files import write_atomic
+from neox.system.runtime import OtherProcessFailed, Processes, joined_processes, local_device, matmul_flops, peak_memory
 from neox.train.batches import Batches
-from neox.train.corpus import check_named, discard, token_files
+from neox.train.blend_history import began_with
 from neox.train.goodput import Goodput
 from neox.train.loss import cross_entropy
+from neox.train.lr_schedule import lr_factor
 from neox.train.memory import out_of_memory_explained, remembered_allocations
 from neox.train.metrics import Meter, make_row
-from neox.train.mixture import began_with
+from neox.train.norms import copies, norms, update_norms
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
 from neox.train.profile import Profile
-from neox.train.progress import Progress
-from neox.train.run import (
+from neox.train.run_directory import (
     StopSignals,
     begun_by_this_launch,
+    discard,
     is_evaluated,
     note_launch,
     only_writer,
     refuse_existing,
 )
-from neox.train.schedule import lr_factor
 from neox.train.sinks import Sinks, build_sinks
-from neox.train.statistics import copies, norms, update_norms
+from neox.train.state import Progress
 from neox.train.trackers import check_trackers
-from neox.train.watch import Watch
+from neox.train.watchdog import Watch
 
 Number = float | torch.Tensor
 
@@ -368,7 +369,7 @@ class Trainer:
                 discard(config, self.run)
             if not done:  # before the text is tokenized, which may take long: from now on `resume=` continues
                 self._write_config()
-            files = token_files(config, self.run, quiet=self.quiet)
+            files = _token_files(config, self.run, self.quiet)
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
         with self.watch.paused(), processes.first_alone():  # rank 0 writes a large order down, the others map it
             datasets = build_datasets(
@@ -433,3 +434,13 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):
             for hook in self.hooks:
                 hook(self, self.step)
+
+
+def _token_files(config: Config, run: Path, quiet: bool) -> Any:
+    """Token files of the run's data; text is tokenized first.
+
+    The one way from training to `corpus`, imported here because a run on prepared tokens needs none of it.
+    """
+    from neox.corpus.for_training import token_files
+
+    return token_files(config, run, quiet)

@@ -14,10 +14,10 @@ from neox import cli
 from neox.checkpoint import Saver, complete_steps, is_sound, load_tensors
 from neox.checkpoint import writer as writer_module
 from neox.config import CheckpointConfig, Config, ModelConfig, load_config
-from neox.model import GPTNeoX
-from neox.runtime import OtherProcessFailed, Processes
+from neox.model.decoder import GPTNeoX
+from neox.system.runtime import OtherProcessFailed, Processes
 from neox.train import Trainer, build_optimizers
-from tests.checkpoint.test_native import FULL, fill
+from tests.checkpoint.test_steps import FULL, fill
 from tests.parallel.helpers import together
 from tests.train.helpers import (
     TINY,

@@ -11,17 +11,10 @@ import torch
 
 import neox
 from neox import cli
-from neox.checkpoint import (
-    CheckpointError,
-    DamagedCheckpoint,
-    complete_steps,
-    is_sound,
-    load_tensors,
-    read_step,
-)
+from neox.checkpoint import CheckpointError, DamagedCheckpoint, complete_steps, is_sound, load_tensors, read_step
 from neox.checkpoint.checksums import Checksums
 from neox.config import load_config
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 from neox.train import build_optimizers
 from tests.train.helpers import TINY, assert_same_run, cut_back, one_line, rows, tensors, token_pair
 

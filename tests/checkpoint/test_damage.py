@@ -15,7 +15,7 @@ import neox
 from neox.checkpoint import CheckpointError, families, save_step
 from neox.checkpoint.huggingface import save_huggingface
 from neox.config import Config, ModelConfig
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 from tests.checkpoint import released
 from tests.tiny import GPT_J, ours, rewrite_config, theirs, tokens
 

@@ -7,7 +7,7 @@ import torch
 
 import neox
 from neox import cli
-from neox.checkpoint import native, save_step
+from neox.checkpoint import save_step, steps
 from neox.checkpoint.export import convert, parse_bytes
 from neox.config import Config, DataConfig
 from tests.tiny import GPT_J, GPT_NEO, ours, tokens
@@ -56,7 +56,7 @@ def test_transformers_reads_it(tmp_path, step):
 def test_memory_holds_one_shard(tmp_path, step, monkeypatch):
     model, folder = step(num_hidden_layers=6)
     alive, peak = [], 0
-    plain = native.SafeReader.read
+    plain = steps.SafeReader.read
 
     def read(self, tensors, *rest):
         nonlocal peak
@@ -64,7 +64,7 @@ def test_memory_holds_one_shard(tmp_path, step, monkeypatch):
         alive.extend((weakref.ref(tensor), tensor.nbytes) for tensor in tensors.values())
         peak = max(peak, sum(size for tensor, size in alive if tensor() is not None))
 
-    monkeypatch.setattr(native.SafeReader, "read", read)
+    monkeypatch.setattr(steps.SafeReader, "read", read)
     convert(folder, tmp_path / "out", None, SHARD)
     whole = sum(parameter.nbytes for parameter in model.parameters())
     assert sum(size for _, size in alive) == whole > 4 * SHARD

@@ -16,7 +16,7 @@ import neox
 from neox.checkpoint import families
 from neox.checkpoint.huggingface import save_huggingface
 from neox.config import load_config
-from neox.presets import names
+from neox.config.presets import names
 from neox.tokenizer import Tokenizer
 from tests.checkpoint import released
 from tests.tiny import ours, read_by_transformers, relative, theirs, tokens
@@ -218,7 +218,7 @@ FULL_DISK = """
 import json, resource, sys
 import neox
 from neox.config import ModelConfig
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 from neox.tokenizer import Tokenizer
 tokenizer = Tokenizer.from_file(sys.argv[1])
 shape = dict(vocab_size=300, hidden_size=2, num_hidden_layers=1, num_attention_heads=1)

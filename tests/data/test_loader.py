@@ -14,8 +14,8 @@ from neox.config import ModelConfig
 from neox.data import Batch, Loader, TokenDataset, TokenWriter
 from neox.data.loader import IGNORED
 from neox.data.megatron import MegatronDataset
-from neox.model import GPTNeoX
-from tests.data.corpora import documents, sizes_of_documents, write_pair
+from neox.model.decoder import GPTNeoX
+from tests.corpus.corpora import documents, sizes_of_documents, write_pair
 
 FIELDS = ("tokens", "labels", "positions", "segments")
 

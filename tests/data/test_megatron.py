@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from neox.data import TokenFile, megatron
 from neox.data.megatron import MegatronDataset
 from neox.data.split import Documents
-from tests.data.corpora import documents, sizes_of_documents, texts
+from tests.corpus.corpora import documents, sizes_of_documents, texts
 
 
 class Slow:

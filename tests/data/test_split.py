@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from neox.config import ConfigError, DataConfig
 from neox.data.split import bounds, split
-from tests.data.corpora import write_pair
+from tests.corpus.corpora import write_pair
 
 
 @pytest.mark.parametrize(

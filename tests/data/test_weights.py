@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox.config import ConfigError, DataConfig
+from neox.config.pile import COMPONENTS
 from neox.data import TokenFile, build_datasets, megatron
 from neox.data.arrays import cached_arrays, content_key
-from neox.data.build import whole
-from neox.data.pile import COMPONENTS
-from neox.data.sources import Origin, Sources
+from neox.data.datasets import whole
+from neox.data.provenance import Origin, Sources
 from neox.data.weights import blend_weights, by_documents
-from tests.data.corpora import note, write_pair
+from tests.corpus.corpora import note, write_pair
 
 
 @settings(deadline=None)

@@ -5,7 +5,7 @@ import torch
 
 from neox.config import ModelConfig
 from neox.generate import Engine
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 from neox.tokenizer import Tokenizer, train_bpe
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from neox.cache import BLOCK, KVPool
 from neox.generate import Engine, Sampling, naive_generate, prompt_lookup
+from neox.model.cache import BLOCK, KVPool
 from tests.generate.conftest import random_model, small_tokenizer
 from tests.tiny import GPT_J, GPT_NEO
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import neox
-from neox import kernels
 from neox.generate import Sampling, naive_generate
-from neox.generate.bench import measure, report
+from neox.generate.benchmark import measure, report
 from neox.generate.loading import load_engine
 from neox.generate.rate import Rate, bytes_read
-from neox.quantize import PackedLinear
+from neox.quantization import kernels
+from neox.quantization.packed import PackedLinear
 from tests import tiny
 
 GREEDY = Sampling(max_tokens=12, temperature=0, stop_at_eod=False)
@@ -95,7 +95,7 @@ def test_the_rate_and_what_it_is_held_against(folder, monkeypatch):
 
 
 def test_the_table_of_kinds(folder, monkeypatch):
-    monkeypatch.setattr("neox.generate.bench.read_speed", lambda seconds: 20e9)
+    monkeypatch.setattr("neox.generate.benchmark.read_speed", lambda seconds: 20e9)
     source = folder(torch.float16)
     rows = measure(source, ["plain", "int4"], prompt=8, tokens=8)
     assert [row.weights for row in rows] == ["plain", "int4"]

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neox.cache import BLOCK, KVPool
 from neox.generate import DraftModel, Engine, Sampling, distribution, prompt_lookup
+from neox.model.cache import BLOCK, KVPool
 from tests.generate.conftest import random_model
 from tests.tiny import GPT_J, GPT_NEO
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import neox
 from neox.generate import token_logprobs
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 from neox.tokenizer import Tokenizer
 from tests.tiny import ours, relative, tokens
 

@@ -13,9 +13,9 @@ from torch._dynamo.utils import counters
 from neox.config import load_config
 from neox.data import Batch
 from neox.generate import Engine, Sampling
-from neox.model import Block
+from neox.model.decoder import Block
 from neox.parallel import Layout, build, compiles, layout
-from neox.runtime import Processes
+from neox.system.runtime import Processes
 from neox.train import Trainer, cross_entropy
 from tests.parallel.helpers import config
 from tests.train.helpers import TINY
@@ -68,7 +68,7 @@ def test_names_stay_as_they_are():
 PEAK = """
 import sys, torch
 torch.set_num_threads(1)
-from neox.runtime import peak_memory
+from neox.system.runtime import peak_memory
 from tests.parallel.test_blocks import CPU, gradients
 shape = ["hidden_size=256", "num_hidden_layers=8", "num_attention_heads=4", "model.max_position_embeddings=512"]
 gradients()

@@ -14,17 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.parallel.helpers import STEADY, config, fit, together
-from tests.train.helpers import (
-    HANGS,
-    ROOT,
-    TINY,
-    assert_same_run,
-    complete,
-    incomplete,
-    rows,
-    token_pair,
-    wait_for,
-)
+from tests.train.helpers import HANGS, ROOT, TINY, assert_same_run, complete, incomplete, rows, token_pair, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds ranks in /proc")]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")

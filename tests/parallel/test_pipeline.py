@@ -8,11 +8,11 @@ import torch
 
 from neox.checkpoint import complete_steps
 from neox.config import Config, load_config
-from neox.counts import forward_flops, parameters
 from neox.data.loader import IGNORED
+from neox.model.flops import forward_flops, parameters
 from neox.parallel import Layout, pipeline
 from neox.parallel.pipeline import check_pipeline, layers_of_stages, rank_of_stage, stages_of_rank
-from neox.runtime import OtherProcessFailed, Processes
+from neox.system.runtime import OtherProcessFailed, Processes
 from neox.train import Trainer
 from tests.parallel.helpers import compare, config, cut, fit, together
 from tests.train.helpers import TINY, rows, tensors, token_pair

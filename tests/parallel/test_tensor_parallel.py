@@ -18,10 +18,10 @@ from benchmarks.communication import Recorder
 from neox.checkpoint import read_step
 from neox.config import ConfigError, load_config
 from neox.parallel import build, layout
-from neox.parallel.plan import plan
-from neox.runtime import Processes
+from neox.parallel.tp_plan import plan
+from neox.system.runtime import Processes
 from neox.train import cross_entropy
-from neox.train.run import run_config
+from neox.train.run_directory import run_config
 from tests.parallel.helpers import compare, config, cut, fit, together
 from tests.train.helpers import ROOT, TINY, complete, rows, tensors
 

@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
 from neox.config import load_config
-from neox.counts import parameters
+from neox.model.flops import parameters
 from neox.parallel import build, layout
-from neox.parallel.shard import shard
-from neox.runtime import Processes
+from neox.parallel.fsdp import shard
+from neox.system.runtime import Processes
 from neox.train import cross_entropy
 from tests.train.helpers import ROOT
 

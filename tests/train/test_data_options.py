@@ -137,7 +137,7 @@ def test_weights_changed_on_resume_hold_from_there_on(tmp_path, order):
 
 
 def test_a_change_of_weights_can_be_taken_back_at_its_step():
-    from neox.train.mixture import phases
+    from neox.train.blend_history import phases
 
     assert phases([[0, [1, 2]]], (1.0, 2.0), 8) == [(0, (1.0, 2.0))]
     once = phases([[0, [1, 2]]], (5.0, 2.0), 8)
@@ -155,7 +155,7 @@ def test_samples_are_counted_where_no_checkpoint_told(tmp_path):
     fit(tmp_path, both, "steps=6", out="run")
     cut_back(tmp_path / "run", tmp_path / "again", 3)
     from neox.data import Loader, build_datasets
-    from neox.train.mixture import Account
+    from neox.train.blend_history import Account
 
     settings = config(tmp_path, both)
     loader = Loader(build_datasets(settings.data, settings.data.train, [], settings.train.seed, 24).train, 4)

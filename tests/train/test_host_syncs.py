@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from neox.checkpoint import fill_state
 from neox.config import load_config
 from neox.data import Batch
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 from neox.parallel import Layout, build
-from neox.runtime import Processes
+from neox.system.runtime import Processes
 from neox.train import Trainer, build_optimizers
 from neox.train.goodput import Goodput
 from neox.train.metrics import Meter
-from neox.train.progress import Progress
+from neox.train.state import Progress
 from tests.train.helpers import TINY, token_pair
 
 CPU = torch.device("cpu")

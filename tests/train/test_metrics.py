@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neox import counts
 from neox.config import ModelConfig, load_config
+from neox.model import flops
 from neox.train.metrics import Meter, make_row
 
 
@@ -29,7 +29,7 @@ def test_a_row_by_hand():
     config = load_config(overrides=["steps=100", "global_batch_size=16", "seq_length=128", "hidden_size=64"])
     found = row(config)
     model = config.model
-    n, c, layers, length = counts.parameters(model).non_embedding, 64, model.num_hidden_layers, 128
+    n, c, layers, length = flops.parameters(model).non_embedding, 64, model.num_hidden_layers, 128
     full = 6 * (n + model.vocab_size * c) + 12 * layers * c * length
     causal = full - 12 * layers * c * (length - (length + 1) / 2)
     rate = 16 * 128 / 0.5
@@ -72,7 +72,7 @@ def test_recomputed_flops_are_those_of_the_megatron_paper_and_of_gpt_neox():
     layers, width, length, vocab = 44, 6144, 2048, 50432
     megatron = 96 * layers * width**2 * (1 + length / (6 * width) + vocab / (16 * layers * width))
     vectors = 8 * (13 * layers * width + 2 * width)  # of biases and norms, which the paper leaves out
-    assert counts.train_flops_per_token(model, length, recomputed=1.0) == pytest.approx(megatron + vectors, rel=1e-12)
+    assert flops.train_flops_per_token(model, length, recomputed=1.0) == pytest.approx(megatron + vectors, rel=1e-12)
     assert megatron * 1538 * 2048 == pytest.approx(0.5353e18, rel=2e-3)
 
 
@@ -81,7 +81,7 @@ def test_recomputed_flops_are_those_of_our_own_model(kind):
     """Counted by torch, which does not see fused attention; full recomputation stops before a block's last product."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from neox.model import GPTNeoX
+    from neox.model.decoder import GPTNeoX
     from neox.parallel import checkpoint_blocks
 
     config = ModelConfig(vocab_size=96, hidden_size=64, num_hidden_layers=3)
@@ -92,11 +92,11 @@ def test_recomputed_flops_are_those_of_our_own_model(kind):
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, tokens, dtype=torch.long)).sum().backward()
         found[mode] = counter.get_total_flops()
-    share = counts.recomputed_share(config, tokens, kind)
-    once, more = (counts.train_flops_per_token(config, tokens, recomputed=s) for s in (0.0, share))
+    share = flops.recomputed_share(config, tokens, kind)
+    once, more = (flops.train_flops_per_token(config, tokens, recomputed=s) for s in (0.0, share))
     unseen = 0.0
     if kind == "full":
-        vectors = counts.parameters(config).non_embedding - 3 * 12 * 64**2
+        vectors = flops.parameters(config).non_embedding - 3 * 12 * 64**2
         unseen = 2 * vectors + 3 * (2 * 64 * 256 + 4 * 64 * tokens)
     assert (more - once - unseen) * tokens == pytest.approx(found[kind] - found["none"], abs=1e-3)
 
@@ -129,7 +129,7 @@ def test_training_flops_are_those_torch_counts(checkpointed):
         theirs(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).logits.sum().backward()
     # The counter sees matrix products only; the convention charges 2 FLOPs a pass for biases and norms as well.
     vectors = sum(weight.numel() for weight in theirs.parameters() if weight.ndim == 1)
-    ours = counts.train_flops_per_token(model, tokens, recomputed=float(checkpointed)) * tokens
+    ours = flops.train_flops_per_token(model, tokens, recomputed=float(checkpointed)) * tokens
     assert ours - 2 * vectors * tokens * (4 if checkpointed else 3) == pytest.approx(
         counter.get_total_flops(), abs=1e-3
     )

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from neox.analysis.samples import SampleHook
 from neox.config import load_config
-from neox.inspect.samples import SampleHook
 from neox.train import Trainer, run_config
 from neox.train.metrics import read_rows
 from neox.train.sinks import ConsoleSink, JsonlSink, build_sinks, visible

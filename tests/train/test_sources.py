@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from neox import cli
-from neox.data import prepare
+from neox.corpus import prepare
 from neox.tokenizer import Tokenizer
 from tests.train.helpers import TINY, one_line, rows
 

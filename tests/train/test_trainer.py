@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from neox.config import load_config
 from neox.data import Loader, TokenDataset, TokenWriter
-from neox.model import GPTNeoX
+from neox.model.decoder import GPTNeoX
 from neox.train import Trainer, lr_factor
 from neox.train.metrics import read_rows
 from tests.train.helpers import TINY, VOCAB, complete, rows, tensors, token_pair

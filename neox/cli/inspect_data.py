@@ -1,0 +1,195 @@
+"""`neox inspect data`: what a run has read, or would read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neox.cli.verb import UsageError, resolve, taken
+from neox.system.console import aligned
+
+if TYPE_CHECKING:
+    from neox.analysis.sample_inspector import Reading
+
+OWN = ("step", "row", "find", "document", "export", "until", "limit", "out", "tokenizer")
+SHOWN = 60  # characters of a text in a table
+
+
+def inspect_data(targets: list[str], options: list[str]) -> None:
+    """What a run reads: the documents of a step, a string in the training data, the steps of a document.
+
+    neox inspect data RUN_DIR [key=value ...]
+    neox inspect data [PRESET] [FILE.toml ...] data.train=PREFIX [section.key=value ...] [key=value ...]
+
+    Works without a run too, from what its config would be. Steps count as in the logs: step 1 is the
+    first. Without any of the first five options it tells what was read of each component.
+
+    Options:
+      step=N            the documents in that step, decoded, with source and component
+      row=R             of step=N only this row, and all of its text
+      find=TEXT         where TEXT stands in what was read, and in which steps
+      document=I        the steps and epochs that read document I; FILE:I where there are several files
+      export=PREFIX     the order as gpt-neox's PREFIX_..._{doc,sample,shuffle}_idx.npy
+      until=N           only what steps 1 to N read (default: all that the run has done)
+      limit=20          find stops after so many places; 0: after none
+      out=step.html     of step=N a page; .npy: its rows of seq_length + 1 tokens
+      tokenizer=FILE    where none is beside the data
+
+    Examples:
+      neox inspect data runs/first step=100
+      neox inspect data runs/first step=100 out=step100.html
+      neox inspect data runs/first find='the Higgs boson' until=5000
+      neox inspect data runs/first document=17
+      neox inspect data pythia-160m data.train=document data.order=preshuffled step=1 out=step1.npy
+    """
+    own, rest = taken(options, OWN)
+    asked = [key for key in OWN[:5] if key in own and key != "row"]
+    if len(asked) > 1:
+        raise UsageError(f"inspect data answers one question at a time, not {' and '.join(asked)}")
+    if ("row" in own or "out" in own) and "step" not in own:
+        raise UsageError("row= and out= belong to step=N")
+    numbers = {key: _number(own, key) for key in ("step", "row", "until", "limit") if key in own}
+    out = Path(own["out"]) if "out" in own else None
+    if out and out.suffix not in (".html", ".npy"):
+        raise ValueError(f"out={out}: must end in .html (a page) or .npy (rows of tokens)")
+
+    from neox.analysis.sample_inspector import of_config, of_run
+
+    if len(targets) == 1 and Path(targets[0]).is_dir():
+        if rest:
+            raise UsageError(f"{rest[0]}: a run keeps its config; options of inspect data are {', '.join(OWN)}")
+        reading = of_run(Path(targets[0]), own.get("tokenizer"))
+    else:
+        reading = of_config(resolve(targets, rest), own.get("tokenizer"))
+    until = numbers.get("until", reading.last)
+    if "step" in own:
+        _step(reading, numbers["step"], numbers.get("row"), out)
+    elif "find" in own:
+        _find(reading, own["find"], until, numbers.get("limit", 20))
+    elif "document" in own:
+        _document(reading, own["document"], until)
+    elif "export" in own:
+        _export(reading, Path(own["export"]), until)
+    else:
+        _portions(reading, until)
+
+
+def _number(own: dict[str, str], key: str) -> int:
+    if not own[key].isdecimal():
+        raise ValueError(f"{key}={own[key]}: must be a whole number")
+    return int(own[key])
+
+
+def _step(reading: Reading, step: int, row: int | None, out: Path | None) -> None:
+    import numpy as np
+
+    from neox.analysis.step_page import write_step_page
+    from neox.system.files import write_whole
+
+    rows = list(reading.rows(step, None if row is None else [row]))
+    title = f"step {step}: {len(rows)} rows of {reading.dataset.seq_length + 1} tokens, from sample {rows[0].sample} on"
+    if out and out.suffix == ".html":
+        write_step_page(out, rows, title)
+        print(f"{out}: open it in a browser")
+    elif out:
+        tokens = np.stack([found.tokens for found in rows])
+        write_whole(out, lambda file: np.save(file, tokens))
+        print(f"{out}: written")
+    elif row is not None:
+        print(title)
+        for found in rows:
+            for stretch in found.stretches:
+                known = ", ".join([*stretch.origin.known, stretch.name])
+                print(f"\n--- {known}, from token {stretch.piece.offset} on:")
+                print(_plain(stretch.text))
+    else:
+        print(title)
+        table = [("row", "sample", "tokens", "document", "component", "source", "text")]
+        for found in rows:
+            table += [
+                (
+                    str(found.row),
+                    str(found.sample),
+                    str(stretch.piece.tokens),
+                    stretch.name,
+                    stretch.origin.component or "-",
+                    stretch.origin.source or "-",
+                    _short(stretch.text),
+                )
+                for stretch in found.stretches
+            ]
+        print(*aligned(table, ">>><<<<"), sep="\n")
+
+
+def _find(reading: Reading, text: str, until: int, limit: int) -> None:
+    from neox.analysis.search import Search
+    from neox.system.files import byte_progress
+
+    count, search = 0, Search(reading, text, until)
+    with byte_progress(sys.stderr.isatty()) as bar:
+        task = bar.add_task("find", total=search.size)
+        for hit in search.hits(lambda done: bar.advance(task, done)):
+            count += 1
+            stretch = reading.stretch(hit.piece)
+            where = ", ".join([f"{stretch.name} at token {hit.piece.offset}", *stretch.origin.known])
+            bar.console.print(where, *_places(hit.places), sep="\n", markup=False, highlight=False, soft_wrap=True)
+            if count == limit:
+                break
+    more = f", the first {limit}: limit=0 finds all" if count == limit and limit else ""
+    print(f"{count} places in what steps 1 to {until} read{more}")
+
+
+def _document(reading: Reading, name: str, until: int) -> None:
+    piece = reading.document(name)
+    stretch = reading.stretch(piece)
+    print(", ".join([stretch.name, f"{piece.tokens} tokens", *stretch.origin.known, _short(stretch.text)]))
+    places = reading.places(piece, until)
+    for line in _places(places):
+        print(line)
+    steps = len({step for step, _, _ in places})
+    print(f"seen in {steps} of steps 1 to {until}")
+
+
+def _places(places: Sequence[tuple[int, int, int]]) -> list[str]:
+    return [f"  step {step}, row {row}, epoch {epoch}" for step, row, epoch in places]
+
+
+def _export(reading: Reading, out: Path, until: int) -> None:
+    from neox.data.order_files import export_order
+
+    samples = reading.samples_before(until)
+    for path in export_order(reading.dataset, samples, reading.config.train.seed, out):
+        print(f"{path}: written")
+
+
+def _portions(reading: Reading, until: int) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from neox.analysis.search import portions
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("steps", total=until)
+        found = portions(reading, until, lambda done: bar.advance(task, done))
+    read = sum(portion.tokens for portion in found) or 1
+    print(f"steps 1 to {until}:")
+    table = [("file", "component", "tokens", "share", "epochs")]
+    for portion in sorted(found, key=lambda portion: -portion.tokens):
+        name = portion.component or "-"
+        share = f"{100 * portion.tokens / read:.2f} %"
+        table.append((portion.file, name, f"{portion.tokens:,}", share, f"{portion.epochs:.3f}"))
+    print(*aligned(table, "<<>>>"), sep="\n")
+
+
+def _plain(text: str) -> str:
+    """Text that does not steer the terminal."""
+    from neox.train.sinks import visible
+
+    return visible(text)
+
+
+def _short(text: str) -> str:
+    line = _plain(" ".join(text.split()))
+    return line if len(line) <= SHOWN else line[: SHOWN - 1] + "…"

@@ -1,0 +1,28 @@
+"""Options: typed, validated, frozen; presets; no torch."""
+
+from neox.config.config import Config, load_config, without_code
+from neox.config.options import SECTIONS, ConfigError, Section
+from neox.config.sections.data import DataConfig, TokenizerConfig
+from neox.config.sections.model import ModelConfig
+from neox.config.sections.training import OptimConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from neox.config.sections.usage import CheckpointConfig, EvalConfig, GenerateConfig, LogConfig
+
+__all__ = [
+    "SECTIONS",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "ScheduleConfig",
+    "Section",
+    "TokenizerConfig",
+    "TrainConfig",
+    "load_config",
+    "without_code",
+]

@@ -1,0 +1,124 @@
+"""The shape of the model."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from neox.config.options import Section
+from neox.config.sections.types import Fraction, Ints, NotNegative, OptionalFloat, OptionalInt, Positive
+
+
+class ModelConfig(Section):
+    """The decoder's shape, in the names of Hugging Face's GPTNeoX config, plus flags for GPT-J and GPT-Neo."""
+
+    model_type: Literal["gpt_neox", "gptj", "gpt_neo"] = "gpt_neox"
+    """Family whose names and file layout a Hugging Face export uses."""
+    vocab_size: Positive = 8192
+    """Rows of the embedding and of the head, padding rows included."""
+    hidden_size: Positive = 256
+    """Width of the residual stream."""
+    num_hidden_layers: Positive = 4
+    """Number of blocks."""
+    num_attention_heads: Positive = 4
+    """Heads per block; they split hidden_size evenly."""
+    intermediate_size: OptionalInt = Field(default=None, gt=0)
+    """Width inside the MLP; none = 4 * hidden_size."""
+    hidden_act: Literal["gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh"] = "gelu"
+    """gelu is exact (erf); the other three are names of one tanh approximation."""
+    max_position_embeddings: Positive = 2048
+    """Longest context, in tokens."""
+    rotary_pct: float = Field(default=0.25, ge=0, le=1)
+    """Fraction of each head's dims that is rotated."""
+    rotary_emb_base: float = Field(default=10000.0, gt=0)
+    """Base of the geometric sequence of rotary frequencies."""
+    layer_norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the variance in every layer norm."""
+    use_parallel_residual: bool = True
+    """x + attention(ln1(x)) + mlp(ln2(x)) if true, else one after the other."""
+    tie_word_embeddings: bool = False
+    """The head uses the embedding's weight."""
+    init_method: Literal["small_init", "normal"] = "small_init"
+    """small_init: std sqrt(2/(5h)), residual outputs 2/(L sqrt(h)). normal: initializer_range, residual outputs
+    scaled by 1/sqrt(2L)."""
+    initializer_range: float = Field(default=0.02, gt=0)
+    """Standard deviation that init_method = "normal" draws with."""
+    mup_base_width: OptionalInt = Field(default=None, gt=0)
+    """muP: weights and AdamW's rates are those of a model so wide (of this one's head_dim, depth and MLP ratio) and
+    follow the width from there: what is tuned on it holds here. none = standard. See docs/width_transfer.md."""
+    position_embedding: Literal["rotary", "learned"] = "rotary"
+    """How positions enter: rotated queries and keys, or a learned table."""
+    shared_layer_norm: bool = False
+    """Attention and MLP read one layer norm (GPT-J) in place of two."""
+    qkv_bias: bool = True
+    """Bias on the fused query-key-value projection."""
+    dense_bias: bool = True
+    """Bias on the attention's output projection."""
+    mlp_bias: bool = True
+    """Biases on both MLP projections."""
+    head_bias: bool = False
+    """Bias on the output head."""
+    attention_scale: OptionalFloat = Field(default=None, gt=0)
+    """Factor on the attention scores; none = head_dim ** -0.5."""
+    local_window: NotNegative = 0
+    """In local layers, position i sees only the local_window positions i - local_window < j <= i."""
+    local_layers: Ints = ()
+    """Numbers (from 0) of the layers that attend locally."""
+    hidden_dropout: Fraction = 0.0
+    """In training, fraction of each branch's output that is zeroed before it joins the residual stream."""
+    attention_dropout: Fraction = 0.0
+    """In training, fraction of the attention's probabilities that are zeroed."""
+    embedding_dropout: OptionalFloat = Field(default=None, ge=0, lt=1)
+    """In training, fraction of the embedding's output that is zeroed; none = hidden_dropout."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated dims per head, rounded down as Hugging Face does; 0 without rotary positions."""
+        return int(self.head_dim * self.rotary_pct) if self.position_embedding == "rotary" else 0
+
+    @property
+    def ffn_size(self) -> int:
+        """Width inside the MLP."""
+        return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def dropout(self) -> tuple[float, float, float]:
+        """Fractions zeroed in training: of the embedding, of each branch's output, of the attention's probabilities."""
+        embedding = self.hidden_dropout if self.embedding_dropout is None else self.embedding_dropout
+        return embedding, self.hidden_dropout, self.attention_dropout
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on the attention scores."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size: {self.hidden_size} does not split into {self.num_attention_heads} heads")
+        if self.mup_base_width and self.mup_base_width % self.head_dim:
+            raise ValueError(
+                f"mup_base_width: {self.mup_base_width} does not split into heads of {self.head_dim}, this model's "
+                "head_dim, which the base model shares: choose a multiple of it"
+            )
+        if self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_pct: {self.rotary_pct} of {self.head_dim} dims per head rotates {self.rotary_dim}, "
+                "which must be even"
+            )
+        if self.shared_layer_norm and not self.use_parallel_residual:
+            raise ValueError("shared_layer_norm: needs use_parallel_residual = true")
+        outside = [n for n in self.local_layers if not 0 <= n < self.num_hidden_layers]
+        if outside:
+            raise ValueError(f"local_layers: no layer {outside[0]}, they are 0 to {self.num_hidden_layers - 1}")
+        if len(set(self.local_layers)) < len(self.local_layers):
+            raise ValueError("local_layers: names a layer twice")
+        if self.local_layers and not self.local_window:
+            raise ValueError("local_window: must be at least 1 where local_layers are given")
+        return self

@@ -1,0 +1,74 @@
+"""The shards of `prepare` as tasks of datatrove's executors: one machine, SLURM or Ray; the parts are the same ones.
+
+    begin(sources, out, tokenizer)                                   # where all hosts see the sources and the output
+    SlurmPipelineExecutor([TokenizeShards(out)], tasks=500, ...).run()
+    neox prepare SOURCE... out=OUT tokenizer=...                     # makes what is missing still, and joins
+
+A part is a file with a marker (see `plan`), so a task that is killed, or run twice, does no harm, and the output does
+not depend on the number of tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from neox.corpus.encode import Backend
+from neox.corpus.plan import Parts, Plan
+from neox.corpus.preparation import settings_of
+from neox.corpus.readers import Faults, OnError, find_sources
+from neox.corpus.readers.faults import optional
+from neox.corpus.worker import Work, make_part
+from neox.tokenizer import Tokenizer
+
+PipelineStep: Any = optional("datatrove.pipeline.base", "neox.corpus.cluster", "cluster").PipelineStep
+
+
+def begin(
+    sources: Sequence[str | Path],
+    out_prefix: str | Path,
+    tokenizer: Tokenizer,
+    text_key: str = "text",
+    append_eod: bool = True,
+    on_error: OnError = "fail",
+    special_in_text: Literal["token", "text"] = "token",
+) -> int:
+    """Write the plan that the tasks work by; a plan that is there goes on. Returns how many shards it has.
+
+    Raises what `prepare` raises on its sources, on parts of other settings, and while another run holds the output.
+    """
+    plan = Plan.of(
+        find_sources(sources, text_key, on_error), settings_of(tokenizer, text_key, append_eod, special_in_text)
+    )
+    parts = Parts(out_prefix)
+    with parts.locked():
+        parts.begin(plan, tokenizer, Faults(on_error))
+    return len(plan.shards)
+
+
+class TokenizeShards(PipelineStep):
+    """Makes the parts of every `world_size`-th shard, from shard `rank` on; those that are whole already stay."""
+
+    name = "tokenize shards"
+    type = "TOKENIZER"
+
+    def __init__(self, out_prefix: str | Path, on_error: OnError = "fail", backend: Backend = "auto") -> None:
+        super().__init__()
+        self.out_prefix, self.on_error, self.backend = str(out_prefix), on_error, backend
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        """Passes on what it is given. Raises what `make_part` raises, and ValueError where there is no plan."""
+        yield from data or ()
+        parts = Parts(self.out_prefix)
+        if not parts.plan_file.exists():
+            raise ValueError(f"{parts.plan_file}: no such plan; call neox.corpus.cluster.begin first")
+        with parts.locked(shared=True):
+            plan = Plan.read(parts.plan_file)
+            tokenizer = Tokenizer.from_file(parts.folder / "tokenizer.json")
+            work = Work.of(plan, tokenizer, self.backend)
+            for shard in plan.shards[rank::world_size]:
+                with self.track_time("shard"):
+                    make_part(parts, work, shard, self.on_error, lambda done: None)
+                self.stat_update("shards")
+                self.stat_update("bytes", value=shard.size, unit="shard")

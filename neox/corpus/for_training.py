@@ -1,0 +1,133 @@
+"""From what `data.train` and `data.valid` name to token files: prefixes as they are, text tokenized into the run."""
+
+import json
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neox.config import Config
+from neox.corpus import prepare, read_documents
+from neox.corpus.readers import find_sources
+from neox.data.datasets import check_named
+from neox.data.token_file import pair
+from neox.tokenizer import Tokenizer, train_bpe
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    train: list[Path]
+    valid: list[Path]
+
+
+def _is_prefix(name: str) -> bool:
+    """Also where half of the pair is missing: to be read as text is not what its user meant."""
+    return name.endswith((".bin", ".idx")) or Path(f"{name}.idx").exists() or Path(f"{name}.bin").exists()
+
+
+def _whole(prefix: Path) -> bool:
+    return prefix.with_suffix(".idx").exists()
+
+
+def named_files(config: Config, run: Path) -> list[tuple[str, str, Path]]:
+    """Of each entry of data.train and data.valid: which of the two, its name, the prefix of its tokens in this run."""
+    return [
+        (kind, name, Path(name) if _is_prefix(name) else run / "data" / f"{kind}-{number}")
+        for kind, names in (("train", config.data.train), ("valid", config.data.valid))
+        for number, name in enumerate(names)
+    ]
+
+
+def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
+    """Prefixes of .bin/.idx pairs for training and held-out text.
+
+    Text (files, folders, data sets: see `find_sources`) is tokenized into RUN/data once, with `tokenizer.path`, or
+    with a tokenizer that is trained on the training text. The tokenizer goes to RUN/tokenizer.json, so that the run is
+    complete in itself. What could not be read and was left out is said on stderr.
+    Raises ValueError where the model has fewer vocabulary rows than the tokenizer or the data need, where RUN/data
+    was made from other text, and where one tokenizer cannot have made all of the data.
+    """
+    check_named(config)
+    data, wanted = config.data, named_files(config, run)
+    text = {name for _, name, _ in wanted if not _is_prefix(name)}
+    for kind in ("train", "valid"):
+        absent = [name for k, name, prefix in wanted if (k, name in text) == (kind, True) and not _whole(prefix)]
+        if absent:  # reads no text yet: a file that is missing is missed at once
+            find_sources(absent, data.text_key, data.on_error)
+    tokenizer = _tokenizer(config, run, bool(text), quiet)
+    if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}: "
+            f"set model.vocab_size={tokenizer.padded_vocab_size()}"
+        )
+    found: dict[str, list[Path]] = {"train": [], "valid": []}
+    for kind, name, prefix in wanted:
+        if name in text and not _whole(prefix):
+            assert tokenizer is not None
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            report = prepare(
+                name,
+                prefix,
+                tokenizer,
+                data.text_key,
+                data.append_eod,
+                not quiet,
+                data.on_error,
+                data.special_in_text,
+                data.backend,
+                data.workers,
+                **data.cleaning,
+            )
+            for line in report.left_out():
+                print(f"{name}: {line}", file=sys.stderr)
+        noted = _manifest(prefix)
+        sources = [source["path"] for source in noted.get("sources", [])]
+        if name in text and sources not in ([], [name]):
+            raise ValueError(
+                f"{prefix}: holds the tokens of {sources[0]}, data.{kind} names {name}: a run keeps its text, "
+                "choose another out="
+            )
+        if tokenizer and noted and noted["tokenizer_sha256"] != tokenizer.sha256:
+            raise ValueError(
+                f"{prefix}: made with another tokenizer than {run / 'tokenizer.json'}: "
+                "set tokenizer.path to the one it was made with, or prepare it again"
+            )
+        if noted.get("vocab_size", 0) > config.model.vocab_size:
+            raise ValueError(
+                f"{prefix}: made with {noted['vocab_size']} tokens, model.vocab_size is {config.model.vocab_size}: "
+                f"set model.vocab_size={noted['vocab_size']} or more"
+            )
+        found[kind].append(prefix)
+    return TokenFiles(found["train"], found["valid"])
+
+
+def _manifest(prefix: Path) -> dict[str, Any]:
+    """What `prepare` noted beside a pair; empty where another program wrote it."""
+    with suppress(OSError, ValueError):
+        noted = json.loads(pair(prefix)[0].with_suffix(".json").read_bytes())
+        if isinstance(noted, dict) and "tokenizer_sha256" in noted:
+            return noted
+    return {}
+
+
+def _tokenizer(config: Config, run: Path, needed: bool, quiet: bool) -> Tokenizer | None:
+    kept = run / "tokenizer.json"
+    if kept.exists():
+        return Tokenizer.from_file(kept)
+    beside = Path(f"{config.data.train[0]}-tokenizer.json")  # where `neox prepare` leaves the one it trained
+    if config.tokenizer.path:
+        tokenizer = Tokenizer.from_file(config.tokenizer.path)
+    elif beside.exists():
+        tokenizer = Tokenizer.from_file(beside)
+    elif needed:
+        if made := next((name for name in config.data.train if _is_prefix(name)), None):
+            raise ValueError(
+                f"{made}: is tokens already, and the text beside it needs the same tokenizer: set tokenizer.path"
+            )
+        documents = read_documents(config.data.train, config.data.text_key, config.data.on_error)
+        tokenizer = train_bpe(documents, progress=not quiet, **config.tokenizer.training)
+    else:
+        return None
+    tokenizer.save(kept)
+    return tokenizer

@@ -1,0 +1,1 @@
+"""The Pile: its release, components, statistics and datasheet."""

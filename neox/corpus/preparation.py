@@ -1,0 +1,317 @@
+"""Corpora to one `.bin`/`.idx` pair, with a manifest that says what went in: plan, parts by all cores, one pair."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from neox.corpus.clean.cleaning import Cleaning, removed_lines
+from neox.corpus.clean.dedup import Method
+from neox.corpus.encode import Backend
+from neox.corpus.plan import Parts, Plan
+from neox.corpus.pool import each
+from neox.corpus.readers import Faults, OnError, Skipped, Source, find_sources
+from neox.corpus.readers.faults import SHOWN
+from neox.corpus.skipped import SkipReport
+from neox.corpus.worker import Counts, Work, make_part, tokenize
+from neox.data.token_file import TokenFile, TokenWriter, pair, token_dtype
+from neox.system.files import byte_progress
+from neox.system.machine import available_cores
+from neox.tokenizer import END_OF_TEXT, Tokenizer
+
+JOINED = 1 << 22  # bytes of a part that are held at once
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` did."""
+
+    prefix: str
+    """Output prefix: `<prefix>.bin`, `.idx` and `.json` were written."""
+    documents: int
+    bytes: int
+    """UTF-8 bytes of the documents' text."""
+    tokens: int
+    """Tokens written, end-of-document tokens included."""
+    empty: int
+    """Documents left out because they hold no text."""
+    skipped: dict[str, Skipped]
+    """What could not be read and was left out, by reason; nothing unless `on_error` is "skip"."""
+    removed: dict[str, Any]
+    """What was left out as a repeat or for its overlap with evaluation sets: what `Cleaning.finish` counted."""
+    seconds: float
+    done_before: bool = False
+    """Whether an earlier call had done all of it, and this one nothing."""
+
+    def left_out(self) -> list[str]:
+        """Lines for a user: the documents that were left out, by reason, with the first places; none where none was."""
+        lines = [f"left out: {self.empty:,} empty"] if self.empty else []
+        for reason, skipped in self.skipped.items():
+            lines += [f"left out: {skipped.documents:,} {reason}", *(f"  {place}" for place in skipped.first)]
+        if self.skipped:
+            lines.append(f"all of it: {self.prefix}.skipped.jsonl")
+        return lines + removed_lines(self.removed, f"{self.prefix}.removed.jsonl")
+
+
+def prepare(
+    sources: str | Path | Sequence[str | Path],
+    out_prefix: str | Path,
+    tokenizer: Tokenizer,
+    text_key: str = "text",
+    append_eod: bool = True,
+    progress: bool = True,
+    on_error: OnError = "fail",
+    special_in_text: Literal["token", "text"] = "token",
+    backend: Backend = "auto",
+    workers: int = 0,
+    dedup: Method | None = None,
+    decontaminate: Sequence[str] = (),
+    components: bool = False,
+) -> PrepareReport:
+    """Encode the documents of `sources`, in order, into `<out_prefix>.bin`/`.idx`, plus `<out_prefix>.json`.
+
+    A source is a file, a folder, a saved data set or one of the hub: see `find_sources`. What cannot be read raises,
+    or with `on_error="skip"` is left out, counted by reason in the report and the manifest, with the first places, and
+    listed in `<out_prefix>.skipped.jsonl`.
+
+    With `append_eod` each document ends in `<|endoftext|>`. Where its text spells out a special token, that becomes the
+    token, or with `special_in_text="text"` text like any other.
+
+    The work is cut into shards (see `neox.corpus.shards`), by the sources alone. Of several, each becomes a part in
+    `<out_prefix>.parts`, in `workers` processes (0: one a core); then the parts are joined and removed. A call that was
+    killed is continued by the same call; after one that finished, it reads no text but that of the evaluation sets, to
+    know that they are the same. The files do not depend on `workers` nor on `backend`, which library encodes (see
+    `neox.corpus.encode`). All of them appear at the end, or none does; files of an earlier run stay whole until then.
+
+    `dedup` leaves out what repeats an earlier document, `decontaminate` the text of evaluation sets (see
+    `corpus.clean.cleaning`); what went and why is in `<out_prefix>.removed.jsonl`. With `components` each document's
+    `meta.pile_set_name` is noted for `corpus.pile.components.count_components`.
+
+    Raises FileNotFoundError or ValueError (file, line, what to do) on input that cannot be read, most of it before
+    anything is read, on a file that changes meanwhile, on a corpus without text, on parts of other settings, and while
+    another call writes the same output; OSError naming the file when it cannot be read or written.
+    """
+    started = time.monotonic()
+    settings = settings_of(tokenizer, text_key, append_eod, special_in_text)
+    manifest_file = pair(out_prefix)[0].with_suffix(".json")
+    _check_manifest(manifest_file)
+    # All of them before the first is read: the tenth file's typing error should not cost an hour.
+    found = find_sources(sources, text_key, on_error)
+    if components:
+        settings["components"] = str(manifest_file.with_suffix(".components"))
+    plan = Plan.of(found, settings)
+    cleaning = None
+    if dedup or decontaminate:
+        folder = manifest_file.with_suffix(".cleaning")
+        cleaning = Cleaning.of(plan, folder, dedup, decontaminate, on_error)
+        plan = replace(plan, settings={**settings, "cleaning": cleaning.settings})
+    if done := _finished(out_prefix, plan, on_error):
+        return _report(out_prefix, done, started, done_before=True)
+    pair(out_prefix)[0].parent.mkdir(parents=True, exist_ok=True)
+    count = workers or available_cores()
+    held = cleaning.found(count, progress) if cleaning else nullcontext()
+    with held, SkipReport(out_prefix) as report:
+        faults = Faults(on_error, report)
+        for fault in (fault for source in found for fault in source.strangers()):
+            faults.add(fault)
+        job = _Job(
+            found, plan, Path(out_prefix), tokenizer, on_error, backend, count, progress, report, faults, cleaning
+        )
+        alone = len(plan.shards) == 1 and not Parts(out_prefix).plan_file.exists()
+        noted = job.at_once() if alone else job.by_parts()
+        if cleaning:
+            cleaning.forget()
+    return _report(out_prefix, noted, started)
+
+
+def settings_of(
+    tokenizer: Tokenizer, text_key: str, append_eod: bool, special_in_text: Literal["token", "text"]
+) -> dict[str, Any]:
+    """The settings of a plan. Raises ValueError where documents cannot end as they should."""
+    if append_eod and tokenizer.eod_id is None:
+        raise ValueError(f"the tokenizer has no {END_OF_TEXT} token to end documents with; set data.append_eod=false")
+    return {
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "text_key": text_key,
+        "append_eod": append_eod,
+        "special_in_text": special_in_text,
+    }
+
+
+@dataclass(frozen=True)
+class _Job:
+    sources: list[Source]
+    plan: Plan
+    out: Path
+    tokenizer: Tokenizer
+    on_error: OnError
+    backend: Backend
+    workers: int
+    progress: bool
+    report: SkipReport
+    faults: Faults
+    cleaning: Cleaning | None
+
+    @property
+    def total(self) -> float | None:
+        """Bytes to read, where all sources say."""
+        sizes = [source.size for source in self.sources if source.size is not None]
+        return sum(sizes) if len(sizes) == len(self.sources) else None
+
+    def at_once(self) -> dict[str, Any]:
+        """One shard, straight into the output. Returns the manifest."""
+        work = Work.of(self.plan, self.tokenizer, self.backend)
+        with self.writer() as writer, byte_progress(self.progress) as bar:
+            task = bar.add_task(f"prepare ({work.encoder.backend})", total=self.total)
+            counts = tokenize(work, self.plan.shards[0], writer, self.faults, partial(bar.advance, task))
+            if self.total is not None:
+                bar.update(task, completed=self.total)
+            return self.finish(writer, counts)
+
+    def by_parts(self) -> dict[str, Any]:
+        """Several shards: make the parts that are missing, and join all. Returns the manifest."""
+        parts = Parts(self.out)
+        with parts.locked() as lock:
+            try:
+                parts.begin(self.plan, self.tokenizer, self.faults)
+                self.make(parts, lock.fileno())
+                noted = self.join(parts)
+            except BaseException:
+                if parts.ours and not parts.any_done():
+                    parts.remove()
+                raise
+            parts.remove()
+        return noted
+
+    def make(self, parts: Parts, lock: int) -> None:
+        """Make the parts that are missing."""
+        work = Work.of(self.plan, self.tokenizer, self.backend)
+        with byte_progress(self.progress) as bar:
+            task = bar.add_task(f"prepare ({work.encoder.backend})", total=self.total)
+            advance = partial(bar.advance, task)
+            missing = []
+            for shard in self.plan.shards:
+                if parts.marker(self.plan, shard, self.faults):
+                    advance(shard.size)
+                else:
+                    missing.append(shard)
+            if self.workers > 1 and len(missing) > 1:
+                names = {shard.number: shard.pieces[0].name for shard in missing}
+                count = min(self.workers, len(missing))
+                command = ["neox.corpus.worker", str(parts.folder), self.on_error, work.encoder.backend]
+                each(command, names, count, lock, advance)
+            else:
+                for shard in missing:
+                    make_part(parts, work, shard, self.on_error, advance)
+            if self.total is not None:
+                bar.update(task, completed=self.total)
+
+    def join(self, parts: Parts) -> dict[str, Any]:
+        """All parts, one after another, into the output. Returns the manifest."""
+        self.plan.check_unchanged(list(self.plan.versions), self.faults)
+        counts = Counts()
+        with self.writer() as writer, byte_progress(self.progress) as bar:
+            prefixes = [parts.prefix(self.plan, shard) for shard in self.plan.shards]
+            task = bar.add_task("join", total=sum(pair(prefix)[0].stat().st_size for prefix in prefixes))
+            for prefix, shard in zip(prefixes, self.plan.shards, strict=True):
+                noted = parts.marker(self.plan, shard, self.faults)
+                assert noted, "a part that was made is gone"
+                _append(writer, prefix, noted["sha256"], partial(bar.advance, task))
+                counts.bytes += noted["bytes"]
+                counts.empty += noted["empty"]
+                counts.add_origins(noted["origins"])
+                for reason, row in noted["skipped"].items():
+                    kept = self.faults.skipped.setdefault(reason, Skipped())
+                    kept.documents += row["documents"]
+                    kept.first += row["first"][: SHOWN - len(kept.first)]
+                self.report.append(prefix)
+            return self.finish(writer, counts)
+
+    def writer(self) -> TokenWriter:
+        return TokenWriter(self.out, token_dtype(self.tokenizer.vocab_size))
+
+    def finish(self, writer: TokenWriter, counts: Counts) -> dict[str, Any]:
+        """Give the writer its manifest. Raises ValueError where there is no text at all."""
+        if not writer.documents:
+            raise ValueError(_no_text(self.sources, self.faults.skipped))
+        self.report.place()
+        writer.manifest = {
+            "format": 1,
+            "sources": [source.noted for source in self.sources],
+            **self.plan.settings,
+            "dtype": writer.dtype.name,
+            "documents": writer.documents,
+            "bytes": counts.bytes,
+            "tokens": writer.tokens,
+            "empty": counts.empty,
+            "origins": counts.origins,
+            "skipped": {reason: vars(one) for reason, one in self.faults.skipped.items()},
+            "sha256": writer.sha256,
+            "plan": self.plan.key(),
+        }
+        if self.cleaning:
+            writer.manifest["removed"] = self.cleaning.finish(pair(self.out)[0].with_suffix(".removed.jsonl"))
+        return writer.manifest
+
+
+def _append(writer: TokenWriter, prefix: Path, sha256: str, advance: Callable[[float], object]) -> None:
+    """Append a part. Raises ValueError where it is no longer what was written."""
+    part = TokenFile(prefix)
+    digest = hashlib.sha256()
+    with part.bin.open("rb", buffering=0) as file:
+        while block := file.read(JOINED):
+            digest.update(block)
+            writer.add_bytes(block)
+            advance(len(block))
+    if digest.hexdigest() != sha256:
+        raise ValueError(f"{part.bin}: damaged: its sha256 is no longer that of its manifest; remove it, run it again")
+    for start in range(0, len(part), JOINED):
+        writer.add_sizes(part.sizes[start : start + JOINED])
+
+
+def _finished(out_prefix: str | Path, plan: Plan, on_error: OnError) -> dict[str, Any] | None:
+    """The manifest of the output, if it is whole and what `plan` would give once more."""
+    with suppress(OSError, ValueError):
+        noted = json.loads(pair(out_prefix)[0].with_suffix(".json").read_bytes())
+        if noted.get("plan") == plan.key() and not (noted["skipped"] and on_error == "fail"):
+            file = TokenFile(out_prefix)
+            if (len(file), len(file.tokens)) == (noted["documents"], noted["tokens"]):
+                return dict(noted)
+    return None
+
+
+def _report(out_prefix: str | Path, noted: dict[str, Any], started: float, done_before: bool = False) -> PrepareReport:
+    prefix = str(pair(out_prefix)[0].with_suffix(""))
+    skipped = {reason: Skipped(**one) for reason, one in noted["skipped"].items()}
+    counts = {key: noted[key] for key in ("documents", "bytes", "tokens", "empty")}
+    seconds = time.monotonic() - started
+    removed = noted.get("removed", {})
+    return PrepareReport(prefix, **counts, skipped=skipped, removed=removed, seconds=seconds, done_before=done_before)
+
+
+def _no_text(sources: Sequence[Source], skipped: dict[str, Skipped]) -> str:
+    names = ", ".join(source.name for source in sources[:8]) + (", ..." if len(sources) > 8 else "")
+    if not skipped:
+        return f"no text in {names}: every document is empty"
+    reasons = "; ".join(f"{found.documents:,} {why}, first {found.first[0]}" for why, found in skipped.items())
+    return f"no text in {names}: every document is empty or was left out ({reasons})"
+
+
+def _check_manifest(path: Path) -> None:
+    """Refuse an output name whose `.json` is something else, a corpus perhaps: it would be overwritten."""
+    if not path.exists():
+        return
+    try:
+        known = "tokenizer_sha256" in json.loads(path.read_bytes())
+    except (ValueError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{path}: exists and is no manifest of prepare; choose another output name or move it away")

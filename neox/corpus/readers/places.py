@@ -1,0 +1,111 @@
+"""Files by path or by URL: local ones from the system, `s3://`, `gs://`, `http://` and the like through fsspec."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from pathlib import Path
+from typing import IO, Any, cast
+
+from neox.corpus.readers.faults import one_line, optional
+
+SAMPLE = 1 << 16  # bytes at a file's head and tail that tell it from another version of itself
+# Whatever of these a file system states changes when the file does; the rest of what it says may change at any time.
+VERSIONS = ("mtime", "LastModified", "Last-Modified", "updated", "created", "ETag", "etag", "md5Hash", "generation")
+
+
+def is_url(name: str) -> bool:
+    """Whether fsspec is asked for `name`."""
+    return "://" in name
+
+
+def open_place(name: str) -> IO[bytes]:
+    """The raw bytes of a file, seekable where its place allows it. Raises OSError that names the file."""
+    if not is_url(name):
+        return Path(name).open("rb", buffering=0)
+    system, path = _system(name)
+    try:
+        return cast(IO[bytes], system.open(path, "rb"))
+    except Exception as error:
+        raise _unreachable(name, error) from None
+
+
+def size_of(name: str) -> int | None:
+    """Bytes of a file; None where a server does not say. Raises OSError that names the file."""
+    return Path(name).stat().st_size if not is_url(name) else _info(name).get("size")
+
+
+def version_of(name: str) -> list[Any]:
+    """What tells this version of a file from an older one without reading it: size and time, or what a store says."""
+    if not is_url(name):
+        folder = Path(name)
+        files = sorted(folder.iterdir()) if folder.is_dir() else [folder]  # a saved data set is a folder
+        states = [file.stat() for file in files]
+        return [sum(state.st_size for state in states), max((state.st_mtime_ns for state in states), default=0)]
+    info = _info(name)
+    return [info.get("size"), *(f"{key}={info[key]}" for key in VERSIONS if info.get(key))]
+
+
+def ends_digest(name: str) -> str:
+    """sha256 of a file's first and last 64 KiB: notices a change that kept size and time. Of a folder, of nothing."""
+    digest = hashlib.sha256()
+    if not is_url(name) and Path(name).is_dir():
+        return digest.hexdigest()
+    with open_place(name) as file:
+        digest.update(file.read(SAMPLE))
+        size = size_of(name)
+        if size is not None and size > SAMPLE and file.seekable():
+            file.seek(max(SAMPLE, size - SAMPLE))
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def is_pattern(name: str) -> bool:
+    """Whether `name` has the wildcards of a glob in it, and is no file of that name."""
+    return glob.has_magic(name) and (is_url(name) or not Path(name).exists())
+
+
+def matching(pattern: str) -> list[str]:
+    """The files that a glob stands for, in no order."""
+    if not is_url(pattern):
+        return [found for found in glob.glob(pattern, recursive=True) if Path(found).is_file()]
+    system, path = _system(pattern)
+    try:
+        found = system.glob(path, detail=True)
+        return [str(system.unstrip_protocol(place)) for place, info in found.items() if info["type"] == "file"]
+    except Exception as error:
+        raise _unreachable(pattern, error) from None
+
+
+def below_url(url: str) -> list[str]:
+    """The files below a folder of a store, in no order; the URL itself where it is a file."""
+    system, path = _system(url)
+    try:
+        if not system.isdir(path):
+            return [str(system.unstrip_protocol(path))]
+        return [str(system.unstrip_protocol(found)) for found in system.find(path)]
+    except Exception as error:
+        raise _unreachable(url, error) from None
+
+
+def _system(url: str) -> tuple[Any, str]:
+    fsspec = optional("fsspec", url)
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except Exception as error:  # an unknown protocol, or a package of one that is missing
+        raise ValueError(f"{url}: cannot be opened: {one_line(error)}") from None
+    return system, path
+
+
+def _info(url: str) -> dict[str, Any]:
+    system, path = _system(url)
+    try:
+        return cast(dict[str, Any], system.info(path))
+    except Exception as error:
+        raise _unreachable(url, error) from None
+
+
+def _unreachable(url: str, error: Exception) -> OSError:
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{url}: no such file or folder")
+    return OSError(f"{url}: cannot be reached: {one_line(error)}")

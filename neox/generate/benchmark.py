@@ -1,0 +1,63 @@
+"""What each way of holding a model's weights gives on this machine: memory, speed, and which one would be taken."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from neox.checkpoint import weights_dtype
+from neox.generate.loading import load_engine
+from neox.generate.rate import bytes_read
+from neox.generate.sampling import Sampling
+from neox.quantization.packed import lossless
+from neox.system.machine import read_speed
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One way of holding the weights."""
+
+    weights: str
+    bytes_read: int  # by each token
+    prefill: float  # prompt tokens a second
+    decode: float  # tokens a second, one sequence
+    share: float  # of the machine's read speed that decoding uses
+
+
+def measure(source: str | Path, kinds: Sequence[str], prompt: int = 128, tokens: int = 32) -> list[Speed]:
+    """The speed of a model on this CPU with its weights held in each of `kinds` (`loading.Weights`), one at a time.
+
+    A prompt of that many tokens, then greedy decoding; the median of the steps. Kinds are loaded anew each.
+    """
+    found, best = [], read_speed(1.0)
+    for kind in kinds:
+        engine = load_engine(source, "cpu", weights=kind, slots=1)
+        room = engine.model.config.max_position_embeddings
+        length = max(1, min(prompt, room - tokens - 1))
+        ids = [number % engine.usable for number in range(1, length + 1)]
+        sampling = Sampling(max_tokens=min(tokens, room - length), temperature=0, stop_at_eod=False)
+        engine.generate([ids[:1]], Sampling(max_tokens=2, temperature=0, stop_at_eod=False))  # kernels and probes
+        times = [time.perf_counter()]
+        times += [time.perf_counter() for _ in engine.events([ids], [sampling], stream=False)]
+        steps = [after - before for before, after in pairwise(times[1:])]
+        decode = 1 / statistics.median(steps)
+        read = bytes_read(engine.model)
+        found.append(Speed(kind, read, length / (times[1] - times[0]), decode, read * decode / best))
+    return found
+
+
+def report(source: str | Path, kinds: Sequence[str]) -> str:
+    """The table of `measure`, and the choice that would be made, with its reason."""
+    lines = [f"{'weights':<8}{'GB a token':>12}{'prompt tokens/s':>18}{'tokens/s':>11}{'of read speed':>15}"]
+    for row in measure(source, kinds):
+        lines.append(
+            f"{row.weights:<8}{row.bytes_read / 1e9:>12.3f}{row.prefill:>18,.0f}{row.decode:>11.1f}{row.share:>15.0%}"
+        )
+    stored = weights_dtype(source)
+    taken = lossless(stored) or "plain"
+    why = f"loses nothing of {str(stored).removeprefix('torch.')} weights"
+    if taken == "plain":
+        why += "; there are no compiled kernels for this machine"
+    return "\n".join([*lines, "", f"weights=auto takes {taken}: {why}"])

@@ -1,0 +1,1 @@
+"""The decoder and its cache; parameter counts and muP need no torch."""

@@ -1,0 +1,182 @@
+"""What a model costs before any of it is spent: memory, and all of it on one page.
+
+All of it is arithmetic on a ModelConfig, without torch. Legend: C hidden_size, L layers, F MLP width, V vocab rows,
+T tokens of context. GB is 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import Literal
+
+from neox.config import SECTIONS, Config, ModelConfig, presets
+from neox.model.flops import forward_flops, parameters, train_flops_per_token
+
+Storage = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+
+
+def kv_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
+    """Bytes of one token's keys and values in all layers: 2 L C values."""
+    return 2 * model.num_hidden_layers * model.hidden_size * bytes_per_value
+
+
+def weight_bytes(model: ModelConfig, storage: Storage) -> int:
+    """Bytes of the weights at rest.
+
+    int8: 1 byte per weight of every linear layer and an fp32 scale per output row. int4: half a byte and a 16-bit
+    scale per group of 128 in the blocks, the head in int8. In both, the embedding, biases and norms take 16 bits.
+    """
+    p, c, f, layers = parameters(model), model.hidden_size, model.ffn_size, model.num_hidden_layers
+    if storage in ("fp32", "fp16", "bf16"):
+        return p.total * (4 if storage == "fp32" else 2)
+    matrices = layers * (4 * c * c + 2 * c * f)
+    rows = layers * (3 * c + c + f + c)
+    head_matrix, head_rows = (0, 0) if model.tie_word_embeddings else (model.vocab_size * c, model.vocab_size)
+    rest = 2 * (p.total - matrices - head_matrix) + head_matrix + 4 * head_rows
+    if storage == "int8":
+        return rest + matrices + 4 * rows
+    groups = layers * (4 * c * -(-c // 128) + f * -(-c // 128) + c * -(-f // 128))
+    return rest + matrices // 2 + 2 * groups
+
+
+@dataclass(frozen=True)
+class TrainMemory:
+    """Bytes that training holds on one device without sharding."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts, an estimate: allocator slack and temporary buffers come on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def train_memory(config: Config) -> TrainMemory:
+    """Memory of training one micro batch.
+
+    Weights, gradients and AdamW's two moments are fp32: 16 bytes per parameter. Muon keeps one moment for the blocks'
+    matrices. Activations are what autograd keeps per token and block (Korthikanti et al. 2022, section 4.1, without
+    dropout and without the attention matrix, which the fused kernel does not keep): the norms' input, q, k, v, the
+    attention's output, and the MLP before its activation: 5C + F values. The norms' and the activation's outputs are
+    computed again. C more for a serial residual: its second norm has an input of its own. Logits: one chunk of the
+    loss, turned into its own gradient in place; in bf16 the product, its fp32 copy and the gradient.
+    """
+    model, train = config.model, config.train
+    p, c, f = parameters(model), model.hidden_size, model.ffn_size
+    matrices = model.num_hidden_layers * (4 * c * c + 2 * c * f)
+    per_layer = (5 + (not model.use_parallel_residual)) * c + f
+    tokens = train.micro_batch_size * config.data.seq_length
+    bytes_per_value = 4 if train.dtype == "fp32" else 2
+    return TrainMemory(
+        weights=4 * p.total,
+        gradients=4 * p.total,
+        optimizer=8 * p.total - (4 * matrices if config.optim.name == "muon" else 0),
+        # On top of the blocks: the final norm's input and output.
+        activations=bytes_per_value * tokens * (model.num_hidden_layers * per_layer + 2 * c),
+        logits=(4 if train.dtype == "fp32" else 2 + 4 + 2) * min(train.loss_chunk, tokens) * model.vocab_size,
+    )
+
+
+def show(config: Config) -> str:
+    """The resolved config and what it costs, as plain text of at most 100 columns."""
+    model, train = config.model, config.train
+    p, context, length = parameters(model), model.max_position_embeddings, config.data.seq_length
+    tokens_per_step = train.global_batch_size * length
+    full, causal = (train_flops_per_token(model, length, causal=kind) for kind in (False, True))
+    run = tokens_per_step * train.steps
+    memory = train_memory(config)
+    parts = [
+        ("embedding", p.embedding),
+        ("attention", p.attention),
+        ("mlp", p.mlp),
+        ("norms", p.norms),
+        ("head", p.head),
+    ]
+    lines = [f"{config.preset or 'config'}: {_count(p.total)} parameters, context {context}", ""]
+    for section in SECTIONS:
+        values = "  ".join(f"{key}={_literal(value)}" for key, value in getattr(config, section))
+        lines += textwrap.wrap(f"[{section}]  {values}", 100, subsequent_indent="    ", break_long_words=False)
+    lines += [
+        "",
+        "Parameters",
+        f"  {'total':<34}{p.total:>22,}",
+        f"  {'non-embedding':<34}{p.non_embedding:>22,}",
+        *(f"    {name:<32}{count:>22,}" for name, count in parts),
+        "",
+        f"Training, {length} tokens a sequence, {train.global_batch_size} sequences a step, {train.steps:,} steps",
+        f"  {'tokens per step':<34}{tokens_per_step:>22,}",
+        f"  {'tokens in all':<34}{run:>22,}",
+        f"  {'FLOPs per token, full attention':<34}{full:>22.4g}",
+        f"  {'FLOPs per token, causal':<34}{causal:>22.4g}",
+        f"  {'FLOPs in all, full attention':<34}{full * run:>22.4g}",
+        "",
+        f"Memory to train, {train.micro_batch_size} sequences at once, {train.dtype}, one device, nothing sharded",
+        f"  {'weights, gradients, moments':<34}{_bytes(memory.weights + memory.gradients + memory.optimizer):>22}",
+        f"  {'activations (estimate)':<34}{_bytes(memory.activations + memory.logits):>22}",
+        f"  {'total (estimate)':<34}{_bytes(memory.total):>22}",
+        "",
+        "Memory to run",
+        f"  {'weights, fp32':<34}{_bytes(weight_bytes(model, 'fp32')):>22}",
+        f"  {'weights, fp16 or bf16':<34}{_bytes(weight_bytes(model, 'bf16')):>22}",
+        f"  {'weights, int8':<34}{_bytes(weight_bytes(model, 'int8')):>22}",
+        f"  {'weights, int4':<34}{_bytes(weight_bytes(model, 'int4')):>22}",
+        *(
+            f"  {f'KV cache per token, {label}':<34}{_bytes(kv_bytes_per_token(model, size)):>22}"
+            f"  full context {_bytes(kv_bytes_per_token(model, size) * context)}"
+            for label, size in (("fp32", 4), ("fp16 or bf16", 2))
+        ),
+        f"  {'FLOPs per token at full context':<34}{forward_flops(model, 1, past=context - 1):>22.4g}",
+    ]
+    if model.mup_base_width:
+        growth = model.hidden_size / model.mup_base_width
+        lines += [
+            "",
+            f"Width transfer (muP) from a model of width {model.mup_base_width}, see docs/width_transfer.md",
+            f"  {'width, times that':<34}{growth:>22.4g}",
+            f"  {'peak rate where it is scaled':<34}{config.optim.lr / growth:>22.4g}",
+        ]
+    notes = presets.notes(config.preset) if config.preset else ()
+    if notes:
+        lines += ["", "Notes"]
+        for note in notes:
+            lines += textwrap.wrap(note, 100, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def table() -> str:
+    """One line per preset: its parameters and its shape."""
+    lines = [f"{'preset':<14}{'parameters':>17}{'layers':>8}{'hidden':>8}{'heads':>7}{'vocab':>8}{'context':>9}"]
+    for name in presets.names():
+        model = ModelConfig(**presets.preset(name)["model"])
+        lines.append(
+            f"{name:<14}{parameters(model).total:>17,}{model.num_hidden_layers:>8}{model.hidden_size:>8}"
+            f"{model.num_attention_heads:>7}{model.vocab_size:>8}{model.max_position_embeddings:>9}"
+        )
+    return "\n".join(lines)
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _bytes(number: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def _literal(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)

@@ -1,0 +1,1 @@
+"""Ground that every program stands on: files, console, machine, processes."""

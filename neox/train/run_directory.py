@@ -1,0 +1,139 @@
+"""A run directory: the config it goes on with, one writer at a time, and signals that end the run with a save."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from neox.checkpoint import complete_steps, newest_sound, read_step
+from neox.config import Config, load_config
+from neox.config.options import parse_override
+from neox.system.files import read_rows
+from neox.system.runtime import Processes, launched
+
+
+def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
+    """The config that a resumed run goes on with: its own, overrides on top.
+
+    RUN/config.toml holds what the run was last started or resumed with; a copy without it has its newest checkpoint's.
+    Raises ValueError where the directory holds neither, and where it names a `parallel.plan` that `overrides` do not:
+    what a directory holds is never imported on its own word.
+    """
+    kept = run / "config.toml"
+    if not kept.is_file():
+        if not complete_steps(run):
+            raise ValueError(f"{run}: holds no run (no config.toml): start one with `neox train ... out={run}`")
+
+        def use(step: Path) -> Path:
+            read_step(step)
+            return step / "config.toml"
+
+        kept = newest_sound(run, use)
+    overrides = list(overrides)
+    named = load_config(files=[kept]).parallel.plan
+    if named and not any(parse_override(text)[:2] == ("parallel", "plan") for text in overrides):
+        raise ValueError(
+            f"{kept}: parallel.plan is {named!r}, which is code: name it again to use it, parallel.plan={named}, "
+            "or go without it, parallel.plan=none"
+        )
+    config = load_config(files=[kept], overrides=overrides)
+    # The run may have been moved: it is where it was found.
+    return config.model_copy(update={"log": config.log.model_copy(update={"out": str(run)})})
+
+
+def refuse_existing(run: Path) -> None:
+    """Raises ValueError where a run has begun already: a new one would not be told from it."""
+    if complete_steps(run) or (run / "metrics.jsonl").exists():
+        raise ValueError(f"{run}: holds a run: continue it with `neox train resume={run}`, or choose another out=")
+
+
+@contextlib.contextmanager
+def only_writer(run: Path, processes: Processes) -> Iterator[None]:
+    """Refuse a second writer on a run directory; the lock goes with the process, also when it is killed.
+
+    Of the processes of one run rank 0 holds it for all.
+    """
+    import fcntl
+
+    handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with processes.first_alone():
+            if not processes.rank:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    process = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+                    raise ValueError(
+                        f"{run}: process {process} is writing this run: wait for it, stop it, or choose another out="
+                    ) from None
+                with contextlib.suppress(
+                    OSError
+                ):  # the number is a courtesy: on a full disk the lock holds all the same
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def note_launch(run: Path) -> None:
+    """Note the torchrun job that writes the run, for `begun_by_this_launch`."""
+    if launched():
+        (run / ".launch").write_text(launched())
+
+
+def begun_by_this_launch(run: Path) -> bool:
+    """Whether the torchrun job of this process has begun the run already: then it restarts it, and the run goes on.
+
+    torchrun's count of restarts does not say so: a host that joins a job counts from 0, and a run that was there
+    before is refused by every attempt. A job without a name of its own (`--rdzv-id`) is never the same.
+    """
+    noted = run / ".launch"
+    return launched() not in ("", "none") and noted.is_file() and noted.read_text() == launched()
+
+
+def is_evaluated(run: Path, step: int) -> bool:
+    """Whether the run's rows hold an evaluation after that step."""
+    rows = run / "metrics.jsonl"
+    return rows.exists() and any(row.get("step") == step and "valid_loss" in row for row in read_rows(rows))
+
+
+class StopSignals:
+    """While inside, the first Ctrl-C or SIGTERM is noted in `number` instead of ending the process; a second Ctrl-C
+    interrupts at once."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.number = 0
+
+    def __enter__(self) -> "StopSignals":
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere whoever runs us there handles signals
+            self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.before:
+            signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self.quiet:  # not through a stream: it may be in the middle of a write
+            os.write(2, b"\nneox: stopping after this step; Ctrl-C again stops at once, without saving\n")
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def discard(config: Config, run: Path) -> None:
+    """Drop what a start that never reached a step left in RUN: it may come from other text than this config's."""
+    kept, given = run / "tokenizer.json", config.tokenizer.path
+    sources = (Path(given), Path(given) / "tokenizer.json") if given else ()
+    if kept.exists() and not any(source.exists() and kept.samefile(source) for source in sources):
+        kept.unlink()
+    for kind, names in (("train", config.data.train), ("valid", config.data.valid)):
+        for number in range(len(names)):
+            (run / "data" / f"{kind}-{number}.idx").unlink(missing_ok=True)  # without it the pair is not complete

@@ -1,0 +1,281 @@
+"""What a run read: steps against the loader's batches, searches and documents against every row looked at."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from neox import cli
+from neox.analysis.sample_inspector import of_config, of_run
+from neox.analysis.search import Search, portions
+from neox.config import load_config
+from neox.data import Loader, TokenDataset, TokenWriter
+from neox.tokenizer import train_bpe
+from neox.train import Trainer
+from tests.corpus.corpora import note
+from tests.train.helpers import TINY
+
+WORDS = ["a bright café", "night <b>&amp;", "the cat", "sat on", "the mat\n", "naïve", "x" * 9, "日本", "\x1b[2J"]
+BATCH, STEPS = 4, 6
+
+
+@pytest.fixture
+def neox_(capsys):
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status = cli.main(list(arguments))
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two token files of short documents with known text, in one tokenizer, with their sources beside them."""
+    folder = tmp_path_factory.mktemp("data")
+    draw = np.random.default_rng(0)
+    texts = [["".join(draw.choice(WORDS, size=draw.integers(1, 9))) for _ in range(count)] for count in (120, 75)]
+    tokenizer = train_bpe([text for own in texts for text in own], vocab_size=300, progress=False)
+    tokenizer.save(folder / "tokenizer.json")
+    for name, own in zip("ab", texts, strict=True):
+        with TokenWriter(folder / name, np.uint16) as writer:
+            for text in own:
+                writer.add_document([*tokenizer.encode(text), tokenizer.eod_id])
+    note(folder / "a", ("x.jsonl", "ArXiv", 90), ("y.jsonl", "Github", 30))
+    return folder
+
+
+def settings(folder: Path, run: Path, *options: str):
+    named = f'data.train=["{folder / "a"}","{folder / "b"}"]'
+    size = ("model.vocab_size=384", "seq_length=16", f"global_batch_size={BATCH}", f"steps={STEPS}")
+    kept = (f"tokenizer.path={folder / 'tokenizer.json'}", f"out={run}", "checkpoint.every=2")
+    return load_config(overrides=(*TINY, *size, *kept, named, *options))
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    """A run whose weights were changed after two steps."""
+    run = folder / "run"
+    Trainer(settings(folder, run, "weights=[1.0,1.0]", "steps=2"), quiet=True).fit()
+    Trainer(settings(folder, run, "weights=[1.0,7.0]"), resume=True, quiet=True).fit()
+    return run
+
+
+def every_place(reading, wanted: bytes, until: int) -> dict[tuple[int, int, int], set[tuple[int, int]]]:
+    """(part, document, first token) of each occurrence, found byte by byte, and the (step, row) that hold any of it."""
+    table, found = reading.tokenizer.bytes_of_tokens, {}
+    rows = {
+        (step, row.row): {
+            (s.piece.part, s.piece.document, s.piece.offset + at) for s in row.stretches for at in range(s.piece.tokens)
+        }
+        for step in range(1, until + 1)
+        for row in reading.rows(step)
+    }
+    for part, documents in enumerate(reading.dataset.parts):
+        for document in range(len(documents)):
+            tokens = documents.file.document(document).tolist()
+            owner = [n for n, token in enumerate(tokens) for _ in table[token]]
+            text = b"".join(table[token] for token in tokens)
+            for at in range(len(text)):
+                if text[at : at + len(wanted)] == wanted:
+                    held = {(part, document, n) for n in owner[at : at + len(wanted)]}
+                    if places := {place for place, tokens in rows.items() if held & tokens}:
+                        found.setdefault((part, document, owner[at]), set()).update(places)
+    return found
+
+
+def test_the_rows_of_a_step_are_what_the_run_trained_on(folder: Path, run: Path) -> None:
+    reading = of_run(run)
+    assert reading.last == STEPS
+    assert [phase[0] for phase in reading.dataset.history.phases] == [0, 2 * BATCH]
+    tokenizer = reading.tokenizer
+    for step in range(1, STEPS + 1):
+        batch = reading.loader.batch(step - 1)
+        rows = list(reading.rows(step))
+        assert [row.tokens[:-1].tolist() for row in rows] == batch.tokens.tolist()
+        assert [row.tokens[1:].tolist() for row in rows] == batch.labels.tolist()
+        for row in rows:
+            assert sum(s.piece.tokens for s in row.stretches) == 17
+            at = 0
+            for stretch in row.stretches:
+                own = row.tokens[at : at + stretch.piece.tokens].tolist()
+                assert stretch.text == tokenizer.decode(own)
+                component = None if stretch.piece.part else "ArXiv" if stretch.piece.document < 90 else "Github"
+                assert stretch.origin.component == component
+                at += len(own)
+    noted = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    for part, name in enumerate("ab"):
+        windows = reading.dataset.per_epoch()[part]
+        read = sum(row.stretches[0].piece.part == part for step in range(1, STEPS + 1) for row in reading.rows(step))
+        assert noted[f"epochs/{name}"] == read / windows
+
+
+@pytest.mark.parametrize("text", ["cat", "café", "night <b>", "日", "xx", "on", "cafe\u0301"])
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+@pytest.mark.parametrize("few", [0, 1 << 20])
+def test_a_search_finds_what_a_slow_one_finds(
+    run: Path, monkeypatch: pytest.MonkeyPatch, text: str, chunk: int, few: int
+) -> None:
+    monkeypatch.setattr("neox.analysis.search.CHUNK", chunk)
+    monkeypatch.setattr("neox.analysis.search.FEW", few)
+    reading = of_run(run)
+    until = 3
+    wanted = every_place(reading, text.replace("e\u0301", "é").encode(), until)
+    assert wanted
+    looking, done = Search(reading, text, until), []
+    found: dict[tuple[int, int, int], set[tuple[int, int]]] = {}
+    for hit in looking.hits(done.append):
+        found.setdefault(hit.piece[:3], set()).update((step, row) for step, row, _ in hit.places)
+    assert found == wanted
+    assert sum(done) == looking.size
+    whole = sum(len(part.tokens) for part in reading.dataset.parts)
+    partly = few and until * BATCH * (17 + 2 * len(looking.wanted)) < whole
+    assert looking.size < 2 * whole if partly else looking.size == 2 * whole
+
+
+def test_portions_are_the_labels_of_the_rows(run: Path) -> None:
+    reading = of_run(run)
+    counted: dict[tuple[str, str | None], int] = {}
+    for step in (1, 2, 3):
+        for row in reading.rows(step):
+            labels = [(s.file, s.origin.component) for s in row.stretches for _ in range(s.piece.tokens)][1:]
+            for key in labels:
+                counted[key] = counted.get(key, 0) + 1
+    found = portions(reading, 3)
+    assert {(p.file, p.component): p.tokens for p in found if p.tokens} == counted
+    assert sum(p.tokens for p in found) == 3 * BATCH * 16
+    sizes = [part.file.sizes for part in reading.dataset.parts]
+    assert [p.whole for p in found] == [sizes[0][:90].sum(), sizes[0][90:].sum(), sizes[1].sum()]
+
+
+@pytest.mark.parametrize("options", [(), ("order=megatron",), ("order=megatron", "weights=[2.0,1.0]")])
+def test_without_a_run(folder: Path, options: tuple[str, ...]) -> None:
+    reading = of_config(settings(folder, folder / "none", *options), str(folder / "tokenizer.json"))
+    rows = {(step, row.row): row for step in range(1, STEPS + 1) for row in reading.rows(step)}
+    for name in ("a:3", "b:20", "a:119"):
+        piece = reading.document(name)
+        places = reading.places(piece, STEPS)
+        holding = [place for place, row in rows.items() if any(s.piece[:2] == piece[:2] for s in row.stretches)]
+        assert sorted({place[:2] for place in places}) == sorted(holding)
+    assert not (folder / "none").exists()
+
+
+def test_a_run_over_files_without_weights(folder: Path, tmp_path: Path, neox_) -> None:
+    """In megatron's order they are a blend, which the checkpoints note, though no weights are wanted."""
+    options = ("order=megatron", "steps=2")
+    Trainer(settings(folder, tmp_path / "run", *options), quiet=True).fit()
+    wanted = of_config(settings(folder, tmp_path / "none", *options)).loader.batch(1)
+    assert of_run(tmp_path / "run").loader.batch(1).tokens.tolist() == wanted.tokens.tolist()
+    assert neox_("inspect", "data", str(tmp_path / "run"))[0] == 0
+
+
+def test_pythias_layout(tmp_path: Path, neox_) -> None:
+    """Documents that are rows of seq_length + 1 tokens, without end-of-document tokens."""
+    draw = np.random.default_rng(1).integers(0, 64, (8, 17))
+    with TokenWriter(tmp_path / "document", np.uint16) as writer:
+        for row in draw:
+            writer.add_document(row)
+    given = [f"data.train={tmp_path / 'document'}", "data.order=preshuffled", "seq_length=16", "global_batch_size=4"]
+    status, out, _ = neox_("inspect", "data", "pythia-14m", *given, "step=2", f"out={tmp_path / 'rows.npy'}")
+    assert (status, out) == (0, f"{tmp_path / 'rows.npy'}: written\n")
+    assert np.load(tmp_path / "rows.npy").tolist() == draw[4:].tolist()
+    status, out, _ = neox_("inspect", "data", *given, "step=1", "row=2")
+    assert " ".join(map(str, draw[2])) in out  # no tokenizer: the numbers
+
+
+class Texts(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.found, self.tags = False, [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "pre":
+            self.found.append("")
+        self.inside = tag == "pre"
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.found[-1] += data
+
+
+def test_the_page_holds_the_text(run: Path, tmp_path: Path, neox_) -> None:
+    page = tmp_path / "step.html"
+    steps = {n: [stretch.text for row in of_run(run).rows(n) for stretch in row.stretches] for n in range(1, STEPS + 1)}
+    step, texts = next((step, texts) for step, texts in steps.items() if any("<b>" in text for text in texts))
+    assert neox_("inspect", "data", str(run), f"step={step}", f"out={page}")[0] == 0
+    parser = Texts()
+    parser.feed(page.read_text())
+    assert parser.found == ["\n" + text for text in texts]  # a break behind <pre> is not shown
+    assert parser.tags == {"meta", "title", "style", "h1", "section", "h2", "a", "small", "pre"}  # none from the text
+
+
+def test_what_the_verb_prints(run: Path, tmp_path: Path, neox_) -> None:
+    reading = of_run(run)
+    status, out, _ = neox_("inspect", "data", str(run), "step=3")
+    lines = out.splitlines()
+    assert status == 0
+    assert lines[0] == "step 3: 4 rows of 17 tokens, from sample 8 on"
+    assert lines[1].split() == ["row", "sample", "tokens", "document", "component", "source", "text"]
+    assert len(lines) == 2 + sum(len(row.stretches) for row in reading.rows(3))
+    assert "\x1b" not in out
+    piece = reading.document("a:0")
+    status, out, _ = neox_("inspect", "data", str(run), "document=a:0")
+    assert [line for line in out.splitlines() if line.startswith("  step")] == [
+        f"  step {step}, row {row}, epoch {epoch}" for step, row, epoch in reading.places(piece, STEPS)
+    ]
+    hits = list(Search(reading, "cat", STEPS).hits())
+    out = neox_("inspect", "data", str(run), "find=cat", "limit=0")[1]
+    assert out.endswith(f"{len(hits)} places in what steps 1 to 6 read\n")
+    out = neox_("inspect", "data", str(run), "find=cat", "limit=2")[1]
+    assert out.endswith("2 places in what steps 1 to 6 read, the first 2: limit=0 finds all\n")
+    out = neox_("inspect", "data", str(run), "until=3")[1]
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["a", "a", "b"] or "ArXiv" in out
+    assert neox_("inspect", "data", str(run), f"export={tmp_path / 'order'}")[0] == 0
+    assert len(list(tmp_path.glob("order_train_*.npy"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (("step=1", "find=x"), 2, "one question at a time, not step and find"),
+        (("row=1",), 2, "row= and out= belong to step=N"),
+        (("step=x",), 1, "step=x: must be a whole number"),
+        (("step=0",), 1, "step=0: steps count from 1"),
+        (("step=1", "row=4"), 1, "row=4: rows of a step are 0 to 3"),
+        (("step=1", "out=x.pdf"), 1, "out=x.pdf: must end in .html"),
+        (("document=3",), 1, "document=3: must be a number, of several files FILE:NUMBER; the files: a, b"),
+        (("document=a:120",), 1, "has documents 0 to 119 here"),
+        (("find=",), 1, "find: nothing to look for"),
+        (("steps=3",), 2, "steps=3: a run keeps its config"),
+    ],
+)
+def test_errors(run: Path, neox_, options, status, message) -> None:
+    found, out, err = neox_("inspect", "data", str(run), *options)
+    assert (found, out, err.count("\n")) == (status, "", 1)
+    assert message in err
+
+
+def test_a_run_whose_text_is_another_now(folder: Path, tmp_path: Path, neox_) -> None:
+    for name in "ab":
+        with TokenWriter(tmp_path / name, np.uint16) as writer:
+            writer.add_document(np.arange(200))
+    given = settings(folder, tmp_path / "run", f'data.train=["{tmp_path / "a"}","{tmp_path / "b"}"]', "steps=1")
+    Trainer(given, quiet=True).fit()
+    assert (
+        of_run(tmp_path / "run").loader.batch(0).tokens.tolist()
+        == Loader(TokenDataset([tmp_path / "a", tmp_path / "b"], 16, 1234), BATCH).batch(0).tokens.tolist()
+    )
+    with TokenWriter(tmp_path / "b", np.uint16) as writer:
+        writer.add_document(np.arange(201))
+    found, _, err = neox_("inspect", "data", str(tmp_path / "run"), "step=1")
+    assert found == 1
+    assert "its token files are not those that it was trained on" in err
+    assert "holds no run (no config.toml)" in neox_("inspect", "data", str(tmp_path))[2]
+    assert "no token file" in neox_("inspect", "data", f"data.train={tmp_path / 'c'}", "step=1")[2]
+    assert "data.train is empty" in neox_("inspect", "data", "pythia-14m", "step=1")[2]
