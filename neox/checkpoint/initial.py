@@ -61,7 +61,7 @@ def _check_model(path: Path, stored: ModelConfig, ours: ModelConfig) -> None:
     if wrong:
         values = {key: stored.ffn_size if key == "intermediate_size" else getattr(stored, key) for key in wrong}
         options = " ".join(f"model.{key}={_literal(value)}" for key, value in values.items())
-        raise CheckpointError(f"{path}: the weights of checkpoint.init are of another model than the run's: {options}")
+        raise CheckpointError(f"{path}: the weights of train.init are of another model than the run's: {options}")
 
 
 def _literal(value: Any) -> str:

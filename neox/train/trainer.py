@@ -392,8 +392,8 @@ class Trainer:
         fill_state(self.optimizers)
         self.saver = Saver(self.run, config.checkpoint, processes)
         if not done:
-            if config.checkpoint.init:
-                load_initial(config.checkpoint.init, self.parts, processes)
+            if config.train.init:
+                load_initial(config.train.init, self.parts, processes)
             return
         folder, state = load_newest(self.run, self.parts, self.optimizers, processes)
         self.progress.move(folder, state)

@@ -122,7 +122,7 @@ def test_a_run_begins_with_the_weights_of_a_folder(tmp_path, kind, shards):
     shape = [option(key, value) for key, value in model.config]
     size = model.config.vocab_size
     token_pair(tmp_path / "train", vocab=size)
-    begin = [*shape, "data.seq_length=16", "steps=1", f"checkpoint.init={tmp_path / 'hf'}"]
+    begin = [*shape, "data.seq_length=16", "steps=1", f"train.init={tmp_path / 'hf'}"]
     expected = dict(model.named_parameters())
     for world in (1, 2) if shards > 1 else (1,):
         config = settings(tmp_path, f"run-{world}", *begin, "parallel.zero=3")
@@ -141,7 +141,7 @@ def test_a_run_begins_with_the_weights_of_another_run(tmp_path, capsys):
     fit(settings(tmp_path, "first"))
     model, _ = neox.load(tmp_path / "first")
     for source in ("first", "first/step_00000004"):
-        config = settings(tmp_path, f"next-{len(source)}", f"checkpoint.init={tmp_path / source}", "steps=1")
+        config = settings(tmp_path, f"next-{len(source)}", f"train.init={tmp_path / source}", "steps=1")
         found, _, _ = weights(config)
         assert all(torch.equal(value, found[name]) for name, value in model.named_parameters())
     # A resumed run goes on with what it has.
@@ -154,12 +154,12 @@ def test_a_run_begins_with_the_weights_of_another_run(tmp_path, capsys):
     [
         (
             ("model.hidden_size=64",),
-            ("hf/config.json: the weights of checkpoint.init are of another", "hidden_size=32"),
+            ("hf/config.json: the weights of train.init are of another", "hidden_size=32"),
         ),
         (("model.rotary_pct=1.0",), ("model.rotary_pct=0.25$",)),
         (("model.use_parallel_residual=false",), ("model.use_parallel_residual=true$",)),
         (("model.vocab_size=128",), ("model.vocab_size=",)),
-        (("checkpoint.init=nowhere",), ("nowhere: no such folder",)),
+        (("train.init=nowhere",), ("nowhere: no such folder",)),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path, capsys, tokenizer, options, words):
@@ -174,7 +174,7 @@ def test_weights_that_do_not_fit(tmp_path, capsys, tokenizer, options, words):
         f"data.train={tmp_path / 'train'}",
         f"out={tmp_path / 'run'}",
     ]
-    assert cli.main(["train", *base, f"checkpoint.init={folder}", *options]) == 1
+    assert cli.main(["train", *base, f"train.init={folder}", *options]) == 1
     one_line(capsys.readouterr().err, *words)
 
 
@@ -182,9 +182,9 @@ def test_what_the_hint_says_fits(tmp_path, tokenizer):
     folder = released.write(tmp_path / "hf", released.CONFIG_PYTHIA, released.state(3), "sharded", tokenizer)
     token_pair(tmp_path / "train")
     with pytest.raises(CheckpointError) as caught:
-        Trainer(settings(tmp_path, "a", f"checkpoint.init={folder}"), quiet=True).fit()
+        Trainer(settings(tmp_path, "a", f"train.init={folder}"), quiet=True).fit()
     options = str(caught.value).partition("the run's: ")[2].split()
-    config = settings(tmp_path, "b", *options, f"checkpoint.init={folder}", "steps=1")
+    config = settings(tmp_path, "b", *options, f"train.init={folder}", "steps=1")
     found, _, _ = weights(config)
     assert all(torch.equal(value, found[name]) for name, value in neox.load(folder)[0].named_parameters())
 

@@ -21,6 +21,8 @@ class TrainConfig(Section):
     """Sequences per forward pass on one rank."""
     seed: NotNegative = 1234
     """Of initialisation, data order and dropout."""
+    init: OptionalStr = None
+    """Model that a new run starts from: Hugging Face folder, hub id, run or step folder; none = random weights."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the matrix products; parameters and optimizer state stay fp32. fp16 scales the loss, see optim.loss_scale."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

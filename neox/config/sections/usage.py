@@ -33,8 +33,6 @@ class CheckpointConfig(Section):
     """Of the older ones keep those of every so many steps, and the early ones; 0 = no others."""
     asynchronous: bool = False
     """Write in the background while training goes on; takes CPU memory for a copy of weights and optimizer state."""
-    init: OptionalStr = None
-    """A new run begins with these weights: Hugging Face folder, hub id, run or step folder; none = at random."""
 
 
 class LogConfig(Section):
