@@ -135,11 +135,10 @@ def prepare(targets: list[str], options: list[str]) -> None:
         trained_to = f"{out}/train" if pile else out
         tokenizer = trained_tokenizer(sources, trained_to, config.tokenizer.training, data.text_key, data.on_error)
         print(f"{trained_to}-tokenizer.json: {tokenizer.vocab_size} tokens")
-    chosen = {key: getattr(data, key) for key in PREPARE_KEYS if key not in data.cleaning} | data.cleaning
     if pile:
-        reports = list(prepare_pile(targets[1], out, tokenizer, **chosen).values())
+        reports = list(prepare_pile(targets[1], out, tokenizer, data).values())
     else:
-        reports = [run(sources, out, tokenizer, **chosen)]
+        reports = [run(sources, out, tokenizer, data)]
     for report in reports:
         how = "done before" if report.done_before else f"{report.seconds:.1f} s"
         print(

@@ -2,7 +2,7 @@
 
 from neox.config.config import Config, load_config, without_code
 from neox.config.options import SECTIONS, ConfigError, Section
-from neox.config.sections.data import DataConfig, TokenizerConfig
+from neox.config.sections.data import DataConfig, PrepareConfig, TokenizerConfig
 from neox.config.sections.model import ModelConfig
 from neox.config.sections.training import OptimConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from neox.config.sections.usage import CheckpointConfig, EvalConfig, GenerateConfig, LogConfig
@@ -19,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PrepareConfig",
     "ScheduleConfig",
     "Section",
     "TokenizerConfig",

@@ -137,7 +137,8 @@ def suggest_key(section: str, key: str) -> str:
 
 def _one_line(cls: type[Section], error: ValidationError) -> ConfigError:
     """The first of pydantic's complaints as one line, led by section.key."""
-    section = next((name for name, section in SECTIONS.items() if section is cls), "")
+    bases = cls.__mro__[: cls.__mro__.index(Section)]  # PrepareConfig's options are those of the section data
+    section = next((name for name, section in SECTIONS.items() if issubclass(section, bases)), "")
     found = error.errors()
     first = found[0]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

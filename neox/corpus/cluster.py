@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from neox.config import PrepareConfig
 from neox.corpus.encode import Backend
 from neox.corpus.plan import Parts, Plan
 from neox.corpus.preparation import settings_of
@@ -29,21 +30,18 @@ def begin(
     sources: Sequence[str | Path],
     out_prefix: str | Path,
     tokenizer: Tokenizer,
-    text_key: str = "text",
-    append_eod: bool = True,
-    on_error: OnError = "fail",
-    special_in_text: Literal["token", "text"] = "token",
+    options: PrepareConfig | None = None,
+    **keywords: Any,
 ) -> int:
     """Write the plan that the tasks work by; a plan that is there goes on. Returns how many shards it has.
 
     Raises what `prepare` raises on its sources, on parts of other settings, and while another run holds the output.
     """
-    plan = Plan.of(
-        find_sources(sources, text_key, on_error), settings_of(tokenizer, text_key, append_eod, special_in_text)
-    )
+    options = options or PrepareConfig(**keywords)
+    plan = Plan.of(find_sources(sources, options.text_key, options.on_error), settings_of(tokenizer, options))
     parts = Parts(out_prefix)
     with parts.locked():
-        parts.begin(plan, tokenizer, Faults(on_error))
+        parts.begin(plan, tokenizer, Faults(options.on_error))
     return len(plan.shards)
 
 

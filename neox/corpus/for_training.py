@@ -66,19 +66,7 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
         if name in text and not _whole(prefix):
             assert tokenizer is not None
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            report = prepare(
-                name,
-                prefix,
-                tokenizer,
-                data.text_key,
-                data.append_eod,
-                not quiet,
-                data.on_error,
-                data.special_in_text,
-                data.backend,
-                data.workers,
-                **data.cleaning,
-            )
+            report = prepare(name, prefix, tokenizer, data, progress=not quiet)
             for line in report.left_out():
                 print(f"{name}: {line}", file=sys.stderr)
         noted = _manifest(prefix)

@@ -10,10 +10,10 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from neox.config import PrepareConfig
 from neox.corpus.clean.cleaning import Cleaning, removed_lines
-from neox.corpus.clean.dedup import Method
 from neox.corpus.encode import Backend
 from neox.corpus.plan import Parts, Plan
 from neox.corpus.pool import each
@@ -64,19 +64,14 @@ def prepare(
     sources: str | Path | Sequence[str | Path],
     out_prefix: str | Path,
     tokenizer: Tokenizer,
-    text_key: str = "text",
-    append_eod: bool = True,
+    options: PrepareConfig | None = None,
     progress: bool = True,
-    on_error: OnError = "fail",
-    special_in_text: Literal["token", "text"] = "token",
-    backend: Backend = "auto",
-    workers: int = 0,
-    dedup: Method | None = None,
-    decontaminate: Sequence[str] = (),
     components: bool = False,
+    **keywords: Any,
 ) -> PrepareReport:
     """Encode the documents of `sources`, in order, into `<out_prefix>.bin`/`.idx`, plus `<out_prefix>.json`.
 
+    Options come as a section, such as a config's `data`, or as keywords of `PrepareConfig`; ConfigError on a wrong one.
     A source is a file, a folder, a saved data set or one of the hub: see `find_sources`. What cannot be read raises,
     or with `on_error="skip"` is left out, counted by reason in the report and the manifest, with the first places, and
     listed in `<out_prefix>.skipped.jsonl`.
@@ -99,30 +94,42 @@ def prepare(
     another call writes the same output; OSError naming the file when it cannot be read or written.
     """
     started = time.monotonic()
-    settings = settings_of(tokenizer, text_key, append_eod, special_in_text)
+    options = options or PrepareConfig(**keywords)
+    on_error = options.on_error
+    settings = settings_of(tokenizer, options)
     manifest_file = pair(out_prefix)[0].with_suffix(".json")
     _check_manifest(manifest_file)
     # All of them before the first is read: the tenth file's typing error should not cost an hour.
-    found = find_sources(sources, text_key, on_error)
+    found = find_sources(sources, options.text_key, on_error)
     if components:
         settings["components"] = str(manifest_file.with_suffix(".components"))
     plan = Plan.of(found, settings)
     cleaning = None
-    if dedup or decontaminate:
+    if options.dedup or options.decontaminate:
         folder = manifest_file.with_suffix(".cleaning")
-        cleaning = Cleaning.of(plan, folder, dedup, decontaminate, on_error)
+        cleaning = Cleaning.of(plan, folder, options.dedup, options.decontaminate, on_error)
         plan = replace(plan, settings={**settings, "cleaning": cleaning.settings})
     if done := _finished(out_prefix, plan, on_error):
         return _report(out_prefix, done, started, done_before=True)
     pair(out_prefix)[0].parent.mkdir(parents=True, exist_ok=True)
-    count = workers or available_cores()
+    count = options.workers or available_cores()
     held = cleaning.found(count, progress) if cleaning else nullcontext()
     with held, SkipReport(out_prefix) as report:
         faults = Faults(on_error, report)
         for fault in (fault for source in found for fault in source.strangers()):
             faults.add(fault)
         job = _Job(
-            found, plan, Path(out_prefix), tokenizer, on_error, backend, count, progress, report, faults, cleaning
+            found,
+            plan,
+            Path(out_prefix),
+            tokenizer,
+            on_error,
+            options.backend,
+            count,
+            progress,
+            report,
+            faults,
+            cleaning,
         )
         alone = len(plan.shards) == 1 and not Parts(out_prefix).plan_file.exists()
         noted = job.at_once() if alone else job.by_parts()
@@ -131,18 +138,16 @@ def prepare(
     return _report(out_prefix, noted, started)
 
 
-def settings_of(
-    tokenizer: Tokenizer, text_key: str, append_eod: bool, special_in_text: Literal["token", "text"]
-) -> dict[str, Any]:
+def settings_of(tokenizer: Tokenizer, options: PrepareConfig) -> dict[str, Any]:
     """The settings of a plan. Raises ValueError where documents cannot end as they should."""
-    if append_eod and tokenizer.eod_id is None:
+    if options.append_eod and tokenizer.eod_id is None:
         raise ValueError(f"the tokenizer has no {END_OF_TEXT} token to end documents with; set data.append_eod=false")
     return {
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
-        "text_key": text_key,
-        "append_eod": append_eod,
-        "special_in_text": special_in_text,
+        "text_key": options.text_key,
+        "append_eod": options.append_eod,
+        "special_in_text": options.special_in_text,
     }
 
 

@@ -353,7 +353,8 @@ def configs(draw) -> Config:
         elif choices[-1] is Ellipsis:
             value = st.lists(words, max_size=3)
         else:
-            value = st.sampled_from(choices)
+            value = st.sampled_from([v for c in choices if c is not type(None) for v in typing.get_args(c) or [c]])
+            value = st.none() | value if type(None) in choices else value
         sections.setdefault(section, {})[key] = draw(value)
     model = sections["model"]
     heads, layers = draw(st.integers(1, 8)), draw(st.integers(1, 12))

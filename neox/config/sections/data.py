@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from neox.config.options import Section
 from neox.config.sections.types import (
@@ -15,6 +15,7 @@ from neox.config.sections.types import (
     Positive,
     Strings,
     Weights,
+    none,
 )
 
 
@@ -40,7 +41,28 @@ class TokenizerConfig(Section):
         return self.model_dump(exclude={"path"})
 
 
-class DataConfig(Section):
+class PrepareConfig(Section):
+    """Options of `prepare`: how text becomes tokens, and which documents are left out."""
+
+    text_key: str = "text"
+    """Key of the text in JSON lines; its column in Parquet files and data sets."""
+    append_eod: bool = True
+    """End each document with the end-of-document token."""
+    special_in_text: Literal["token", "text"] = "token"
+    """What the spelling of a special token in a document becomes: that token, which may end the document, or text."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What cannot be read: fail stops there, skip leaves it out, counts it and reports it."""
+    backend: Literal["auto", "gigatoken", "tokenizers"] = "auto"
+    """Library that encodes text; auto = gigatoken where it is installed and gives the ids of tokenizers."""
+    workers: NotNegative = 0
+    """Processes that encode text; 0 = one a core."""
+    dedup: Annotated[Literal["exact", "minhash"] | None, BeforeValidator(none)] = None
+    """Documents left out: exact, those of the same text as an earlier one; minhash, those of nearly the same words."""
+    decontaminate: Strings = ()
+    """Evaluation sets whose text is cut out of documents: .jsonl or .txt files, or tasks of lm-evaluation-harness."""
+
+
+class DataConfig(PrepareConfig):
     """What is read, and in what order."""
 
     train: Strings = ()
@@ -69,27 +91,6 @@ class DataConfig(Section):
     "995,4,1"; none = all is training text."""
     segments: bool = False
     """Documents that share a sample do not see each other."""
-    text_key: str = "text"
-    """Key of the text in JSON lines; its column in Parquet files and data sets."""
-    append_eod: bool = True
-    """End each document with the end-of-document token."""
-    special_in_text: Literal["token", "text"] = "token"
-    """What the spelling of a special token in a document becomes: that token, which may end the document, or text."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """What cannot be read: fail stops there, skip leaves it out, counts it and reports it."""
-    backend: Literal["auto", "gigatoken", "tokenizers"] = "auto"
-    """Library that encodes text; auto = gigatoken where it is installed and gives the ids of tokenizers."""
-    workers: NotNegative = 0
-    """Processes that encode text; 0 = one a core."""
-    dedup: Literal["none", "exact", "minhash"] = "none"
-    """Documents left out: exact, those of the same text as an earlier one; minhash, those of nearly the same words."""
-    decontaminate: Strings = ()
-    """Evaluation sets whose text is cut out of documents: .jsonl or .txt files, or tasks of lm-evaluation-harness."""
-
-    @property
-    def cleaning(self) -> dict[str, Any]:
-        """What `prepare` is called with to leave documents out."""
-        return {"dedup": None if self.dedup == "none" else self.dedup, "decontaminate": self.decontaminate}
 
     @property
     def fractions(self) -> tuple[float, float, float] | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neox.config import PrepareConfig
 from neox.corpus.pile.components import count_components
 from neox.corpus.pile.datasheet import datasheet
 from neox.corpus.pile.statistics import Counts, statistics, statistics_page
@@ -44,18 +45,20 @@ def find_release(folder: Path) -> Release:
     return Release(splits, [name for name, path in paths.items() if not path])
 
 
-def prepare_pile(folder: str | Path, out: str | Path, tokenizer: Tokenizer, **options: Any) -> dict[str, PrepareReport]:
+def prepare_pile(
+    folder: str | Path, out: str | Path, tokenizer: Tokenizer, options: PrepareConfig | None = None, **keywords: Any
+) -> dict[str, PrepareReport]:
     """Prepare each split of the release into `<out>/<split>`, count its components, write the sheet; reports by split.
 
-    `options` are those of `prepare`. Beside each pair `<split>.components.npy` has for each document, uint16, the place
-    of its component in the list of `<split>.components.json`. Raises what `prepare` raises, ValueError on a document
-    without `meta.pile_set_name`.
+    `options` and `keywords` are those of `prepare`. Beside each pair `<split>.components.npy` has for each document,
+    uint16, the place of its component in the list of `<split>.components.json`. Raises what `prepare` raises,
+    ValueError on a document without `meta.pile_set_name`.
     """
     release, out = find_release(Path(folder)), Path(out)
     reports: dict[str, PrepareReport] = {}
     counts: dict[str, dict[str, Counts]] = {}
     for split, files in release.splits.items():
-        reports[split] = prepare(files, out / split, tokenizer, components=True, **options)
+        reports[split] = prepare(files, out / split, tokenizer, options, components=True, **keywords)
         counts[split] = count_components(out / split)
     content = statistics(counts)
     write_atomic(out / "statistics.json", json.dumps(content, indent=1).encode())
