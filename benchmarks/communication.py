@@ -28,7 +28,6 @@ from neox.model.decoder import GPTNeoX
 from neox.parallel import build, layout
 from neox.planning.traffic import Recorder, Traffic
 from neox.system.runtime import Processes
-from neox.train import cross_entropy
 
 B, T, C, L, V, MICROBATCHES = 2, 64, 64, 4, 256, 3
 SHAPE = (
@@ -48,10 +47,7 @@ def run(options: tuple[str, ...]) -> Traffic:
     config = load_config(overrides=(*SHAPE, *options))
     place = layout(config.parallel, Processes(dist.get_rank(), dist.get_world_size()), torch.device("cpu"))
 
-    def loss(head: Any, hidden: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
-        return cross_entropy(hidden, head, labels, chunk=config.train.loss_chunk, scale=scale)
-
-    _, forward_backward = build(config, place, loss)
+    _, forward_backward = build(config, place)
     tokens = torch.arange(B * T).view(B, T) % V
     batches = [Batch(tokens, tokens, torch.arange(T).expand(B, -1))] * MICROBATCHES
     with Recorder(place) as recorder:

@@ -72,13 +72,10 @@ def ours(config, job, device):
 
     from neox.parallel import Layout, build
     from neox.system.runtime import Processes
-    from neox.train import build_optimizers, clip_gradients, cross_entropy
-
-    def head_loss(head, hidden, labels, scale):
-        return cross_entropy(hidden, head, labels, chunk=config.train.loss_chunk, scale=scale)
+    from neox.train import build_optimizers, clip_gradients
 
     layout = Layout(Processes(), device, None)
-    parts, forward_backward = build(config, layout, head_loss)
+    parts, forward_backward = build(config, layout)
     optimizers = build_optimizers(parts, config.optim)
     guard = job["options"].get("guard") == "true"
 

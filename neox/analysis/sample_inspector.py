@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from neox.checkpoint import complete_steps
 from neox.checkpoint.steps import read_step
-from neox.config import Config, load_config, without_code
+from neox.config import Config, load_config
 from neox.corpus.for_training import named_files
 from neox.data import Datasets, Loader, build_datasets
 from neox.data.provenance import Origin, Sources
@@ -132,7 +132,7 @@ def of_run(run: Path, tokenizer: str | None = None) -> Reading:
     kept = [file for file in (run / "config.toml", *(folder / "config.toml" for folder in done[-1:])) if file.is_file()]
     if not kept:
         raise ValueError(f"{run}: holds no run (no config.toml)")
-    config = without_code(load_config(files=kept[:1]))
+    config = load_config(files=kept[:1])
     order = run / "order"
     datasets = _datasets(config, run, began_with(done), order if order.is_dir() else None)
     if state.get("order", "") not in ("", datasets.fingerprint):

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from neox.checkpoint import checksums
 from neox.checkpoint.checksums import Checksums, DamagedCheckpoint
 from neox.checkpoint.huggingface import CheckpointError, Transform, read_json, transform_layer
-from neox.config import Config, ModelConfig, load_config, without_code
+from neox.config import Config, ModelConfig, load_config
 from neox.model.decoder import GPTNeoX
 from neox.system.runtime import OtherProcessFailed, Processes
 from neox.tokenizer import Tokenizer
@@ -134,7 +134,7 @@ def read_step(folder: Path) -> tuple[Config, dict[str, Any]]:
         raise DamagedCheckpoint(folder / "state.json", "step or samples is no number")
     for old in range(version, FORMAT_VERSION):
         state = UPGRADES[old](state)
-    return without_code(load_config(files=[folder / "config.toml"])), state
+    return load_config(files=[folder / "config.toml"]), state
 
 
 def _checksums(folder: Path) -> Checksums | None:

@@ -1,6 +1,6 @@
 """Options: typed, validated, frozen; presets; no torch."""
 
-from neox.config.config import Config, load_config, without_code
+from neox.config.config import Config, load_config
 from neox.config.options import SECTIONS, ConfigError, Section
 from neox.config.sections.data import DataConfig, PrepareConfig, TokenizerConfig
 from neox.config.sections.model import ModelConfig
@@ -25,5 +25,4 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "load_config",
-    "without_code",
 ]

@@ -35,7 +35,6 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "load_config",
-    "without_code",
 ]
 
 
@@ -110,11 +109,6 @@ class Config(Section):
                 f"parallel.zero: {parallel.zero} would reduce or gather for each microbatch of a pipeline, which keeps "
                 "parameters and gradients whole until the last one; with parallel.pp set it to 1"
             )
-        if self.train.compile is True and parallel.schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"):
-            raise ValueError(
-                f"train.compile: {parallel.schedule} splits the backward pass in two, which compiled blocks do not "
-                "allow; set parallel.schedule to 1f1b or interleaved_1f1b"
-            )
 
     def _splits(self) -> None:
         """What tensor and context parallelism cut must come out even."""
@@ -153,11 +147,6 @@ class Config(Section):
 
         tables = {s: {k: plain(v) for k, v in getattr(self, s)} for s in SECTIONS}
         return tomli_w.dumps({"preset": plain(self.preset), **tables})
-
-
-def without_code(config: Config) -> Config:
-    """A config from beside weights: an import string in it is not believed (design D14)."""
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"plan": None})})
 
 
 SECTIONS.update(

@@ -16,9 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from neox.data.windows import Dataset
-
-IGNORED = -100
-"""The label of a position that takes no part in the loss (torch's cross_entropy leaves it out by default)."""
+from neox.model import IGNORED
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,18 @@ class Batch:
             labels=moved(self.labels),
             positions=moved(self.positions),
             segments=None if self.segments is None else moved(self.segments),
+        )
+
+    def filled(self, rows: int) -> Batch:
+        """The batch and `rows` more rows without loss, each one document of token 0."""
+        T = self.tokens.shape[1]
+        zeros = self.tokens.new_zeros(rows, T)
+        return replace(
+            self,
+            tokens=torch.cat((self.tokens, zeros)),
+            labels=torch.cat((self.labels, torch.full_like(zeros, IGNORED))),
+            positions=torch.cat((self.positions, torch.arange(T, device=zeros.device).repeat(rows, 1))),
+            segments=None if self.segments is None else torch.cat((self.segments, zeros)),
         )
 
 
@@ -127,7 +137,7 @@ class Loader:
             begins = F.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
             positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
         batch = Batch(tokens, labels, positions, segments, first=int(samples[0]) if len(samples) else 0)
-        return _filled(batch, filler) if filler else batch
+        return batch.filled(filler) if filler else batch
 
 
 def _merged(ranges: Iterable[Range]) -> list[Range]:
@@ -139,16 +149,3 @@ def _merged(ranges: Iterable[Range]) -> list[Range]:
         else:
             merged.append((first, last))
     return merged
-
-
-def _filled(batch: Batch, rows: int) -> Batch:
-    """The batch and that many rows to ignore; they hold one document of token 0."""
-    T = batch.tokens.shape[1]
-    zeros = batch.tokens.new_zeros(rows, T)
-    return Batch(
-        torch.cat((batch.tokens, zeros)),
-        torch.cat((batch.labels, torch.full_like(zeros, IGNORED))),
-        torch.cat((batch.positions, torch.arange(T).repeat(rows, 1))),
-        None if batch.segments is None else torch.cat((batch.segments, zeros)),
-        batch.first,
-    )

@@ -1,7 +1,6 @@
 """From a config to a model that lies on its devices, and the callable that runs one step's microbatches through it."""
 
 from collections.abc import Callable, Sequence
-from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +16,10 @@ from neox.parallel.context import split_batch, split_sequences
 from neox.parallel.float8 import float8_blocks
 from neox.parallel.forward import Forward
 from neox.parallel.fsdp import reshard, shard
+from neox.parallel.loss import take_loss_in_head
 from neox.parallel.mesh import Layout
 from neox.parallel.pipeline import check_pipeline, layers_of_stages, pipelined, stages_of_rank
-from neox.parallel.tp_plan import apply_plan
-
-HeadLoss = Callable[..., Tensor]
-"""(head, hidden [B, T, C], labels [B, T], scale) -> the sum of the tokens' losses times scale, a scalar."""
+from neox.parallel.tp_plan import Plan, apply_plan
 
 
 class ForwardBackward(Protocol):
@@ -35,25 +32,24 @@ class ForwardBackward(Protocol):
         ...
 
 
-def build(config: Config, layout: Layout, head_loss: HeadLoss) -> tuple[list[GPTNeoX], ForwardBackward]:
+def build(config: Config, layout: Layout, tp_plan: Plan | None = None) -> tuple[list[GPTNeoX], ForwardBackward]:
     """The parts of the model that this process holds, initialised, and the callable that runs a step through them.
 
-    Without a pipeline the model is in one part. `head_loss` becomes a method of the output head,
-    `part.embed_out.loss(hidden, labels, scale)`: what the loss does with the head's weight then counts as its forward
-    pass, for which its shards are gathered.
+    Without a pipeline the model is in one part. The part that has the output head takes the loss there
+    (`part.embed_out.loss`). `tp_plan` stands in place of `neox.parallel.tp_plan.plan(config)`.
     """
     forward = Forward(config, layout.device)
     if layout.size("pp") == 1:
-        part = _part(config, layout, head_loss, range(config.model.num_hidden_layers))
+        part = _part(config, layout, tp_plan, range(config.model.num_hidden_layers))
         return [part], _summed(_whole(part, config, forward), layout)
     check_pipeline(config, layout)
     layers = layers_of_stages(config)
     stages = stages_of_rank(config.parallel, layout.rank("pp"))
-    parts = {stage: _part(config, layout, head_loss, layers[stage]) for stage in stages}
+    parts = {stage: _part(config, layout, tp_plan, layers[stage]) for stage in stages}
     return list(parts.values()), _summed(pipelined(parts, config, layout, forward), layout)
 
 
-def _part(config: Config, layout: Layout, head_loss: HeadLoss, layers: range) -> GPTNeoX:
+def _part(config: Config, layout: Layout, tp_plan: Plan | None, layers: range) -> GPTNeoX:
     """The part of the model that holds `layers`, laid out and initialised."""
     with torch.device("meta"):
         model = GPTNeoX(config.model)
@@ -62,9 +58,8 @@ def _part(config: Config, layout: Layout, head_loss: HeadLoss, layers: range) ->
     checkpoint_blocks(model, config.train.activation_checkpointing)
     if compiles(config, layout):
         compile_blocks(model)
-    if model.embed_out is not None:
-        setattr(model.embed_out, "loss", MethodType(head_loss, model.embed_out))  # noqa: B010 (mypy takes it for a tensor)
-    split(model, config, layout)
+    take_loss_in_head(model, config.train.loss_chunk)
+    split(model, config, layout, tp_plan)
     shard(model, config, layout)
     model.to_empty(device=layout.device)
     model.tie()
@@ -89,7 +84,7 @@ def _summed(run_here: Callable[[Sequence[Any], float, bool], Tensor], layout: La
     return forward_backward
 
 
-def split(model: GPTNeoX, config: Config, layout: Layout) -> None:
+def split(model: GPTNeoX, config: Config, layout: Layout, tp_plan: Plan | None = None) -> None:
     """Tensor and context parallelism; before `shard`. ValueError where they could not do what one process does."""
     tensor, context = layout.axis("tp"), layout.axis("cp")
     if tensor is None and context is None:
@@ -102,7 +97,7 @@ def split(model: GPTNeoX, config: Config, layout: Layout) -> None:
     if config.train.float8 != "none":
         raise ValueError(f"{key}: does not split float8 layers: set train.float8=none")
     if tensor is not None:
-        apply_plan(model, config, tensor)
+        apply_plan(model, config, tensor, tp_plan)
     if context is not None:
         split_sequences(model, context.get_group())
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neox.config import Config
 from neox.model.decoder import GPTNeoX
+from neox.parallel.loss import LossHead
 from neox.system.runtime import resolve_dtype
 
 
@@ -42,7 +43,7 @@ class Forward:
     def loss(self, part: GPTNeoX, hidden: Tensor, labels: Tensor, scale: float) -> Tensor:
         """The sum of the tokens' losses times `scale`, by the part that has the head."""
         with self._precision():
-            return cast(Tensor, part.embed_out.loss(hidden, labels, scale))  # type: ignore[operator]
+            return cast(LossHead, part.embed_out).loss(hidden, labels, scale)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import pipelining
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional as F
 
 from neox.config import Config, ParallelConfig
 from neox.model.decoder import GPTNeoX
@@ -22,16 +21,10 @@ from neox.parallel.fsdp import reshard
 from neox.parallel.mesh import Layout
 from neox.system.runtime import resolve_dtype
 
-IGNORED = -100
-"""The label of a position without loss, as in `neox.data` and torch's cross_entropy."""
 SCHEDULES: dict[str, Any] = {
     "1f1b": pipelining.Schedule1F1B,
     "interleaved_1f1b": pipelining.ScheduleInterleaved1F1B,
-    "interleaved_zero_bubble": pipelining.ScheduleInterleavedZeroBubble,
-    "zbv": pipelining.ScheduleZBVZeroBubble,
-    "dualpipev": pipelining.ScheduleDualPipeV,
 }
-V_SHAPED = ("zbv", "dualpipev")
 
 
 def layers_of_stages(config: Config) -> list[range]:
@@ -58,31 +51,25 @@ def layers_of_stages(config: Config) -> list[range]:
 
 
 def rank_of_stage(config: ParallelConfig, stage: int) -> int:
-    """Where a stage lies along the axis pp: round and round, or there and back."""
-    leg, place = divmod(stage, config.pp)
-    return config.pp - 1 - place if config.schedule in V_SHAPED and leg % 2 else place
+    """Rank of a stage along the axis pp: stages go round the ranks."""
+    return stage % config.pp
 
 
 def stages_of_rank(config: ParallelConfig, rank: int) -> list[int]:
     """The stages that lie at `rank` of the axis pp."""
-    return [stage for stage in range(config.stages) if rank_of_stage(config, stage) == rank]
+    return list(range(rank, config.stages, config.pp))
 
 
 def check_pipeline(config: Config, layout: Layout) -> None:
     """Raises ValueError for a schedule that cannot run these microbatches, or not on this mesh."""
     parallel, train = config.parallel, config.train
     schedule, pp = parallel.schedule, parallel.pp
-    if schedule == "zbv" and layout.dp_size > 1 and layout.size("tp") > 1:
-        raise ValueError(
-            "parallel.schedule=zbv: is not shown to be right with data and tensor parallelism together; "
-            "set it to interleaved_1f1b, or one of the two to 1"
-        )
     share = -(-train.global_batch_size // layout.dp_size)
     count = -(-share // train.micro_batch_size)
     rounds = max(1, count // pp)
-    if schedule in ("1f1b", "dualpipev") and count < parallel.stages:
+    if schedule == "1f1b" and count < parallel.stages:
         need = f"at least {parallel.stages}, one a stage"
-    elif schedule.startswith("interleaved") and count % rounds:
+    elif schedule == "interleaved_1f1b" and count % rounds:
         need = f"a multiple of {rounds}, its rounds of {pp} or more"
     else:
         return
@@ -215,16 +202,16 @@ def _joined(batches: Sequence[Any], device: torch.device) -> tuple[Tensor, Tenso
     """
     rows = [len(batch.tokens) for batch in batches]
     assert all(count == rows[0] for count in rows[:-1]), "only the last microbatch may be smaller"
-    filler = rows[0] - rows[-1]
+    if filler := rows[0] - rows[-1]:
+        batches = [*batches[:-1], batches[-1].filled(filler)]
 
-    def join(field: str, value: int = 0) -> Tensor:
-        joined = torch.cat([getattr(batch, field) for batch in batches])
-        return F.pad(joined, (0, 0, 0, filler), value=value).to(device)
+    def join(field: str) -> Tensor:
+        return torch.cat([getattr(batch, field) for batch in batches]).to(device)
 
     inputs = {"positions": join("positions"), "sample": torch.tensor([batch.first for batch in batches])}
     if batches[0].segments is not None:
         inputs["segments"] = join("segments")
-    return join("tokens"), join("labels", IGNORED), inputs
+    return join("tokens"), join("labels"), inputs
 
 
 def _hidden(parts: Mapping[int, GPTNeoX], config: Config, rows: int) -> Tensor:
@@ -255,8 +242,7 @@ def _forward_only(
     """The sum of the losses, without a backward pass. All ranks keep time, so that any number of microbatches runs.
 
     At each tick a rank takes one microbatch through one of its stages, and all pass on what they have. A microbatch
-    enters the second stages of the ranks when the last one has left the first ones. (The schedules' own evaluation
-    does not take V-shaped ones.)
+    enters the second stages of the ranks when the last one has left the first ones.
     """
     total = torch.zeros((), device=tokens.device)
     waiting = {(0, micro): chunk for micro, chunk in enumerate(tokens.chunk(count))}

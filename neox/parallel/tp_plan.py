@@ -1,12 +1,10 @@
-"""Tensor parallelism as a table: which module works in which style. Another table may stand in its place.
+"""Tensor parallelism as a table: patterns of module names, with * for one component, to styles.
 
-`parallel.plan="package:function"` names a function that is given the config and returns such a table: patterns of
-module names, with * for one component, to torch's ParallelStyle: those of `neox.parallel.tensor`, or others.
+To train by another table, edit the dict that `plan(config)` returns and give it to `neox.Trainer(tp_plan=)`. A style is
+one of `neox.parallel.tensor`, or any other ParallelStyle of torch.
 """
 
-import importlib
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
@@ -52,48 +50,29 @@ def plan(config: Config) -> Plan:
     }
 
 
-def apply_plan(model: GPTNeoX, config: Config, mesh: DeviceMesh) -> None:
-    """Lay out the modules of the model, or of a part of it, on a mesh of one axis as the plan says.
+def apply_plan(model: GPTNeoX, config: Config, mesh: DeviceMesh, table: Plan | None = None) -> None:
+    """Lay out the modules of the model, or of a part of it, on a mesh of one axis by `table`, or by `plan(config)`.
 
-    Raises ValueError for a plan that cannot be had, names a module that no model of this config has, or leaves
-    parameters out: an optimizer takes none that are not laid out on the mesh.
+    Raises ValueError for a table that names a module that no model of this config has, or that leaves a parameter
+    without a style: an optimizer takes none that are not laid out on the mesh.
     """
-    name = config.parallel.plan
-    table = plan(config) if name is None else _named_plan(name, config)
-    if name is not None:
+    if table is not None:
         with torch.device("meta"):
-            known = [module for module, _ in GPTNeoX(config.model).named_modules()]
-        if unknown := next((p for p in table if not any(matches(module, p) for module in known)), None):
-            raise ValueError(f"parallel.plan: {name}: {unknown!r} matches no module of the model")
+            known = [name for name, _ in GPTNeoX(config.model).named_modules()]
+        if unknown := next((p for p in table if not any(matches(name, p) for name in known)), None):
+            raise ValueError(f"tensor-parallel plan: {unknown!r} matches no module of the model")
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())
-    for pattern, style in table.items():
-        for module_name, module in modules:
-            if matches(module_name, pattern):
+    for pattern, style in (plan(config) if table is None else table).items():
+        for name, module in modules:
+            if matches(name, pattern):
                 parallelize_module(module, mesh, style, src_data_rank=None)
     model.tie()
     plain = next((key for key, value in model.named_parameters() if not isinstance(value, DTensor)), None)
     if plain:
-        raise ValueError(f"parallel.plan: {name} leaves {plain} out: give the style of {plain.rpartition('.')[0]!r}")
+        raise ValueError(f"tensor-parallel plan: {plain} has no style: give one to {plain.rpartition('.')[0]!r}")
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module's name is of a plan's pattern."""
+    """True if a module's name fits a pattern of a plan, in which * stands for one component."""
     parts, patterns = name.split("."), pattern.split(".")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
-
-
-def _named_plan(name: str, config: Config) -> Plan:
-    package, colon, attribute = name.partition(":")
-    if not (package and colon and attribute):
-        raise ValueError(f'parallel.plan: {name!r} must be "package:function"')
-    try:
-        found: Any = importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"parallel.plan: {name}: {error}") from None
-    function = getattr(found, attribute, None)
-    if not callable(function):
-        raise ValueError(f"parallel.plan: {package} has no function {attribute}")
-    table = function(config)
-    if not isinstance(table, dict) or not all(isinstance(style, ParallelStyle) for style in table.values()):
-        raise ValueError(f"parallel.plan: {name} must return a dict from patterns to ParallelStyle")
-    return table

@@ -107,14 +107,16 @@ def _step(config: Config, place: "Layout", count: int) -> Trace:
     from neox.model.decoder import GPTNeoX
     from neox.parallel import build
     from neox.parallel.fsdp import shard
+    from neox.parallel.loss import LossHead
     from neox.planning.memory_tracker import Ledger
     from neox.planning.traffic import Recorder
-    from neox.train import cross_entropy
     from neox.train.optim import build_optimizers, clip_gradients
 
-    def head_loss(head: Any, hidden: Any, labels: Any, scale: float) -> Any:
+    take_loss = LossHead.loss
+
+    def take_loss_as_logits(*arguments: Any) -> Any:
         with ledger.during("logits"):
-            return cross_entropy(hidden, head, labels, chunk=config.train.loss_chunk, scale=scale)
+            return take_loss(*arguments)
 
     def for_real(function: Callable[..., Any]) -> Callable[..., Any]:
         """Without values, but not fake: modules on the meta device, and meshes, which look at ranks as numbers."""
@@ -134,9 +136,10 @@ def _step(config: Config, place: "Layout", count: int) -> Trace:
         Ledger(fake) as ledger,
         patch("neox.parallel.build.GPTNeoX", for_real(GPTNeoX)),
         patch("neox.parallel.build.shard", for_real(shard)),
+        patch.object(LossHead, "loss", take_loss_as_logits),
         patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", for_real(global_size)),
     ):
-        parts, forward_backward = build(config, place, head_loss)
+        parts, forward_backward = build(config, place)
         with ledger.during("optimizer"):
             optimizers = build_optimizers(parts, config.optim)
             fill_state(optimizers)

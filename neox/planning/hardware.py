@@ -58,15 +58,10 @@ def gpu(name: str, network: float | None = None) -> GPU:
 def bubble(config: Config) -> float:
     """Share of a step in which a pipeline's process waits, all passes of all stages taking alike.
 
-    Narayanan et al. 2021 (1f1b, interleaved); Qi et al. 2023: a backward pass that is split in two leaves a third of
-    the wait, and next to none in V-shaped schedules.
+    Narayanan et al. 2021, arXiv 2104.04473 (1f1b, interleaved).
     """
     parallel, count = config.parallel, microbatches(config)
-    if parallel.schedule in ("zbv", "dualpipev"):
-        return 0.0
-    waits, work = parallel.pp - 1.0, float(count * parallel.stages // parallel.pp)
-    if parallel.schedule == "interleaved_zero_bubble":
-        waits /= 3
+    waits, work = parallel.pp - 1, count * parallel.stages // parallel.pp
     return waits / (work + waits)
 
 

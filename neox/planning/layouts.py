@@ -2,6 +2,11 @@
 
 from neox.config import Config
 
+KINDS = ("weights", "copies", "gradients", "optimizer", "activations", "received", "logits", "working")
+"""weights: a process's own; copies: weights gathered, or cast to the products' type; gradients: reduced or not yet;
+received: buffers of the pipeline; logits: all that the loss makes; working: what the backward pass and messages need
+for the moment, blocks that are computed again included."""
+
 
 def processes(config: Config) -> int:
     """Processes of the run; where dp_shard is left open, the fewest."""

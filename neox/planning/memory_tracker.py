@@ -14,11 +14,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-KINDS = ("weights", "copies", "gradients", "optimizer", "activations", "received", "logits", "working")
-"""weights: a process's own; copies: weights gathered, or cast to the products' type; gradients: reduced or not yet;
-received: buffers of the pipeline; logits: all that the loss makes; working: what the backward pass and messages need
-for the moment, blocks that are computed again included."""
-
 
 class Ledger(TorchDispatchMode):
     """Follows the storages of `fake`'s tensors that are made inside. Enter `fake` first, then this.

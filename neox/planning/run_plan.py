@@ -8,14 +8,12 @@ from itertools import groupby
 
 from neox.config import Config
 from neox.model.flops import train_flops_per_token
+from neox.parallel.mesh import AXES
 from neox.parallel.pipeline import layers_of_stages, stages_of_rank
 from neox.planning.dry_run import Trace, trace
 from neox.planning.hardware import COMPUTE, GPU, HOST, LINK, USABLE, StepTime, bubble, stage_flops, step_time
-from neox.planning.layouts import microbatches, processes
+from neox.planning.layouts import KINDS, microbatches, processes
 from neox.planning.summary import _bytes
-
-KINDS = ("weights", "copies", "gradients", "optimizer", "activations", "received", "logits", "working")
-"""As `neox.planning.memory_tracker` says, without its imports."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def plan(config: Config, name: str | None = None, device: GPU | None = None) -> 
 
 def render(config: Config, places: list[Place], name: str | None = None, device: GPU | None = None) -> str:
     parallel = config.parallel
-    axes = " x ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items() if axis in _AXES and size > 1)
+    axes = " x ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items() if axis in AXES and size > 1)
     lines = [
         f"Plan: {processes(config)} processes ({axes or 'one'}), {microbatches(config)} microbatches of "
         f"{config.train.micro_batch_size} a step, zero={parallel.zero}, {config.train.dtype}, "
@@ -110,6 +108,3 @@ def estimate(config: Config, places: list[Place], name: str, device: GPU) -> lis
         f"  memory: {_bytes(peak)} of {_bytes(device.memory)}, of which {USABLE:.0%} are taken to be usable: "
         + ("fits" if peak <= room else f"does not fit, {_bytes(peak - room)} too much"),
     ]
-
-
-_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")

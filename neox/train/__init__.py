@@ -1,6 +1,6 @@
 """Training: the loop, the loss, optimizers and metrics."""
 
-from neox.train.loss import cross_entropy
+from neox.parallel.loss import cross_entropy
 from neox.train.lr_schedule import lr_factor
 from neox.train.optim import Muon, build_optimizers, clip_gradients
 from neox.train.run_directory import run_config

@@ -4,7 +4,7 @@ import torch
 
 from neox.config import Config
 from neox.data import Batch, Loader
-from neox.data.loader import IGNORED
+from neox.model import IGNORED
 from neox.parallel import Layout
 
 

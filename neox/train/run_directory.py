@@ -10,7 +10,6 @@ from typing import Any
 
 from neox.checkpoint import complete_steps, newest_sound, read_step
 from neox.config import Config, load_config
-from neox.config.options import parse_override
 from neox.system.files import read_rows
 from neox.system.runtime import Processes, launched
 
@@ -19,8 +18,7 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
     """The config that a resumed run goes on with: its own, overrides on top.
 
     RUN/config.toml holds what the run was last started or resumed with; a copy without it has its newest checkpoint's.
-    Raises ValueError where the directory holds neither, and where it names a `parallel.plan` that `overrides` do not:
-    what a directory holds is never imported on its own word.
+    Raises ValueError where the directory holds neither.
     """
     kept = run / "config.toml"
     if not kept.is_file():
@@ -32,13 +30,6 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
             return step / "config.toml"
 
         kept = newest_sound(run, use)
-    overrides = list(overrides)
-    named = load_config(files=[kept]).parallel.plan
-    if named and not any(parse_override(text)[:2] == ("parallel", "plan") for text in overrides):
-        raise ValueError(
-            f"{kept}: parallel.plan is {named!r}, which is code: name it again to use it, parallel.plan={named}, "
-            "or go without it, parallel.plan=none"
-        )
     config = load_config(files=[kept], overrides=overrides)
     # The run may have been moved: it is where it was found.
     return config.model_copy(update={"log": config.log.model_copy(update={"out": str(run)})})

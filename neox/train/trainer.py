@@ -32,13 +32,12 @@ from neox.data.datasets import check_named
 from neox.data.prefetch import Prefetch
 from neox.model.decoder import GPTNeoX
 from neox.model.flops import recomputed_share
-from neox.parallel import Layout, build, layout, whole_model
+from neox.parallel import Layout, Plan, build, layout, whole_model
 from neox.system.files import write_atomic
 from neox.system.runtime import OtherProcessFailed, Processes, joined_processes, local_device, matmul_flops, peak_memory
 from neox.train.batches import Batches
 from neox.train.blend_history import began_with
 from neox.train.goodput import Goodput
-from neox.train.loss import cross_entropy
 from neox.train.lr_schedule import lr_factor
 from neox.train.memory import out_of_memory_explained, remembered_allocations
 from neox.train.metrics import Meter, make_row
@@ -78,9 +77,9 @@ class Trainer:
 
     `hooks` are called as hook(trainer, step) once before the first step and after each one: samples, evaluations,
     pictures come in that way. `trainer.model` is the live model, `trainer.parts` those parts of it that this process
-    holds: in a pipeline there is no other, and a hook that communicates must do so on all processes alike. Both the
-    constructor and `fit` raise ValueError for a config, data or run directory that cannot be used, `fit` also OSError
-    where the disk is full.
+    holds: in a pipeline there is no other, and a hook that communicates must do so on all processes alike. `tp_plan`
+    replaces the table of tensor parallelism (`neox.parallel.tp_plan`). Both the constructor and `fit` raise ValueError
+    for a config, data or run directory that cannot be used, `fit` also OSError where the disk is full.
 
     Started by torchrun, all processes of the run make the same calls; rank 0 writes what is written once. A run that
     torchrun begins anew goes on, as with `resume`.
@@ -93,8 +92,9 @@ class Trainer:
         resume: bool = False,
         hooks: tuple[Callable[["Trainer", int], None], ...] = (),
         quiet: bool = False,
+        tp_plan: Plan | None = None,
     ) -> None:
-        self.config, self.hooks, self.quiet = config, hooks, quiet
+        self.config, self.hooks, self.quiet, self.tp_plan = config, hooks, quiet, tp_plan
         self.run = Path(config.log.out)
         self.resume = resume
         check_named(config)
@@ -387,7 +387,7 @@ class Trainer:
         self.valid = datasets.valid
         self.batches = Batches(config, self.layout, self.device)
         self.prefetch = Prefetch(lambda step: self.batches(self.progress.loader, step), config.train.steps, self.device)
-        self.parts, self.forward_backward = build(config, self.layout, self._head_loss)
+        self.parts, self.forward_backward = build(config, self.layout, self.tp_plan)
         self.optimizers = build_optimizers(self.parts, config.optim)
         fill_state(self.optimizers)
         self.saver = Saver(self.run, config.checkpoint, processes)
@@ -401,9 +401,6 @@ class Trainer:
         if not processes.rank:
             set_aside_after(self.run, folder)
         self._write_config()  # with what was changed for this call, now that it is known to fit
-
-    def _head_loss(self, head: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, scale: float) -> Any:
-        return cross_entropy(hidden, head, labels, chunk=self.config.train.loss_chunk, scale=scale)
 
     def _write_config(self) -> None:
         if not self.processes.rank:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from neox.config import ModelConfig
 from neox.data import Batch, Loader, TokenDataset, TokenWriter
-from neox.data.loader import IGNORED
 from neox.data.megatron import MegatronDataset
+from neox.model import IGNORED
 from neox.model.decoder import GPTNeoX
 from tests.corpus.corpora import documents, sizes_of_documents, write_pair
 

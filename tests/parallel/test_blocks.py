@@ -16,7 +16,7 @@ from neox.generate import Engine, Sampling
 from neox.model.decoder import Block
 from neox.parallel import Layout, build, compiles, layout
 from neox.system.runtime import Processes
-from neox.train import Trainer, cross_entropy
+from neox.train import Trainer
 from tests.parallel.helpers import config
 from tests.train.helpers import TINY
 
@@ -24,17 +24,14 @@ CPU = torch.device("cpu")
 
 
 def gradients(*options: str, batch: int = 2, length: int = 32) -> tuple[float, dict[str, torch.Tensor]]:
-    settings = load_config(overrides=(*TINY, *options))
+    settings = load_config(overrides=(*TINY, "loss_chunk=48", *options))
     tokens = torch.randint(settings.model.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(3))
-
-    def head_loss(head, hidden, labels, scale):
-        return cross_entropy(hidden, head, labels, chunk=48, scale=scale)
 
     batches = [
         Batch(rows[:, :-1], rows[:, 1:], torch.arange(length).expand(batch, -1)) for rows in (tokens, tokens.flip(0))
     ]
     torch.manual_seed(0)  # for dropout
-    (model,), forward_backward = build(settings, layout(settings.parallel, Processes(), CPU), head_loss)
+    (model,), forward_backward = build(settings, layout(settings.parallel, Processes(), CPU))
     value = forward_backward(batches, 1 / (batch * length))
     return value.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 

@@ -8,9 +8,8 @@ import torch
 
 from neox.checkpoint import complete_steps
 from neox.config import Config, load_config
-from neox.data.loader import IGNORED
 from neox.model.flops import forward_flops, parameters
-from neox.parallel import Layout, pipeline
+from neox.parallel import Layout
 from neox.parallel.pipeline import check_pipeline, layers_of_stages, rank_of_stage, stages_of_rank
 from neox.system.runtime import OtherProcessFailed, Processes
 from neox.train import Trainer
@@ -20,7 +19,7 @@ from tests.train.helpers import TINY, rows, tensors, token_pair
 FOUR = ("num_hidden_layers=4", "hidden_size=16", "micro_batch_size=1")
 EIGHT = ("num_hidden_layers=8", *FOUR[1:])
 PIPELINE = ("parallel.pp=2",)
-SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
+INTERLEAVED = "parallel.schedule=interleaved_1f1b"
 
 
 def held_out(folder: Path) -> tuple[str, ...]:
@@ -43,9 +42,8 @@ def test_stages(tmp_path, world, options):
     compare(tmp_path, world, *options, *held_out(tmp_path))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules(tmp_path, schedule):
-    compare(tmp_path, 2, "parallel.pp=2", f"parallel.schedule={schedule}", *FOUR, *held_out(tmp_path))
+def test_interleaved_stages(tmp_path):
+    compare(tmp_path, 2, "parallel.pp=2", INTERLEAVED, *FOUR, *held_out(tmp_path))
 
 
 @pytest.mark.slow
@@ -57,16 +55,15 @@ def test_schedules(tmp_path, schedule):
         ("parallel.pp=2", "global_batch_size=8", "activation_checkpointing=selective", *FOUR),
     ],
 )
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules_on_four(tmp_path, schedule, options):
-    compare(tmp_path, 4, f"parallel.schedule={schedule}", *options, *held_out(tmp_path))
+def test_interleaved_stages_on_four(tmp_path, options):
+    compare(tmp_path, 4, INTERLEAVED, *options, *held_out(tmp_path))
 
 
 TP = ("parallel.pp=2", "parallel.tp=2", "model.vocab_size=64")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["1f1b", *SCHEDULES])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b"])
 def test_stages_of_split_matrices(tmp_path, schedule):
     compare(tmp_path, 4, *TP, f"parallel.schedule={schedule}", *FOUR, "log.norms=true", *held_out(tmp_path))
 
@@ -78,7 +75,7 @@ def test_stages_of_split_matrices(tmp_path, schedule):
         (4, (*TP, "parallel.sequence_parallel=true", *FOUR)),
         (4, ("parallel.pp=2", "parallel.cp=2", *FOUR)),
         (8, (*TP, "global_batch_size=7", *FOUR)),
-        (8, (*TP, "global_batch_size=8", "parallel.schedule=interleaved_zero_bubble", *FOUR)),
+        (8, (*TP, "global_batch_size=8", INTERLEAVED, *FOUR)),
     ],
 )
 def test_stages_on_meshes_of_more_axes(tmp_path, world, options):
@@ -87,9 +84,8 @@ def test_stages_on_meshes_of_more_axes(tmp_path, world, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("schedule", ["interleaved_1f1b", "interleaved_zero_bubble", "zbv"])
-def test_fewer_microbatches_than_stages(tmp_path, schedule, batch):
-    compare(tmp_path, 2, *PIPELINE, f"parallel.schedule={schedule}", f"global_batch_size={batch}", *FOUR)
+def test_fewer_microbatches_than_stages(tmp_path, batch):
+    compare(tmp_path, 2, *PIPELINE, INTERLEAVED, f"global_batch_size={batch}", *FOUR)
 
 
 @pytest.mark.slow
@@ -111,7 +107,7 @@ def test_more_stages(tmp_path, world, options):
     ("world", "dtype", "options"),
     [
         (2, "bf16", ()),
-        (4, "bf16", ("parallel.schedule=zbv", *FOUR, "global_batch_size=8")),
+        (4, "bf16", (INTERLEAVED, *FOUR, "global_batch_size=8")),
         (2, "fp16", ("optim.loss_scale=1e38", "optim.loss_scale_hysteresis=1", "steps=5")),
     ],
 )
@@ -136,7 +132,7 @@ def test_16_bits(tmp_path, world, dtype, options):
         ((2, PIPELINE), (1, ())),
         ((2, PIPELINE), (2, ("parallel.zero=3",))),
         ((1, ()), (4, PIPELINE)),
-        ((2, ("parallel.zero=2",)), (2, ("parallel.pp=2", "parallel.schedule=zbv"))),
+        ((2, ("parallel.zero=2",)), (2, ("parallel.pp=2", INTERLEAVED))),
     ],
 )
 def test_a_run_goes_on_in_another_layout(tmp_path, before, after):
@@ -189,17 +185,12 @@ def seen_by_a_hook(settings: Config) -> tuple[list[str], str]:
 
 
 def test_each_process_holds_its_stages_alone(tmp_path):
-    settings = config(tmp_path, "run", *PIPELINE, "parallel.schedule=zbv", "steps=1", *FOUR)
-    (outer, message), (inner, _) = together(2, tmp_path / "ranks", seen_by_a_hook, settings)
-    assert {name.split(".attention")[0].split(".mlp")[0] for name in outer if "layers" not in name} == {
-        "embed_in.weight",
-        "final_layer_norm.weight",
-        "final_layer_norm.bias",
-        "embed_out.weight",
-    }
-    layers = [{name.split(".")[1] for name in names if name.startswith("layers.")} for names in (outer, inner)]
-    assert layers == [{"0", "3"}, {"1", "2"}]
-    assert all(name.startswith("layers.") for name in inner)
+    settings = config(tmp_path, "run", *PIPELINE, INTERLEAVED, "steps=1", *FOUR)
+    (first, message), (last, _) = together(2, tmp_path / "ranks", seen_by_a_hook, settings)
+    ends = [{name for name in names if "layers" not in name} for names in (first, last)]
+    assert ends == [{"embed_in.weight"}, {"final_layer_norm.weight", "final_layer_norm.bias", "embed_out.weight"}]
+    layers = [{name.split(".")[1] for name in names if name.startswith("layers.")} for names in (first, last)]
+    assert layers == [{"0", "2"}, {"1", "3"}]
     assert "no process holds the whole model; use trainer.parts" in message
 
 
@@ -242,17 +233,11 @@ def test_a_given_split():
     assert found == [range(3), range(3, 4)]
 
 
-@pytest.mark.parametrize(
-    ("schedule", "places"), [("1f1b", [0, 1, 2]), ("interleaved_1f1b", [0, 1, 2] * 2), ("zbv", [0, 1, 2, 2, 1, 0])]
-)
+@pytest.mark.parametrize(("schedule", "places"), [("1f1b", [0, 1, 2]), ("interleaved_1f1b", [0, 1, 2] * 2)])
 def test_where_stages_lie(schedule, places):
     parallel = settings_of("parallel.pp=3", f"parallel.schedule={schedule}", "num_hidden_layers=6").parallel
     assert [rank_of_stage(parallel, stage) for stage in range(parallel.stages)] == places
     assert sorted(s for rank in range(3) for s in stages_of_rank(parallel, rank)) == list(range(len(places)))
-
-
-def test_the_ignored_label_is_that_of_the_data():
-    assert pipeline.IGNORED == IGNORED
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -271,7 +256,6 @@ def test_the_ignored_label_is_that_of_the_data():
         ),
         (("parallel.stage_layers=[4,0]",), r"parallel.stage_layers: \[4, 0\]"),
         (("parallel.pp=1", "parallel.stage_layers=[4]"), "parallel.stage_layers: says how .* set parallel.pp"),
-        (("parallel.schedule=zbv", "train.compile=true"), "train.compile: zbv splits .* interleaved_1f1b"),
     ],
 )
 def test_configs_that_no_pipeline_can_run(options, message):
@@ -290,12 +274,10 @@ class Mesh(Layout):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("parallel.schedule=zbv", "global_batch_size=16"), "zbv: .* data and tensor parallelism together"),
         (
             ("global_batch_size=4",),
             "global_batch_size=4 gives .* 1 microbatches of .*=1f1b with .* at least 2, one a stage",
         ),
-        (("parallel.schedule=dualpipev", "global_batch_size=12"), "3 microbatches of .*=dualpipev with .* at least 4"),
         (("parallel.schedule=interleaved_1f1b", "global_batch_size=20"), "5 microbatches .* a multiple of 2"),
     ],
 )

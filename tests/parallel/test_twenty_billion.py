@@ -15,7 +15,6 @@ from neox.model.flops import parameters
 from neox.parallel import build, layout
 from neox.parallel.fsdp import shard
 from neox.system.runtime import Processes
-from neox.train import cross_entropy
 from tests.train.helpers import ROOT
 
 pytestmark = pytest.mark.slow
@@ -46,9 +45,6 @@ def build_and_run(rank: int) -> None:
     )
     model, stage = settings.model, rank * PP // WORLD
 
-    def head_loss(head, hidden, labels, scale):
-        return cross_entropy(hidden, head, labels, scale=scale)
-
     place = layout(settings.parallel, Processes(rank, WORLD), torch.device("cpu"))
     assert (place.dp_size, place.rank("pp")) == (WORLD // PP // TP, stage)
 
@@ -58,7 +54,7 @@ def build_and_run(rank: int) -> None:
             shard(*arguments)
 
     with FakeTensorMode(allow_non_fake_inputs=True), patch("neox.parallel.build.shard", shard_for_real):
-        (part,), _ = build(settings, place, head_loss)
+        (part,), _ = build(settings, place)
         named = dict(part.named_parameters())
         counts = parameters(model)
         block = (counts.attention + counts.mlp + counts.norms - 2 * model.hidden_size) // model.num_hidden_layers

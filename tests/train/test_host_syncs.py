@@ -36,14 +36,14 @@ def to_empty(model: nn.Module, device: torch.device) -> None:
 def trainer_without_values(monkeypatch, *options: str) -> Trainer:
     monkeypatch.setattr(GPTNeoX, "to_empty", to_empty)
     monkeypatch.setattr(sys.modules["neox.parallel.build"], "_initialize", lambda model, seed: None)
-    for module in ("loss", "optim"):
-        monkeypatch.setattr(sys.modules[f"neox.train.{module}"], "readable", lambda tensor: False)
+    for module in ("parallel.loss", "train.optim"):
+        monkeypatch.setattr(sys.modules[f"neox.{module}"], "readable", lambda tensor: False)
     trainer = Trainer(
         load_config(overrides=(*TINY, "data.train=none", "log.every=1000", "train.guard=false", *options)), quiet=True
     )
     config = trainer.config
     trainer.device, trainer.layout = CPU, Layout(Processes(), CPU, None)
-    trainer.parts, trainer.forward_backward = build(config, trainer.layout, trainer._head_loss)
+    trainer.parts, trainer.forward_backward = build(config, trainer.layout)
     trainer.optimizers = build_optimizers(trainer.parts, config.optim)
     fill_state(trainer.optimizers)
     trainer.progress = Progress(config, None, "", Goodput())

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neox.data.loader import IGNORED
-from neox.train.loss import cross_entropy
+from neox.model import IGNORED
+from neox.parallel.loss import cross_entropy
 from tests.tiny import CONTEXT, ours, relative, tokens
 
 CLOSE = 1e-5  # float32 against float64, of the largest value; measured: 1e-6

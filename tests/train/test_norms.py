@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neox.model.flops import parameters
-from neox.train.loss import cross_entropy
+from neox.parallel.loss import cross_entropy
 from neox.train.norms import PARTS, copies, norms, part_of, update_norms
 from neox.train.optim import clip_gradients
 from tests.tiny import GPT_J, GPT_NEO, ours, tokens

@@ -147,19 +147,14 @@ class ParallelConfig(Section):
     """Processes that share the blocks, one after the other."""
     sequence_parallel: bool = False
     """Between the matrices that tp splits, its processes hold a part of each sequence: less memory, the same sums."""
-    plan: OptionalStr = None
-    """"package:function" that gives another table of how tp lays out each module; none = neox.parallel.tp_plan's. It is
-    code: a run that is resumed wants it on the command line again."""
-    schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
+    schedule: Literal["1f1b", "interleaved_1f1b"] = "1f1b"
     """The order in which the pipeline's stages run microbatches forward and backward: see docs/parallel.md."""
     stages_per_rank: Positive = 2
-    """Stages that each process of an interleaved pipeline holds; 1f1b has 1, zbv and dualpipev have 2."""
+    """Stages that each process of an interleaved pipeline holds; with 1f1b it is always 1."""
     stage_layers: Ints = ()
     """Layers of each stage, first to last; without it they are balanced by cost, embedding and head counted."""
 
     @property
     def stages(self) -> int:
         """Stages of the pipeline, over all of its processes."""
-        if self.schedule == "1f1b":
-            return self.pp
-        return self.pp * (self.stages_per_rank if self.schedule.startswith("interleaved") else 2)
+        return self.pp * (1 if self.schedule == "1f1b" else self.stages_per_rank)

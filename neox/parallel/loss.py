@@ -1,6 +1,6 @@
-"""The language-modelling loss, taken over the head in chunks so that the full [tokens, vocab] logits never exist.
+"""The language-modelling loss, taken over the head in chunks: the full [tokens, vocab] logits never exist.
 
-Shapes: C hidden, V vocab.
+Shapes: B batch, T time, N tokens, C hidden, V vocab.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,32 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from neox.data.loader import IGNORED
+from neox.model import IGNORED
+from neox.model.decoder import GPTNeoX
 from neox.parallel.collectives import gather
 from neox.system.runtime import readable
+
+
+class LossHead(torch.nn.Linear):
+    """The output head as training uses it: it also takes the loss, `chunk` tokens at a time.
+
+    A method of the head, not a function beside it, so that fully_shard gathers the head's weight for it as it does for
+    a forward pass (`register_fsdp_forward_method`).
+    """
+
+    chunk = 512
+
+    def loss(self, hidden: Tensor, labels: Tensor, scale: float) -> Tensor:
+        """Sum of the cross entropies of labels [B, T] under states [B, T, C], times `scale`; a scalar."""
+        return cross_entropy(hidden, self, labels, chunk=self.chunk, scale=scale)
+
+
+def take_loss_in_head(model: GPTNeoX, chunk: int) -> None:
+    """Turn the output head, of a part of the model that has it, into a `LossHead`; its parameters keep their names."""
+    if (head := model.embed_out) is not None:
+        head.__class__ = LossHead
+        assert isinstance(head, LossHead)
+        head.chunk = chunk
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
