@@ -1,8 +1,8 @@
-"""Generation and scoring with a key-value cache: requests run side by side, each as if it were alone.
+"""The inference engine: continuous batching over a paged key-value cache, for generation and scoring.
 
-Requests join and leave between steps. A step is one forward pass over pending tokens of many: the last one of each that
-decodes, pieces of prompts. What sequences have in common is computed once (`prefix.py`); what runs when is decided in
-`schedule.py`. Shapes: N packed tokens, R rows of logits, C hidden, V vocab.
+Requests join and leave between steps. A step is one forward pass over pending tokens of many requests: the last token
+of each that decodes, and chunks of prompts. The scheduler decides which (`scheduler.py`); common prefixes are computed
+once (`prefix.py`). Shapes: N packed tokens, R rows of logits, C hidden, V vocab.
 """
 
 import itertools
@@ -12,9 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from neox.generate.invariant import key_steps, row_tile
 from neox.generate.prefix import PrefixTree, Stats
-from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, TokenLogprob
+from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, record, token_logprob
 from neox.generate.sampling import NOT_FINITE, Sampler, Sampling
 from neox.generate.scheduler import Scheduler
 from neox.generate.static_decode import StaticDecoder
@@ -27,25 +26,24 @@ from neox.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Guess = Callable[[Sequence[list[int]], int], list[list[int]]]  # from sequences, at most so many tokens after each
-QUERIES = 4  # attention rounds rows of a multiple of so many queries alike
 
 
 class Engine:
-    """Generates from a loaded model, and scores with it.
+    """Generate from a loaded model, and score with it; the model is left as it is.
 
-    `slots` sequences run at a time. `cache_bytes` bounds the memory of keys and values, which sequences with a common
-    beginning share and which keeps them for later ones (default: what `slots` sequences take at full context, and at
-    most half of the machine's memory). `budget` is how many tokens a step computes, about.
+    `slots` sequences run at a time. `cache_bytes` bounds the memory of the key-value cache, in which sequences share a
+    common prefix and which keeps it for later ones (default: enough for `slots` sequences at full context, at most half
+    of the machine's memory). A step computes about `budget` tokens.
 
-    With `invariant` what a request gets does not depend on what runs beside it, on what the cache holds, or on where
-    its prompt was cut: bit for bit on a CPU in fp32. Packed weights are so by themselves; with torch's own layers steps
-    of few tokens are filled up to a number of rows that is rounded alike (`invariant.row_tile`). Default: on a CPU.
+    Batch invariance: with a packed model on a CPU (`quantization.packed`, compiled kernels) a request's results are
+    bit-identical whatever its batch, the cache's contents and the chunks of its prompt (design D16). With torch's own
+    layers, and on other devices, they agree up to rounding.
 
-    `guess` proposes up to `guess_tokens` tokens that may follow a sequence (`speculate.py`); a step verifies them along
-    with the last one. Tokens come out as without it, several a step where guesses are right: see `stats`.
+    `guess` proposes up to `guess_tokens` draft tokens after a sequence (`speculate.py`); a step verifies them along
+    with the last token. The output is that without drafts, several tokens a step where they are right: see `stats`.
 
-    With `static`, steps in which all that runs decodes, and can be drawn for on the device, are passes of fixed shape
-    (`static.py`), and events come a step late. Default: on CUDA, without `guess`.
+    With `static`, steps in which all requests decode, and are sampled from on the device, are passes of fixed shape
+    (`static_decode.py`), and events come a step late. Default: on CUDA, without `guess`.
     """
 
     def __init__(
@@ -55,7 +53,6 @@ class Engine:
         slots: int = 8,
         cache_bytes: int | None = None,
         budget: int = 256,
-        invariant: bool | None = None,
         guess: Guess | None = None,
         guess_tokens: int = 7,
         static: bool | None = None,
@@ -71,11 +68,8 @@ class Engine:
         if blocks < 1:
             raise ValueError(f"{BLOCK} positions of cache take {one:,} bytes: raise cache_bytes")
         self._window = config.local_window if config.local_layers else 0
-        self._invariant = self.weight.device.type == "cpu" if invariant is None else invariant
         self._decoder = decoder(model)
-        self._rows: int | None = None if self._invariant and self._decoder is None else 1
-        self._pool = KVPool(config, blocks, self.weight.device, self.weight.dtype, model.heads)
-        self._keys = (0, 1)
+        self._pool = self._new_pool(blocks)
         self._scheduler = Scheduler(self._pool, PrefixTree(blocks), slots, budget)
         self._requests: dict[int, Generation] = {}
         self._submitted = 0
@@ -211,6 +205,10 @@ class Engine:
         if wrong := [token for token in tokens if not 0 <= token < vocab]:
             raise ValueError(f"{what} holds token {wrong[0]}, the model has {vocab} rows: another tokenizer's ids?")
 
+    def _new_pool(self, blocks: int) -> KVPool:
+        """Allocate the key-value cache; `ShardedEngine` shares it with other processes."""
+        return KVPool(self.model.config, blocks, self.weight.device, self.weight.dtype, self.model.heads)
+
     def _memory(self) -> int:
         if self.weight.device.type == "cuda":
             return torch.cuda.mem_get_info(self.weight.device)[0]
@@ -302,7 +300,10 @@ class Engine:
             skipped = max(0, request.wanted - request.computed)
             places.append(list(range(first + skipped, first + count)))
             first += count
-        logits = self._logits(hidden, [place for own in places for place in own])
+        rows = [place for own in places for place in own]
+        logits = hidden.new_empty(0, self.model.config.vocab_size)
+        if rows:
+            logits = self._logits(hidden if len(rows) == len(hidden) else hidden[rows])
         scored, first = [], 0
         for (request, count), own in zip(plan, places, strict=True):
             self._scheduler.advance(request, count - len(request.draft))
@@ -311,49 +312,28 @@ class Engine:
             elif isinstance(request, Generation):
                 self._accept(request, logits[first : first + len(own)])
             first += len(own)
-        self._record(scored, logits)
+        record(scored, logits)
+        for one, _ in scored:
+            if one.ends:
+                self._scheduler.remove(one)
 
     def _forward(self, plan: list[tuple[Request, int]]) -> Tensor:
         """The final hidden states [N, C] of the planned tokens of each request, one after the other."""
-        if self._rows is None:
-            self._rows = row_tile(self.model, max(128, self._scheduler.budget))
-            self._keys = key_steps(self.model)
         spans = [Span(request.table, request.computed, count) for request, count in plan]
         tokens = [t for request, count in plan for t in (request.tokens[request.computed :] + request.draft)[:count]]
-        if self._decoder:
-            return self._decoder(tokens, spans, self._pool)
-        tokens += [0] * (-len(tokens) % self._rows)
-        cache = KVCache(self._pool, spans, self._window, QUERIES if self._invariant else 1, len(tokens), self._keys)
+        return self._decoder(tokens, spans, self._pool) if self._decoder else self._hidden(tokens, spans)
+
+    def _hidden(self, tokens: list[int], spans: list[Span]) -> Tensor:
+        """The final hidden states [N, C] by torch; `ShardedEngine` computes them on all processes."""
+        cache = KVCache(self._pool, spans, self._window)
         batch = torch.tensor([tokens], device=self.weight.device)
         hidden: Tensor = self.model(batch, positions=cache.positions, cache=cache, head=False)[0]
         return hidden
 
-    def _logits(self, hidden: Tensor, places: list[int]) -> Tensor:
-        """Logits [R, V] at `places`, rising, of hidden states [N, C]."""
-        if not places:
-            return hidden.new_empty(0, self.model.config.vocab_size)
-        if self._decoder:
-            return self._decoder.logits(hidden if len(places) == len(hidden) else hidden[places])
-        assert self._rows is not None, "known since the first pass"
-        padded = places + places[-1:] * (-len(places) % self._rows)
-        logits: Tensor = self.model.embed_out(hidden[padded])
-        return logits[: len(places)]
-
-    def _record(self, scored: list[tuple[Scoring, range]], logits: Tensor) -> None:
-        """Record what is asked of each request from its rows of logits [R, V], those from `wanted` on."""
-        asked = [pair for request, rows in scored for pair in zip(rows, request.targets, strict=False)]
-        if not asked:
-            return
-        logprobs = logits.float().log_softmax(dim=-1)
-        row = torch.tensor([row for row, targets in asked for _ in targets], device=logits.device)
-        token = torch.tensor([token for _, targets in asked for token in targets], device=logits.device)
-        likely = logprobs.argmax(dim=-1)[row] == token
-        # One transfer for all: the device is waited for once.
-        found = iter(torch.stack((logprobs[row, token], likely.float()), dim=1).tolist())
-        for request, rows in scored:
-            request.record(found, len(rows))
-            if request.ends:
-                self._scheduler.remove(request)
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, V] of hidden states [R, C]."""
+        logits: Tensor = self._decoder.logits(hidden) if self._decoder else self.model.embed_out(hidden)
+        return logits
 
     def _guess(self) -> None:
         """Give those that decode, and have room for it, a draft to verify."""
@@ -379,7 +359,8 @@ class Engine:
             request.wanted += 1
             if request.wanted < len(request.tokens):
                 asked = request.sampler.sampling.prompt_alternatives or 0
-                request.prompt_logprobs.append(self._logprob(request.tokens[request.wanted], own, asked))
+                token = request.tokens[request.wanted]
+                request.prompt_logprobs.append(token_logprob(token, own, asked, self.usable))
                 continue
             token = self._draw(request, own)
             if request.number not in self._requests or draft[accepted : accepted + 1] != [token]:
@@ -408,7 +389,7 @@ class Engine:
             return
         request.tokens.append(token)
         if logits is not None and sampling.logprobs is not None:
-            request.logprobs.append(self._logprob(token, logits, sampling.logprobs))
+            request.logprobs.append(token_logprob(token, logits, sampling.logprobs, self.usable))
         text = request.text.push(token) if request.text else ""
         if (request.text and request.text.stopped) or len(request.tokens) >= request.limit:
             self._end(request, "length", token, text)
@@ -419,26 +400,11 @@ class Engine:
     def _end(self, request: Generation, reason: str, token: int | None, text: str) -> None:
         del self._requests[request.number]
         self._scheduler.remove(request)
-        new, sampling = request.tokens[request.prompt :], request.sampler.sampling
         if request.text:
             text += request.text.finish()
-            if request.text.stopped:
-                reason = "stop"  # found just now, or in what was held back
             request.shown.append(text)
-            whole = "".join(request.shown)
-        else:
-            whole = request.before + (self.tokenizer.decode(new) if self.tokenizer else "")
-        logprobs = request.logprobs if sampling.logprobs is not None else None
-        if logprobs is not None and sampling.echo:
-            logprobs = [TokenLogprob(request.tokens[0], None, []), *request.prompt_logprobs, *logprobs]
-        prompt = request.prompt_logprobs if sampling.prompt_logprobs is not None else None
-        self._events.append(Event(request.number, token, text, Completion(new, whole, reason, logprobs, prompt)))
-
-    def _logprob(self, token: int, logits: Tensor, alternatives: int) -> TokenLogprob:
-        logprobs = logits.float().log_softmax(dim=-1)
-        top = logprobs[: self.usable].topk(min(alternatives, self.usable))
-        pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        return TokenLogprob(token, logprobs[token].item(), pairs)
+        done = request.completion(reason, self.tokenizer)
+        self._events.append(Event(request.number, token, text, done))
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from neox.checkpoint import load, weights_dtype
 from neox.config import Config, DataConfig, ParallelConfig
 from neox.generate.engine import Engine, Guess
-from neox.generate.sharded import Leader, follow
+from neox.generate.sharded import ShardedEngine, worker_loop
 from neox.generate.speculate import DraftModel, prompt_lookup
 from neox.model.decoder import GPTNeoX
 from neox.parallel import layout
@@ -105,16 +105,16 @@ def shared_engine(
                 raise OtherProcessFailed("rank 0 says so") from None
             raise
         if processes.rank:
-            follow(model)
+            worker_loop(model)
             yield None
             return
-        leader = Leader(model, tokenizer, guess=_guess(speculate), **options)
+        engine = ShardedEngine(model, tokenizer, guess=_guess(speculate), **options)
         try:
-            yield leader
-        except (ValueError, OSError):  # what a user did wrong, between two passes
-            leader.dismiss()
+            yield engine
+        except (ValueError, OSError):  # a user's error, between two passes
+            engine.shutdown()
             raise
-        leader.dismiss()
+        engine.shutdown()
 
 
 def _load_share(

@@ -4,10 +4,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from neox.generate.prefix import Node
 from neox.generate.sampling import Sampler
 from neox.generate.text_stream import TextStream
 from neox.model.cache import BLOCK
+from neox.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,20 @@ class Generation(Request):
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
 
+    def completion(self, reason: str, tokenizer: Tokenizer | None) -> Completion:
+        """The finished request's result; `reason` is why it ended, unless its text held a stop string."""
+        new, sampling = self.tokens[self.prompt :], self.sampler.sampling
+        if self.text:
+            text = "".join(self.shown)
+            reason = "stop" if self.text.stopped else reason
+        else:
+            text = self.before + (tokenizer.decode(new) if tokenizer else "")
+        logprobs = self.logprobs if sampling.logprobs is not None else None
+        if logprobs is not None and sampling.echo:
+            logprobs = [TokenLogprob(self.tokens[0], None, []), *self.prompt_logprobs, *logprobs]
+        prompt = self.prompt_logprobs if sampling.prompt_logprobs is not None else None
+        return Completion(new, text, reason, logprobs, prompt)
+
 
 class Scoring(Request):
     """A context and continuations of it that differ in their last token only, which is predicted but not computed."""
@@ -128,3 +146,26 @@ class Scoring(Request):
         logprob, is_greedy = self.ends[number]
         logprobs = [*self.logprobs, logprob]
         return Score(sum(logprobs), self.is_greedy and is_greedy, logprobs)
+
+
+def record(scored: Sequence[tuple[Scoring, range]], logits: Tensor) -> None:
+    """Record the log-probabilities of each request's targets, from its rows of logits [R, V]."""
+    asked = [pair for request, rows in scored for pair in zip(rows, request.targets, strict=False)]
+    if not asked:
+        return
+    logprobs = logits.float().log_softmax(dim=-1)
+    row = torch.tensor([row for row, targets in asked for _ in targets], device=logits.device)
+    token = torch.tensor([token for _, targets in asked for token in targets], device=logits.device)
+    likely = logprobs.argmax(dim=-1)[row] == token
+    # One transfer for all: the device is waited for once.
+    pairs = iter(torch.stack((logprobs[row, token], likely.float()), dim=1).tolist())
+    for request, rows in scored:
+        request.record(pairs, len(rows))
+
+
+def token_logprob(token: int, logits: Tensor, alternatives: int, real: int) -> TokenLogprob:
+    """The log-probability of `token` in logits [V], and the most likely ones of the first `real` rows."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    top = logprobs[:real].topk(min(alternatives, real))
+    pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return TokenLogprob(token, logprobs[token].item(), pairs)

@@ -1,27 +1,29 @@
-"""Generation by several processes, each with its share of every matrix and its heads' part of the cache.
+"""Tensor-parallel generation: several processes, each with its share of every matrix and of the cache's heads.
 
-Rank 0 runs the engine. The others have no schedule and draw nothing: before each forward pass rank 0 tells them what to
-compute, in which memory. So they cannot drift apart, and whatever the engine does, scoring and speculation too, is
-done by all. The logits of a slice of the vocabulary are one process's and are gathered: rank 0 draws from those of all.
+Rank 0 runs the engine and its scheduler. The other ranks run `worker_loop`: before each forward pass rank 0 broadcasts
+the tokens to compute and the changes to the cache's memory. So they cannot drift apart, and scoring and speculation
+work as well. The logits of each slice of the vocabulary are gathered on rank 0, which samples.
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from neox.generate.engine import Engine, Guess
-from neox.model.cache import KVCache, KVPool
+from neox.model.cache import KVCache, KVPool, Span
 from neox.model.decoder import GPTNeoX
 from neox.tokenizer import Tokenizer
 
-CPU = torch.device("cpu")  # words go over gloo, whatever the tensors take
+CPU = torch.device("cpu")  # messages go over gloo, whichever backend the tensors take
 
 
-class Leader(Engine):
-    """The engine on rank 0, with a model in parts (`parallel.inference`). The other ranks are in `follow`, until
-    `dismiss`. Results are those of one process up to rounding: `invariant` is off."""
+class ShardedEngine(Engine):
+    """The engine on rank 0 of a sharded model (`parallel.inference`), the other ranks being in `worker_loop`.
+
+    Results are those of one process up to rounding.
+    """
 
     def __init__(
         self,
@@ -32,28 +34,39 @@ class Leader(Engine):
         budget: int = 256,
         guess: Guess | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, slots, cache_bytes, budget, invariant=False, guess=guess, static=False)
-        _tell("pool", self._scheduler.tree.blocks, self._pool.keys.shape[1])
-        self._told = _ToldPool(self._pool)
-        self._pool = self._scheduler.pool = self._told
-        model.register_forward_pre_hook(self._tell_pass, with_kwargs=True)
-        model.embed_out.register_forward_pre_hook(_tell_head)
+        super().__init__(model, tokenizer, slots, cache_bytes, budget, guess=guess, static=False)
 
-    def _tell_pass(self, model: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
-        changes, self._told.changes = self._told.changes, []
-        _tell("pass", changes, arguments[0].tolist(), options["cache"].made)
+    def shutdown(self) -> None:
+        """End the other ranks' `worker_loop`; between two passes only."""
+        _broadcast("end")
 
-    def dismiss(self) -> None:
-        """Let the others go; between two passes only."""
-        _tell("end")
+    def _new_pool(self, blocks: int) -> KVPool:
+        _broadcast("pool", blocks, self.model.heads)
+        self._recorded = _RecordingPool(
+            self.model.config, blocks, self.weight.device, self.weight.dtype, self.model.heads
+        )
+        return self._recorded
+
+    def _hidden(self, tokens: list[int], spans: list[Span]) -> Tensor:
+        changes, self._recorded.changes = self._recorded.changes, []
+        _broadcast("pass", changes, tokens, spans, self._window)
+        return super()._hidden(tokens, spans)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.contiguous()
+        _broadcast("head", tuple(hidden.shape))
+        dist.broadcast(hidden, 0)
+        return super()._logits(hidden)
 
 
-class _ToldPool(KVPool):
-    """A pool that keeps what was done to its memory, for the others to do it before the next pass."""
+class _RecordingPool(KVPool):
+    """A pool that records the changes to its memory; the other ranks repeat them before the next pass."""
 
-    def __init__(self, pool: KVPool) -> None:
-        self.keys, self.values = pool.keys, pool.values
-        self.changes: list[tuple[str, tuple[int, ...]]] = []
+    changes: list[tuple[str, tuple[int, ...]]]
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.changes = []
 
     def clear(self, block: int) -> None:
         super().clear(block)
@@ -65,39 +78,32 @@ class _ToldPool(KVPool):
 
 
 @torch.inference_mode()
-def follow(model: GPTNeoX) -> None:
-    """Compute what rank 0 computes, until it says that this is all."""
+def worker_loop(model: GPTNeoX) -> None:
+    """Repeat rank 0's passes on this rank's share of the model, until rank 0 shuts the engine down."""
     weight = next(model.parameters())
     pool = None
     while True:
-        kind, *what = _tell()
+        kind, *message = _broadcast()
         if kind == "end":
             return
         if kind == "pool":
-            blocks, heads = what
+            blocks, heads = message
             pool = KVPool(model.config, blocks, weight.device, weight.dtype, heads)
         elif kind == "pass":
             assert pool is not None
-            changes, tokens, made = what
-            for change, where in changes:
-                getattr(pool, change)(*where)
-            cache = KVCache(pool, *made)
-            model(torch.tensor(tokens, device=weight.device), positions=cache.positions, cache=cache, head=False)
+            changes, tokens, spans, window = message
+            for change, arguments in changes:
+                getattr(pool, change)(*arguments)
+            cache = KVCache(pool, spans, window)
+            model(torch.tensor([tokens], device=weight.device), positions=cache.positions, cache=cache, head=False)
         else:
-            hidden = torch.empty(*what, dtype=weight.dtype, device=weight.device)
+            hidden = torch.empty(*message, dtype=weight.dtype, device=weight.device)
             dist.broadcast(hidden, 0)
             model.embed_out(hidden)
 
 
-def _tell_head(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-    hidden = arguments[0].contiguous()
-    _tell("head", tuple(hidden.shape))
-    dist.broadcast(hidden, 0)
-    return (hidden,)
-
-
-def _tell(*words: Any) -> Any:
-    """What rank 0 says, on all ranks."""
-    said = [words]
-    dist.broadcast_object_list(said, 0, device=CPU)
-    return said[0]
+def _broadcast(*message: Any) -> Any:
+    """Rank 0's message, on all ranks."""
+    messages = [message]
+    dist.broadcast_object_list(messages, 0, device=CPU)
+    return messages[0]

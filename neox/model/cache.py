@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neox.config import ModelConfig
 
-BLOCK = 16  # positions a block: also the step of S, which rounding depends on (design D16)
+BLOCK = 16  # positions a block
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -66,8 +66,8 @@ class Span:
 class _Group(NamedTuple):
     """Spans of equal height, attended to together."""
 
-    rows: Tensor  # [b, t]: which packed token is which query; what fills up the height repeats a span's last one
-    blocks: Tensor | slice  # [b, S / BLOCK], or the pool's positions where one sequence lies in a row
+    rows: Tensor  # [b, t]: the packed token of each query
+    blocks: Tensor | slice  # [b, S / BLOCK], or the pool's positions where one sequence is contiguous
     mask: Tensor  # [b, 1, t, S]
     local_mask: Tensor | None
 
@@ -75,47 +75,33 @@ class _Group(NamedTuple):
 class KVCache:
     """The pool as one forward pass sees it: spans of several sequences, packed one after the other in one row.
 
-    Each token attends to its own sequence, up to its own position. Heights are filled up to a multiple of `tile`, which
-    a caller sets so that rounding does not depend on what runs beside. `rows` is how long the row is, padding included.
-    `keys` (a, b): beyond a the positions attended to are filled up to a multiple of b, for the same reason.
+    Each token attends to its own sequence, up to its own position.
     """
 
-    def __init__(
-        self,
-        pool: KVPool,
-        spans: Sequence[Span],
-        window: int = 0,
-        tile: int = 1,
-        rows: int = 0,
-        keys: tuple[int, int] = (0, 1),
-    ) -> None:
+    def __init__(self, pool: KVPool, spans: Sequence[Span], window: int = 0) -> None:
         self.pool = pool
-        self.made = list(spans), window, tile, rows  # another process makes the same from these
         device = pool.keys.device
         self.extent = max(span.start + span.count for span in spans)
-        self.count = sum(span.count for span in spans)
-        positions, slots = torch.zeros(max(rows, self.count), dtype=torch.long), []
+        positions, slots = [], []
         together: dict[tuple[int, int], list[tuple[int, Span]]] = {}
         first = 0
         for number, span in enumerate(spans):
-            own = torch.arange(span.start, span.start + span.count)
-            positions[first : first + span.count] = own
-            slots.append(torch.tensor(span.table)[own // BLOCK] * BLOCK + own % BLOCK)
-            height = -(-span.count // tile) * tile
-            # What lies in a row in memory is read where it is, by itself; the rest is gathered, as much as fits.
-            together.setdefault((height, number + 1 if _in_a_row(span) else 0), []).append((first, span))
+            positions.append(torch.arange(span.start, span.start + span.count))
+            slots.append(torch.tensor(span.table)[positions[-1] // BLOCK] * BLOCK + positions[-1] % BLOCK)
+            # A contiguous sequence is read in place, by itself; the others of its height are gathered together.
+            together.setdefault((span.count, number + 1 if _is_contiguous(span) else 0), []).append((first, span))
             first += span.count
-        self.positions = positions[None].to(device)
+        self.positions = torch.cat(positions)[None].to(device)
         self.slots = torch.cat(slots).to(device)
-        self.groups = [_group(height, members, window, device, keys) for (height, _), members in together.items()]
+        self.groups = [_group(height, members, window, device) for (height, _), members in together.items()]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, local: bool, attention: Attend) -> Tensor:
         """Store keys and values [1, H, N, D], then the result [1, H, N, D] of `attention` of queries over their own
         sequences' keys, by groups: (q [b, H, t, D], k, v [b, H, S, D], mask [b, 1, t, S]) -> [b, H, t, D]."""
         keys, values = self.pool.keys[layer], self.pool.values[layer]
-        keys[:, self.slots] = k[0, :, : self.count].to(keys.dtype)
-        values[:, self.slots] = v[0, :, : self.count].to(values.dtype)
-        out = torch.zeros_like(q)
+        keys[:, self.slots] = k[0].to(keys.dtype)
+        values[:, self.slots] = v[0].to(values.dtype)
+        out = torch.empty_like(q)
         for group in self.groups:
             mask = group.local_mask if local and group.local_mask is not None else group.mask
             queries = q[0][:, group.rows].transpose(0, 1)
@@ -125,28 +111,22 @@ class KVCache:
 
 
 def _visible(span: Span) -> int:
-    """Blocks that the span's last token sees."""
+    """Blocks that the span's last token attends to."""
     return -(-(span.start + span.count) // BLOCK)
 
 
-def _in_a_row(span: Span) -> bool:
+def _is_contiguous(span: Span) -> bool:
     table = span.table[: _visible(span)]
     return list(table) == list(range(table[0], table[0] + len(table)))
 
 
-def _group(
-    height: int, members: list[tuple[int, Span]], window: int, device: torch.device, keys: tuple[int, int]
-) -> _Group:
-    steps = torch.arange(height)
-    offsets = torch.stack([steps.clamp(max=span.count - 1) for _, span in members])
+def _group(height: int, members: list[tuple[int, Span]], window: int, device: torch.device) -> _Group:
+    offsets = torch.arange(height)
     rows = offsets + torch.tensor([[first] for first, _ in members])
     positions = offsets + torch.tensor([[span.start] for _, span in members])
-    longest = seen = max(_visible(span) for _, span in members)
-    exact, step = keys
-    if longest * BLOCK > exact:
-        longest = -(-longest * BLOCK // step) * step // BLOCK
+    longest = max(_visible(span) for _, span in members)
     blocks: Tensor | slice
-    if longest == seen and len(members) == 1 and _in_a_row(span := members[0][1]):
+    if len(members) == 1 and _is_contiguous(span := members[0][1]):
         blocks = slice(span.table[0] * BLOCK, (span.table[0] + longest) * BLOCK)
     else:
         # A shorter sequence's first block stands in for what it does not have; nothing of it is seen.

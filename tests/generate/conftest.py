@@ -1,3 +1,4 @@
+import copy
 from functools import cache
 
 import pytest
@@ -6,6 +7,9 @@ import torch
 from neox.config import ModelConfig
 from neox.generate import Engine
 from neox.model.decoder import GPTNeoX
+from neox.quantization import kernels
+from neox.quantization.kernels import native
+from neox.quantization.packed import quantize
 from neox.tokenizer import Tokenizer, train_bpe
 
 
@@ -24,10 +28,19 @@ def small_tokenizer() -> Tokenizer:
     return train_bpe(["naïve café 🙂🙃 the quick brown fox 東京\n" * 20], 400, progress=False)
 
 
-def random_engine(slots: int = 3, **options) -> Engine:
+needs_kernels = pytest.mark.skipif(native.target() is None, reason="a processor that the kernels are not for")
+
+
+def packed(model: GPTNeoX, kind: kernels.Kind = "fp32") -> GPTNeoX:
+    """A packed copy, as the verbs load a model on a CPU: its results do not depend on the batch."""
+    return quantize(copy.deepcopy(model), kind)
+
+
+def random_engine(slots: int = 3, pack: bool = False, **options) -> Engine:
     """A tiny model with a tokenizer, and as many padding rows again as there are tokens."""
     tokenizer = small_tokenizer()
-    return Engine(random_model(vocab_size=2 * tokenizer.vocab_size, **options), tokenizer, slots=slots)
+    model = random_model(vocab_size=2 * tokenizer.vocab_size, **options)
+    return Engine(packed(model) if pack else model, tokenizer, slots=slots)
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +56,8 @@ def trained_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return random_engine()
+
+
+@pytest.fixture(scope="module")
+def packed_engine() -> Engine:
+    return random_engine(pack=True)

@@ -12,6 +12,13 @@ from neox.generate import Engine, Sampling
 from neox.generate.batch import complete, partial_name, write_completions
 from tests.generate.conftest import random_engine
 
+
+@pytest.fixture(scope="module")
+def engine(packed_engine) -> Engine:
+    """Its records do not depend on what a continued file has left to generate."""
+    return packed_engine
+
+
 PROMPTS = [("the quick", ""), ("", ""), ("naïve 🙂", ""), ("東京 brown fox the lazy", "")]
 SAMPLING = Sampling(max_tokens=12, temperature=0.9, seed=70, stop=("e",), logprobs=1)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import neox
 from neox.generate import Engine, Sampling, naive_generate
-from tests.generate.conftest import random_model
+from tests.generate.conftest import needs_kernels, random_model
 
 prompts = st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=63), min_size=1, max_size=6)
 
@@ -125,21 +125,23 @@ def test_greedy_with_a_repetition_penalty_equals_transformers(tmp_path, penalty)
         assert done.tokens != without.tokens
 
 
+@needs_kernels
 @settings(max_examples=15, deadline=None)
 @given(
     texts=st.lists(st.text("naïve café 🙂東", max_size=12), min_size=1, max_size=5),
     slots=st.integers(1, 4),
     temperature=st.sampled_from([0.0, 1.2]),
 )
-def test_a_batch_gives_each_prompt_what_it_gets_alone(engine, texts, slots, temperature):
+def test_a_batch_gives_each_prompt_what_it_gets_alone(packed_engine, texts, slots, temperature):
     """Tokens, text, reasons and log-probabilities, bit for bit."""
     asked = [
         Sampling(max_tokens=3 + 5 * i, temperature=temperature, seed=i, logprobs=2, stop=["e", "🙂"][: i % 3])
         for i in range(len(texts))
     ]
-    many = Engine(engine.model, engine.tokenizer, slots=slots).generate(texts, asked)
+    model, tokenizer = packed_engine.model, packed_engine.tokenizer
+    many = Engine(model, tokenizer, slots=slots).generate(texts, asked)
     for text, own, together in zip(texts, asked, many, strict=True):
-        assert together == Engine(engine.model, engine.tokenizer, slots=1).generate(text, [own])[0]
+        assert together == Engine(model, tokenizer, slots=1).generate(text, [own])[0]
 
 
 @settings(max_examples=20, deadline=None)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from neox.generate import DraftModel, Engine, Sampling, distribution, prompt_lookup
 from neox.model.cache import BLOCK, KVPool
-from tests.generate.conftest import random_model
+from tests.generate.conftest import needs_kernels, packed, random_model
 from tests.tiny import GPT_J, GPT_NEO
 
 FAMILIES = {"gpt_neox": {}, "gptj": GPT_J, "gpt_neo": GPT_NEO}
-MODELS = {kind: random_model(**flags) for kind, flags in FAMILIES.items()}
+MODELS = {kind: packed(random_model(**flags)) for kind, flags in FAMILIES.items()}
 
 
 def oracle(whole, wrong):
@@ -30,6 +30,7 @@ def oracle(whole, wrong):
     return guess
 
 
+@needs_kernels
 @pytest.mark.parametrize("kind", MODELS)
 @settings(max_examples=10, deadline=None)
 @given(

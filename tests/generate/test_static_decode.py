@@ -90,7 +90,7 @@ ACTIONS = st.lists(
 def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, actions, slots, odd):
     """In a cache too small for all, broken off anywhere; some requests are not such as the device draws for."""
     model, tokenizer = family
-    engine = small_cache(model, tokenizer, 9, slots=slots, budget=32, static=True, invariant=False)
+    engine = small_cache(model, tokenizer, 9, slots=slots, budget=32, static=True)
     beginnings = torch.randint(1, tokenizer.vocab_size, (3, 40), generator=torch.Generator().manual_seed(5)).tolist()
     asked, done, alive = {}, {}, []
 
@@ -135,7 +135,7 @@ def test_a_long_load_of_all_shapes(passes):
     """Passes of one row and many, short and long, greedy and drawn; what they left in the tree serves the next call."""
     tokenizer = small_tokenizer()
     model = random_model(vocab_size=2 * tokenizer.vocab_size, max_position_embeddings=2 * SMALLEST)
-    engine = Engine(model, tokenizer, slots=4, static=True, invariant=False)
+    engine = Engine(model, tokenizer, slots=4, static=True)
     greedy = Sampling(max_tokens=SMALLEST, temperature=0, stop_at_eod=False)
     prompts = [[5 + i] * (10 + 20 * i) for i in range(4)]
     samplings = [replace(greedy, max_tokens=30 * (i + 1)) for i in range(4)]

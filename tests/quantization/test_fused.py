@@ -61,7 +61,7 @@ def test_every_kind_is_read_as_the_layers_read_it(kind):
     tokens, spans, decoder = sequence(30, 3), [Span([1, 3], 0, 30)], fused.decoder(model)
     pool = KVPool(model.config, 4)
     pool.keys.zero_(), pool.values.zero_()
-    cache = KVCache(pool, spans, rows=30)
+    cache = KVCache(pool, spans)
     wanted = model(torch.tensor([tokens]), positions=cache.positions, cache=cache, head=False)[0]
     found = decoder(tokens, spans, pool_of(model))
     # Where what enters a product is rounded, a value half-way between two steps may fall to either side.
@@ -119,7 +119,7 @@ def test_keys_and_values_are_those_that_torch_would_keep():
     for _ in range(2):
         pools.append(KVPool(model.config, 3))
         pools[-1].keys.zero_(), pools[-1].values.zero_()
-    cache = KVCache(pools[0], spans, rows=len(tokens))
+    cache = KVCache(pools[0], spans)
     model(torch.tensor([tokens]), positions=cache.positions, cache=cache, head=False)
     fused.decoder(model)(tokens, spans, pools[1])
     for theirs, ours in ((pools[0].keys, pools[1].keys), (pools[0].values, pools[1].values)):
