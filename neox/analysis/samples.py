@@ -19,9 +19,10 @@ class SampleHook:
     """
 
     def __init__(self, config: Config) -> None:
-        log, generate = config.log, config.generate
+        log = config.log
         self.every, self.prompt, self.last = log.sample_every, log.sample_prompt, config.train.steps
-        self.sampling = Sampling(log.sample_tokens, generate.temperature, generate.top_k, generate.top_p, generate.seed)
+        drawn = {key: getattr(config.generate, key) for key in ("temperature", "top_k", "top_p", "seed")}
+        self.sampling = Sampling(max_tokens=log.sample_tokens, **drawn)
         self.tokenizer: Tokenizer | None = None
 
     def __call__(self, trainer: Trainer, step: int) -> None:

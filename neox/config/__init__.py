@@ -4,8 +4,15 @@ from neox.config.config import Config, load_config
 from neox.config.options import SECTIONS, ConfigError, Section
 from neox.config.sections.data import DataConfig, PrepareConfig, TokenizerConfig
 from neox.config.sections.model import ModelConfig
-from neox.config.sections.training import OptimConfig, ParallelConfig, ScheduleConfig, TrainConfig
-from neox.config.sections.usage import CheckpointConfig, EvalConfig, GenerateConfig, LogConfig
+from neox.config.sections.training import (
+    CheckpointConfig,
+    LogConfig,
+    OptimConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from neox.config.sections.usage import EvalConfig, GenerateConfig, SamplingConfig
 
 __all__ = [
     "SECTIONS",
@@ -20,6 +27,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PrepareConfig",
+    "SamplingConfig",
     "ScheduleConfig",
     "Section",
     "TokenizerConfig",

@@ -16,9 +16,16 @@ from neox.config import presets
 from neox.config.options import SECTIONS, ConfigError, Section, did_you_mean, parse_override, read_toml
 from neox.config.sections.data import DataConfig, TokenizerConfig
 from neox.config.sections.model import ModelConfig
-from neox.config.sections.training import OptimConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from neox.config.sections.training import (
+    CheckpointConfig,
+    LogConfig,
+    OptimConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from neox.config.sections.types import OptionalStr
-from neox.config.sections.usage import CheckpointConfig, EvalConfig, GenerateConfig, LogConfig
+from neox.config.sections.usage import EvalConfig, GenerateConfig
 
 __all__ = [
     "CheckpointConfig",

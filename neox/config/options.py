@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterable
 from datetime import date, time
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -42,6 +42,10 @@ class Section(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise _one_line(type(self), error) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some options changed, all of them checked. Raises ConfigError."""
+        return type(self)(**{**dict(self), **changes})
 
 
 SECTIONS: dict[str, type[Section]] = {}

@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def _records(
 ) -> Iterator[Record]:
     """The records of `complete` from number `skip` on."""
     numbers = range(skip, len(prompts) * n)
-    samplings = [replace(sampling, seed=sampling.seed + k) for k in numbers]
+    samplings = [sampling.replace(seed=sampling.seed + k) for k in numbers]
     context = engine.model.config.max_position_embeddings
     rooms = [min(sampling.max_tokens, context - len(encoded[k // n])) for k in numbers]
     waiting: dict[int, Record] = {}
@@ -181,7 +180,7 @@ def _header(engine: Engine, prompts: Sequence[tuple[str, str]], sampling: Sampli
     texts = hashlib.sha256(json.dumps([prompt for prompt, _ in prompts]).encode())
     tokenizer = engine.tokenizer.sha256 if engine.tokenizer else None
     made = {"model": weights.hexdigest(), "tokenizer": tokenizer, "prompts": texts.hexdigest(), "n": n}
-    header: Record = json.loads(json.dumps({"partial": "output of neox generate", **made, **asdict(sampling)}))
+    header: Record = json.loads(json.dumps({"partial": "output of neox generate", **made, **sampling.model_dump()}))
     return header
 
 

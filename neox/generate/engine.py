@@ -7,7 +7,6 @@ once (`prefix.py`). Shapes: N packed tokens, R rows of logits, C hidden, V vocab
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -115,7 +114,7 @@ class Engine:
         """
         if isinstance(sampling, Sampling) or sampling is None:
             base = sampling or Sampling()
-            sampling = [replace(base, seed=base.seed + number) for number in range(len(prompts))]
+            sampling = [base.replace(seed=base.seed + number) for number in range(len(prompts))]
         requests = [self._generation(*pair, stream) for pair in zip(prompts, sampling, strict=True)]
         return self._run({request.number: number for number, request in enumerate(requests)}, requests)
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 from neox.config import GenerateConfig, load_config
 from neox.generate.engine import Engine
@@ -41,7 +40,7 @@ def converse(engine: Engine, config: GenerateConfig, read: Callable[[str], str] 
             elif prompt:
                 sampling = Sampling.of(config)
                 for _ in range(config.n):
-                    _answer(engine, prompt.removeprefix("/"), replace(sampling, seed=sampling.seed + answers))
+                    _answer(engine, prompt.removeprefix("/"), sampling.replace(seed=sampling.seed + answers))
                     answers += 1
         except ValueError as error:
             print(f"neox: error: {error}", file=sys.stderr)

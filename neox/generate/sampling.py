@@ -4,68 +4,33 @@ The order is that of Hugging Face transformers, with OpenAI's two penalties afte
 them. Shapes: V vocab.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from neox.config import GenerateConfig
+from neox.config import GenerateConfig, SamplingConfig
+from neox.config.sections.types import OptionalInt
 from neox.generate.grammar import OPTIONS, Constraint, check, read
 from neox.tokenizer import Tokenizer
 
 NOT_FINITE = "the model's logits are not finite: try dtype=fp32, or its weights are damaged"
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to continue a prompt. ValueError for values that make no sense."""
+class Sampling(SamplingConfig):
+    """How to continue one prompt: the options of `SamplingConfig`, with texts in place of files.
 
-    max_tokens: int = 128  # new tokens, at most
-    temperature: float = 1.0  # divides the logits; 0 takes the most likely token
-    top_k: int = 0  # sample from the k most likely tokens; 0: from all
-    top_p: float = 1.0  # sample from the smallest set of most likely tokens that holds this probability
-    seed: int = 1234
-    stop_at_eod: bool = True  # end at the end-of-document token, which is then left out
-    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and of the output so far become less likely
-    min_p: float = 0.0  # sample from tokens at least this fraction as likely as the most likely one
-    stop: Sequence[str] = ()  # end before the first of these strings in the output
-    logprobs: int | None = None  # record each token's log-probability and those of so many alternatives
-    presence_penalty: float = 0.0  # taken from the logits of tokens that the output holds already
-    frequency_penalty: float = 0.0  # the same for each time that the output holds the token
-    logit_bias: Mapping[int | str, float] = field(default_factory=dict)  # added to logits: by id, or text of one token
-    stop_tokens: Sequence[int] = ()  # end at one of these, which is then left out
-    json_schema: str | Mapping[str, Any] | None = None  # the output is JSON that validates
-    regex: str | None = None  # the output as a whole matches
-    grammar: str | None = None  # the output is a sentence of this grammar, in llguidance's dialect of Lark
-    prompt_logprobs: int | None = None  # the same for the prompt's tokens, all but the first
-    echo: bool = False  # text and logprobs begin with the prompt's: OpenAI's `echo`
+    Raises ConfigError for a wrong value.
+    """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
-        object.__setattr__(self, "logit_bias", {_token_key(key): float(bias) for key, bias in self.logit_bias.items()})
-        if isinstance(self.json_schema, Mapping):
-            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
-        for name, good, rule in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("stop", all(self.stop), "strings that are not empty"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, "none, or 0 or more"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"),
-            ("logit_bias", all(-100 <= bias <= 100 for bias in self.logit_bias.values()), "-100 to 100 for each token"),
-            ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "none, or 0 or more"),
-        ):
-            if not good:
-                raise ValueError(f"generate.{name} = {getattr(self, name)} must be {rule}")
+    prompt_logprobs: OptionalInt = Field(default=None, ge=0)
+    """Record the log-probabilities of the prompt's tokens but the first, with this many alternatives; none = no."""
+
+    def __init__(self, /, **values: Any) -> None:
+        super().__init__(**values)
         given = [option for option in OPTIONS if getattr(self, option) is not None]
         if len(given) > 1:
             raise ValueError(f"generate.{given[0]} and generate.{given[1]}: give one of them")
@@ -87,7 +52,7 @@ class Sampling:
     @classmethod
     def of(cls, config: GenerateConfig) -> "Sampling":
         """The sampling options of a config's section `generate`. Raises ValueError, also for files that it names."""
-        options = config.model_dump(exclude={"n", "slots"}) | {"logit_bias": dict(config.logit_bias)}
+        options = {name: getattr(config, name) for name in SamplingConfig.model_fields}
         source = ""
         for option in OPTIONS:
             if options[option] is not None:
@@ -102,11 +67,6 @@ class Sampling:
         if self.stop_at_eod and token == eod:
             return "eod"
         return "stop" if token in self.stop_tokens else None
-
-
-def _token_key(key: int | str) -> int | str:
-    # JSON and TOML have no keys but strings: digits are an id there, as in OpenAI's API.
-    return int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else key
 
 
 def penalized(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
@@ -224,7 +184,7 @@ class Sampler:
             self._past["counts"] = torch.zeros(usable)
         if sampling.logit_bias:
             self._past["bias"] = torch.zeros(usable)
-            for key, bias in sampling.logit_bias.items():
+            for key, bias in sampling.logit_bias:
                 self._past["bias"][_token(key, usable, tokenizer)] += bias
         for token in sampling.stop_tokens:
             _check_token("stop_tokens", token, usable)
@@ -285,9 +245,11 @@ class Sampler:
             self._constraint.take(token)
 
 
-def _token(key: int | str, usable: int, tokenizer: Tokenizer | None) -> int:
-    """The token that a key of Sampling.logit_bias means."""
-    if isinstance(key, str):
+def _token(key: str, usable: int, tokenizer: Tokenizer | None) -> int:
+    """Token id for a key of Sampling.logit_bias: digits are an id, as in OpenAI's API; other text is one token."""
+    if key.isdecimal() and key.isascii():
+        token = int(key)
+    else:
         if tokenizer is None:
             raise ValueError(f"generate.logit_bias: {key!r} needs a tokenizer: this model was loaded without one")
         tokens = tokenizer.encode(key)
@@ -296,9 +258,9 @@ def _token(key: int | str, usable: int, tokenizer: Tokenizer | None) -> int:
                 f"generate.logit_bias: {key!r} is {len(tokens)} tokens {tokens}: give their ids, or a text that is one "
                 "token (a space before a word belongs to it)"
             )
-        key = tokens[0]
-    _check_token("logit_bias", key, usable)
-    return key
+        token = tokens[0]
+    _check_token("logit_bias", token, usable)
+    return token
 
 
 def _check_token(option: str, token: int, usable: int) -> None:

@@ -1,7 +1,6 @@
 """Many prompts to a file: each record against its prompt alone, a file that was cut anywhere against a whole one."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +36,7 @@ def test_records_are_in_order_and_each_is_that_of_its_prompt_alone(engine, slots
     reasons = set()
     for record in records:
         prompt = PROMPTS[record["index"]][0]
-        alone = engine.generate(prompt, replace(SAMPLING, seed=record["seed"]))[0]
+        alone = engine.generate(prompt, SAMPLING.replace(seed=record["seed"]))[0]
         assert record["prompt"] == prompt
         assert (record["text"], record["tokens"]) == (alone.text, len(alone.tokens))
         assert record["finish_reason"] == alone.finish_reason
@@ -131,9 +130,9 @@ def test_a_file_whose_header_was_cut_begins_again(engine, whole, partial, tmp_pa
     [
         ({"prompts": PROMPTS[:2]}, "prompts"),
         ({"n": 3}, "n"),
-        ({"sampling": replace(SAMPLING, temperature=0.8, stop="x")}, "temperature, stop"),
-        ({"sampling": replace(SAMPLING, logit_bias={3: 1}, stop_tokens=(5,))}, "logit_bias, stop_tokens"),
-        ({"sampling": replace(SAMPLING, regex="[a-z]*")}, "regex"),
+        ({"sampling": SAMPLING.replace(temperature=0.8, stop="x")}, "temperature, stop"),
+        ({"sampling": SAMPLING.replace(logit_bias={3: 1}, stop_tokens=(5,))}, "logit_bias, stop_tokens"),
+        ({"sampling": SAMPLING.replace(regex="[a-z]*")}, "regex"),
         ({"engine": "another"}, "model"),
     ],
 )

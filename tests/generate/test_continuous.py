@@ -1,8 +1,6 @@
 """Requests that come, go and are cancelled at any time, in a cache too small for them: each gets what the naive loop
 gives it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -96,7 +94,7 @@ def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, act
                 prompt_logprobs=0,
             )
             if len(asked) % 3:
-                sampling = replace(sampling, prompt_logprobs=None)
+                sampling = sampling.replace(prompt_logprobs=None)
             number = engine.submit(prompt, sampling)
             asked[number], seen[number] = (prompt, sampling), ""
             alive.append(number)
@@ -134,7 +132,7 @@ def test_traffic_of_more_than_twice_the_cache_hits_evicts_and_puts_back(family):
     sampling = Sampling(max_tokens=22, temperature=0.8, stop_at_eod=False, logprobs=0)
     done = engine.generate(prompts, sampling)
     for i, (prompt, one) in enumerate(zip(prompts, done, strict=True)):
-        tokens, logprobs = naive(model, tokenizer, prompt, replace(sampling, seed=sampling.seed + i))
+        tokens, logprobs = naive(model, tokenizer, prompt, sampling.replace(seed=sampling.seed + i))
         assert one.tokens == tokens
         assert [a.logprob for a in one.logprobs] == pytest.approx(logprobs[len(prompt) - 1 :], abs=1e-5)
     assert sum(len(prompt) + len(one.tokens) for prompt, one in zip(prompts, done, strict=True)) > 2 * BLOCKS * BLOCK
@@ -195,7 +193,7 @@ def test_an_interrupted_step_leaves_the_rest_as_it_would_have_been(family, monke
     expected = Engine(model, tokenizer).generate(["the quick brown", "fox"], sampling)
     engine = Engine(model, tokenizer)
     numbers = [
-        engine.submit(text, replace(sampling, seed=sampling.seed + i))
+        engine.submit(text, sampling.replace(seed=sampling.seed + i))
         for i, text in enumerate(("the quick brown", "fox"))
     ]
     done, calls = {}, 0

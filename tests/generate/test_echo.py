@@ -1,7 +1,6 @@
 """What `echo` puts before a completion: the prompt's text, and its log-probabilities as transformers computes them."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def peer(folder):
 )
 def test_the_prompt_stands_before_text_and_logprobs(engine, peer, prompt, sampling):
     plain = engine.generate(prompt, sampling)[0]
-    asked = replace(sampling, echo=True)
+    asked = sampling.replace(echo=True)
     done = engine.generate(prompt, asked)[0]
     assert "".join(engine.stream(prompt, asked)) == done.text == (prompt or "<|endoftext|>") + plain.text
     assert (done.tokens, done.finish_reason) == (plain.tokens, plain.finish_reason)

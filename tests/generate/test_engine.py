@@ -1,7 +1,5 @@
 """The cached engine against the naive loop and against transformers' generate."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,7 +29,7 @@ def test_engine_equals_the_naive_loop(model, prompts, slots, max_tokens, tempera
         max_tokens=max_tokens, temperature=temperature, top_k=30, top_p=0.95, repetition_penalty=repetition_penalty
     )
     for i, (prompt, done) in enumerate(zip(prompts, engine.generate(prompts, sampling), strict=True)):
-        alone = replace(sampling, seed=sampling.seed + i)
+        alone = sampling.replace(seed=sampling.seed + i)
         assert done.tokens == naive_generate(model, prompt, alone, eod=eod)
         ended_early = len(prompt) + len(done.tokens) < min(64, len(prompt) + max_tokens)
         assert done.finish_reason == ("eod" if ended_early else "length")
@@ -109,7 +107,7 @@ def test_greedy_with_a_repetition_penalty_equals_transformers(tmp_path, penalty)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     prompts = [[7, 7, 7], torch.randperm(97)[:20].tolist(), torch.randperm(97)[:20].tolist()]
     asked = Sampling(max_tokens=40, temperature=0, repetition_penalty=penalty, stop_at_eod=False)
-    plain = replace(asked, repetition_penalty=1.0)
+    plain = asked.replace(repetition_penalty=1.0)
     for prompt, done, without in zip(
         prompts, Engine(model).generate(prompts, asked), Engine(model).generate(prompts, plain), strict=True
     ):
@@ -159,7 +157,7 @@ def test_streamed_text_is_that_of_generate_cut_at_the_first_stop_string(
     plain = Sampling(max_tokens=30, seed=seed, temperature=temperature, repetition_penalty=penalty)
     whole = engine.generate("naïve 🙂 ", plain)[0]
     stop = [whole.text[start : start + size] for start, size in cuts if whole.text[start : start + size]] + other
-    asked = replace(plain, stop=stop)
+    asked = plain.replace(stop=stop)
     pieces = list(engine.stream("naïve 🙂 ", asked))
     done = engine.generate("naïve 🙂 ", asked)[0]
     assert all(pieces)

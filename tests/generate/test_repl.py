@@ -6,7 +6,6 @@ import select
 import signal
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -53,7 +52,7 @@ SAMPLING = Sampling.of(CONFIG)
 
 
 def seeded(number: int) -> Sampling:
-    return replace(SAMPLING, seed=50 + number)
+    return SAMPLING.replace(seed=50 + number)
 
 
 def test_each_prompt_is_answered_on_its_own_with_the_next_seed(engine, talk):
@@ -96,9 +95,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(engine, talk, monkeypatch):
 def test_commands_change_options(engine, talk):
     lines = ["/temperature 0", "the", '/stop ["e", "\\n"]', "/repetition_penalty 1.5", "the", "/seed 9", "fox"]
     out, err, _ = talk(*lines)
-    changed = replace(seeded(1), temperature=0.0, stop=("e", "\n"), repetition_penalty=1.5)
+    changed = seeded(1).replace(temperature=0.0, stop=("e", "\n"), repetition_penalty=1.5)
     assert out == answers(
-        engine, ("the", replace(SAMPLING, temperature=0.0)), ("the", changed), ("fox", replace(changed, seed=9))
+        engine, ("the", SAMPLING.replace(temperature=0.0)), ("the", changed), ("fox", changed.replace(seed=9))
     )
     assert err == ""
     out, _, _ = talk("/stop [\"a b\", 'c']", '/logit_bias {" the" = -1}', "/regex [a-c]+", "/stop_tokens [3]", "/help")

@@ -1,7 +1,6 @@
 """Guesses change how many steps it takes, and nothing else."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -118,7 +117,7 @@ def drawn(guess, draws):
     seconds = [distribution(model(torch.tensor([[1, 2, a]]))[0, -1], sampling) for a in range(5)]
     engine = Engine(model, slots=64, guess=guess, guess_tokens=2)
     counts = torch.zeros(5, 5)
-    for done in engine.generate([[1, 2]] * draws, replace(sampling, seed=0)):
+    for done in engine.generate([[1, 2]] * draws, sampling.replace(seed=0)):
         # The second token is the first that a guess can stand for: the prompt's pass draws the one before.
         counts[done.tokens[0], done.tokens[1]] += 1
     return counts, torch.stack([first[a] * seconds[a] for a in range(5)]), engine.stats

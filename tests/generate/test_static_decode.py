@@ -1,7 +1,6 @@
 """Passes of fixed shape, run as they are written where there is no CUDA: what the naive loop gives, a step late."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -104,7 +103,7 @@ def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, act
     for action, *what in [*actions, ("step", 10_000)]:
         if action == "submit":
             which, length, sampling, stop = what
-            sampling = replace(sampling, stop=stop, **(odd if odd and len(asked) % 3 == 0 else {}))
+            sampling = sampling.replace(stop=stop, **(odd if odd and len(asked) % 3 == 0 else {}))
             number = engine.submit(beginnings[which][:length], sampling)
             asked[number] = beginnings[which][:length], sampling
             alive.append(number)
@@ -138,11 +137,11 @@ def test_a_long_load_of_all_shapes(passes):
     engine = Engine(model, tokenizer, slots=4, static=True)
     greedy = Sampling(max_tokens=SMALLEST, temperature=0, stop_at_eod=False)
     prompts = [[5 + i] * (10 + 20 * i) for i in range(4)]
-    samplings = [replace(greedy, max_tokens=30 * (i + 1)) for i in range(4)]
+    samplings = [greedy.replace(max_tokens=30 * (i + 1)) for i in range(4)]
     long = [*range(1, 100)]
     for given_prompts, given_samplings in (
         (prompts, samplings),
-        (prompts, [replace(one, temperature=0.9, seed=i) for i, one in enumerate(samplings)]),
+        (prompts, [one.replace(temperature=0.9, seed=i) for i, one in enumerate(samplings)]),
         ([long], [greedy]),
     ):
         done = engine.generate(given_prompts, given_samplings)
@@ -164,7 +163,7 @@ def test_a_stop_is_found_a_pass_late_and_a_full_length_is_not(passes):
     assert len(passes) == 19  # the first token is the prompt's
     passes.clear()
     last = next(i for i, token in enumerate(whole) if token not in whole[:i] and i > 5)
-    assert engine.generate([3], replace(plain, stop_tokens=[whole[last]]))[0].tokens == whole[:last]
+    assert engine.generate([3], plain.replace(stop_tokens=[whole[last]]))[0].tokens == whole[:last]
     assert len(passes) == last + 1
 
 
@@ -188,7 +187,7 @@ def test_draws_that_nobody_saw_are_drawn_again(moment):
     model = random_model()
     engine = Engine(model, static=True)
     sampling = Sampling(max_tokens=12, temperature=1.5, stop_at_eod=False)
-    numbers = [engine.submit([3 + i], replace(sampling, seed=i)) for i in range(2)]
+    numbers = [engine.submit([3 + i], sampling.replace(seed=i)) for i in range(2)]
     for _ in range(moment):
         engine.step()
     head = model.embed_out.forward
@@ -204,7 +203,7 @@ def test_draws_that_nobody_saw_are_drawn_again(moment):
         model.embed_out.forward = head
     done = exhaust(engine)
     for i, number in enumerate(numbers):
-        assert done[number].tokens == naive_generate(model, [3 + i], replace(sampling, seed=i))
+        assert done[number].tokens == naive_generate(model, [3 + i], sampling.replace(seed=i))
 
 
 def test_logits_that_are_no_numbers_end_their_request_alone():

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,11 +28,11 @@ PROMPTS = ["naïve café 🙂🙃 the quick the quick", "", *([*COMMON, i, 9] fo
 
 def work(engine: Engine) -> tuple:
     """What is done with an engine: more than its memory holds, some of it left before its end, and scores."""
-    given = [replace(SAMPLING, seed=number, temperature=0.8 * (number % 2)) for number in range(len(PROMPTS))]
+    given = [SAMPLING.replace(seed=number, temperature=0.8 * (number % 2)) for number in range(len(PROMPTS))]
     done = engine.generate(PROMPTS, given)
     for _ in zip(range(3), engine.events(PROMPTS, SAMPLING), strict=False):
         pass
-    again = [engine.generate([[*COMMON, 0, last]], replace(SAMPLING, echo=False))[0] for last in (9, 3)]
+    again = [engine.generate([[*COMMON, 0, last]], SAMPLING.replace(echo=False))[0] for last in (9, 3)]
     scores = engine.score([([5, 6, 7] * 7, [8, 9]), ([5, 6, 7] * 7, [1]), ([3], [4, 5])])
     tokens = [one.tokens for one in (*done, *again)]
     logprobs = [record.logprob for one in (*done, *again) for record in one.logprobs if record.logprob]

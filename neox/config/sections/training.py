@@ -158,3 +158,39 @@ class ParallelConfig(Section):
     def stages(self) -> int:
         """Stages of the pipeline, over all of its processes."""
         return self.pp * (1 if self.schedule == "1f1b" else self.stages_per_rank)
+
+
+class CheckpointConfig(Section):
+    """What is kept of a run."""
+
+    every: NotNegative = 1000
+    """Steps between checkpoints; 0 = only at the end."""
+    early: NotNegative = 0
+    """Also at steps 0, 1, 2, 4, 8 .. up to this one, as Pythia does with 512; 0 = no early ones."""
+    keep_last: NotNegative = 0
+    """Keep the newest so many and remove older ones; 0 = keep all."""
+    keep_every: NotNegative = 0
+    """Of the older ones keep those of every so many steps, and the early ones; 0 = no others."""
+    asynchronous: bool = False
+    """Write in the background while training goes on; takes CPU memory for a copy of weights and optimizer state."""
+
+
+class LogConfig(Section):
+    """What a run tells, and where."""
+
+    every: Positive = 10
+    """Steps between log lines."""
+    out: str = Field(default="runs/neox", min_length=1)
+    """Run directory."""
+    norms: bool = False
+    """Each line also holds the norms of gradients, parameters and update of embedding, attention, mlp, norms, head."""
+    tensorboard: bool = False
+    """Write RUN/tensorboard as well."""
+    wandb: OptionalStr = None
+    """Weights & Biases project to report to as well; its own settings say where (WANDB_MODE=offline: to RUN/wandb)."""
+    sample_every: NotNegative = 0
+    """Steps between samples of what the model writes, drawn as generate.* says; 0 = never."""
+    sample_prompt: str = ""
+    """What each sample continues; empty = the start of a document."""
+    sample_tokens: Positive = 64
+    """New tokens per sample, at most."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -19,10 +21,17 @@ def listed(value: Any) -> Any:
 
 def pairs(value: Any) -> Any:
     """A table as the pairs that it holds, for a section can be hashed; `to_toml` makes lists of two of them."""
-    pairs = list(value.items()) if isinstance(value, dict) else value
+    for key in value if isinstance(value, Mapping) else ():
+        if isinstance(key, int) and key < 0:
+            raise ValueError(f"{key} is no token")
+    pairs = [(str(key), number) for key, number in value.items()] if isinstance(value, Mapping) else value
     if not isinstance(pairs, list | tuple):
         raise ValueError('must be a table such as {" the" = -100, 262 = 5}')
     return tuple(listed(pair) for pair in pairs)
+
+
+def json_text(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, Mapping) else none(value)
 
 
 def separated(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is kept and told of a run, and how a model is used."""
+"""Options of evaluation and of generation."""
 
 from __future__ import annotations
 
@@ -16,44 +16,9 @@ from neox.config.sections.types import (
     OptionalStr,
     Positive,
     Strings,
+    json_text,
     listed,
 )
-
-
-class CheckpointConfig(Section):
-    """What is kept of a run."""
-
-    every: NotNegative = 1000
-    """Steps between checkpoints; 0 = only at the end."""
-    early: NotNegative = 0
-    """Also at steps 0, 1, 2, 4, 8 .. up to this one, as Pythia does with 512; 0 = no early ones."""
-    keep_last: NotNegative = 0
-    """Keep the newest so many and remove older ones; 0 = keep all."""
-    keep_every: NotNegative = 0
-    """Of the older ones keep those of every so many steps, and the early ones; 0 = no others."""
-    asynchronous: bool = False
-    """Write in the background while training goes on; takes CPU memory for a copy of weights and optimizer state."""
-
-
-class LogConfig(Section):
-    """What a run tells, and where."""
-
-    every: Positive = 10
-    """Steps between log lines."""
-    out: str = Field(default="runs/neox", min_length=1)
-    """Run directory."""
-    norms: bool = False
-    """Each line also holds the norms of gradients, parameters and update of embedding, attention, mlp, norms, head."""
-    tensorboard: bool = False
-    """Write RUN/tensorboard as well."""
-    wandb: OptionalStr = None
-    """Weights & Biases project to report to as well; its own settings say where (WANDB_MODE=offline: to RUN/wandb)."""
-    sample_every: NotNegative = 0
-    """Steps between samples of what the model writes, drawn as generate.* says; 0 = never."""
-    sample_prompt: str = ""
-    """What each sample continues; empty = the start of a document."""
-    sample_tokens: Positive = 64
-    """New tokens per sample, at most."""
 
 
 class EvalConfig(Section):
@@ -86,49 +51,46 @@ class EvalConfig(Section):
         return self.model_dump(exclude={"every", "batches", "tasks_every"})
 
 
-class GenerateConfig(Section):
-    """How `neox generate` continues a prompt."""
+class SamplingConfig(Section):
+    """How a prompt is continued. Every sampling option is a field here; `neox.generate.Sampling` acts on them."""
 
     max_tokens: Positive = 128
-    """New tokens per prompt, at most."""
+    """Most new tokens per prompt; the end of the context ends the output too."""
     temperature: float = Field(default=1.0, ge=0)
-    """Divides the logits; 0 = greedy."""
+    """Divides the logits; 0 = greedy: the most likely token."""
     top_k: NotNegative = 0
-    """Sample from the k likeliest tokens; 0 = from all."""
+    """Sample from the k most likely tokens; 0 = from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that hold this probability together."""
-    seed: NotNegative = 1234
-    """The same seed and prompt give the same text."""
+    """Sample from the smallest set of most likely tokens with this total probability; 1 = from all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
-    """Sample from tokens at least this fraction as likely as the likeliest; 0 = from all."""
+    """Sample from tokens at least this fraction as likely as the most likely one; 0 = from all."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Above 1, tokens of the prompt and of the output so far become less likely; 1 = off."""
+    """Factor above 1: tokens of the prompt and of the output so far become less likely; 1 = off."""
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    """Taken from the logits of tokens that the output holds already."""
+    """Subtracted from the logit of every token that the output already holds; -2 to 2."""
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    """Taken from the logits of a token for each time that the output holds it already."""
+    """Subtracted from a token's logit once for each time that the output already holds it; -2 to 2."""
     logit_bias: Biases = ()
-    """Added to the logits of tokens, each by its id or by a text that is one token: {" the" = -100, 262 = 5}."""
+    """Table of biases added to the logits, -100 to 100, keyed by token id or by a text that is one token:
+    {" the" = -100, 262 = 5}."""
+    seed: NotNegative = 1234
+    """Seed of the sampling; the same seed and prompt give the same text."""
     stop: Strings = ()
-    """End before the first of these texts in the output."""
+    """Texts that end the output; the output ends before the first of them. Several: ["\\n\\n", "Q:"]."""
     stop_tokens: Annotated[tuple[NotNegative, ...], BeforeValidator(listed)] = ()
-    """End at one of these tokens (ids), which is then left out."""
+    """Token ids that end the output and are left out of it: [187, 535]."""
     stop_at_eod: bool = True
-    """End at the end-of-document token, which is then left out; false goes on to max_tokens."""
-    json_schema: OptionalStr = None
-    """The output is JSON of this schema: a file, or the schema itself, {...}; none = any text."""
+    """End at the end-of-document token, which is left out; false goes on to max_tokens."""
+    json_schema: Annotated[str | None, BeforeValidator(json_text)] = None
+    """JSON schema that the output satisfies: a file, or the schema itself, {...}; none = any text."""
     regex: OptionalStr = None
-    """The output as a whole matches this regular expression; none = any text."""
+    """Regular expression that the whole output matches; none = any text."""
     grammar: OptionalStr = None
-    """The output follows the grammar in this file, in llguidance's dialect of Lark; none = any text."""
+    """File with the grammar that the output follows, in llguidance's dialect of Lark; none = any text."""
     logprobs: OptionalInt = Field(default=None, ge=0)
     """Record each token's log-probability and those of this many alternatives; none = record nothing."""
     echo: bool = False
-    """Text and log-probabilities begin with the prompt's; nothing comes before its first token, which has none."""
-    n: Positive = 1
-    """Samples per prompt; the k-th of all samples draws with seed + k."""
-    slots: Positive = 8
-    """Sequences that run at a time."""
+    """Begin text and log-probabilities with the prompt's; the first token has no log-probability."""
 
     @field_validator("stop")
     @classmethod
@@ -136,3 +98,12 @@ class GenerateConfig(Section):
         if not all(stop):
             raise ValueError("a stop text must not be empty")
         return stop
+
+
+class GenerateConfig(SamplingConfig):
+    """How `neox generate` continues prompts."""
+
+    n: Positive = 1
+    """Samples per prompt; sample k of all draws with seed + k."""
+    slots: Positive = 8
+    """Sequences generated at the same time."""
