@@ -26,7 +26,7 @@ PROMPT, PREFILL, BATCHES, COMPARED = 16, 256, (1, 8), 16
 ROWS = (
     ("neox", "fp32", 32, 32),
     ("neox", "bf16", 16, 16),
-    ("neox", "bf16a16", 16, 16),
+    ("neox", "w16a16", 16, 16),
     ("neox", "fp16", 16, 16),
     ("neox", "int8", 8, 8),
     ("neox", "int4", 4.125, 8),

@@ -18,7 +18,7 @@ reading of all its own tasks' files and its report on the machine, seconds that 
 Before it, the hf backend scores `sample` documents of each task in every dtype at every batch size; it is then run with
 the fastest. Where that is not float32 it is also run in float32, at its fastest batch size: 16 bits are within 1e-4 of
 nothing, so that is whom log-likelihoods are compared with. neox holds the float16 weights as they are and computes in
-float32; `weights` chooses another way, bf16a16 for one. It begins each turn with an empty cache. Medians over the
+float32; `weights` chooses another way, w16a16 for one. It begins each turn with an empty cache. Medians over the
 turns; `tokens` is what went through the model, padding included.
 """
 

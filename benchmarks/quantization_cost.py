@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import trained
 
-KINDS = ("fp32", "fp16", "bf16", "bf16a16", "int8", "int4")
+KINDS = ("fp32", "fp16", "bf16", "w16a16", "int8", "int4")
 SHAPE = ("pythia-14m", "seq_length=256", "micro_batch_size=16", "global_batch_size=16", "checkpoint.every=0")
 
 

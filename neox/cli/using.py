@@ -52,8 +52,8 @@ def generate(targets: list[str], options: list[str]) -> int | None:
       echo=false        true: text and log-probabilities begin with the prompt's
       seed=1234         the same seed gives the same text; the next sample draws with the next one
       slots=8           sequences that run at a time
-      weights=auto      plain, fp32, fp16, bf16, bf16a16 (also rounds what enters a product: faster on
-                        a CPU with AVX-512 BF16), int8, int4; on CUDA float8; auto loses nothing
+      weights=auto      how weights are held: auto loses nothing; torch leaves the layers to torch;
+                        bf16, int8, int4 and the other kinds of docs/weights.md; float8 on CUDA
       speculate=prompt  guess from the text so far; draft=MODEL lets a smaller model guess: the same
                         tokens, several a step where guesses are right
       device=auto       cpu, cuda or mps
@@ -173,7 +173,7 @@ def _answer(
 def bench(targets: list[str], options: list[str]) -> None:
     """Measure a model on this CPU, its weights held in fewer and fewer bits.
 
-    neox bench MODEL [weights=plain,fp16,int8,int4]
+    neox bench MODEL [weights=torch,fp16,int8,int4]
 
     MODEL is what `neox generate` takes. For each way: the weights that a token reads, tokens/s of a
     prompt of 128 and of writing with one sequence, and the share of the machine's read speed that
@@ -184,7 +184,9 @@ def bench(targets: list[str], options: list[str]) -> None:
       neox bench EleutherAI/pythia-1.4b weights=int8,int4
     """
     plain = dict(option.split("=", 1) for option in options)
-    kinds = plain.pop("weights", "plain,fp32,fp16,bf16,bf16a16,int8,int4").split(",")
+    from neox.quantization.kinds import KINDS
+
+    kinds = plain.pop("weights", ",".join(("torch", *KINDS))).split(",")
     if len(targets) != 1 or plain:
         raise UsageError("bench needs one MODEL; its option is weights")
     from neox.generate.benchmark import report

@@ -27,7 +27,7 @@ class Speed:
 
 
 def measure(source: str | Path, kinds: Sequence[str], prompt: int = 128, tokens: int = 32) -> list[Speed]:
-    """The speed of a model on this CPU with its weights held in each of `kinds` (`loading.Weights`), one at a time.
+    """The speed of a model on this CPU with its weights held in each of `kinds` (`loading.WEIGHTS`), one at a time.
 
     A prompt of that many tokens, then greedy decoding; the median of the steps. Kinds are loaded anew each.
     """
@@ -38,7 +38,9 @@ def measure(source: str | Path, kinds: Sequence[str], prompt: int = 128, tokens:
         length = max(1, min(prompt, room - tokens - 1))
         ids = [number % engine.usable for number in range(1, length + 1)]
         sampling = Sampling(max_tokens=min(tokens, room - length), temperature=0, stop_at_eod=False)
-        engine.generate([ids[:1]], Sampling(max_tokens=2, temperature=0, stop_at_eod=False))  # kernels and probes
+        engine.generate(
+            [ids[:1]], Sampling(max_tokens=2, temperature=0, stop_at_eod=False)
+        )  # kernels are compiled here
         times = [time.perf_counter()]
         times += [time.perf_counter() for _ in engine.events([ids], [sampling], stream=False)]
         steps = [after - before for before, after in pairwise(times[1:])]
@@ -56,8 +58,8 @@ def report(source: str | Path, kinds: Sequence[str]) -> str:
             f"{row.weights:<8}{row.bytes_read / 1e9:>12.3f}{row.prefill:>18,.0f}{row.decode:>11.1f}{row.share:>15.0%}"
         )
     stored = weights_dtype(source)
-    taken = lossless(stored) or "plain"
+    taken = lossless(stored) or "torch"
     why = f"loses nothing of {str(stored).removeprefix('torch.')} weights"
-    if taken == "plain":
+    if taken == "torch":
         why += "; there are no compiled kernels for this machine"
     return "\n".join([*lines, "", f"weights=auto takes {taken}: {why}"])

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 
@@ -16,13 +16,14 @@ from neox.model.decoder import GPTNeoX
 from neox.parallel import layout
 from neox.parallel.inference import share, sharing
 from neox.quantization import torchao_weights
-from neox.quantization.kernels import Kind
+from neox.quantization.kernels import FLOATS, Kind
+from neox.quantization.kinds import KINDS
 from neox.quantization.packed import lossless, packing, quantize
 from neox.system.runtime import DTYPES, OtherProcessFailed, Processes, joined_processes, local_device, resolve_device
 from neox.tokenizer import Tokenizer
 
-Weights = Literal["auto", "plain", "fp32", "fp16", "bf16", "bf16a16", "int8", "int4", "float8"]
-"""plain leaves the layers to torch; the others are kinds of `quantization.kernels`, on CUDA of `torchao_weights`."""
+WEIGHTS = ("auto", "torch", *KINDS, "float8")
+"""torch leaves the layers to torch; the others are kinds of `quantization.kinds`, on CUDA of `torchao_weights`."""
 
 
 def load_engine(
@@ -42,8 +43,8 @@ def load_engine(
     disk. speculate: `prompt` guesses from the text so far; `draft` is the source of a smaller model that guesses.
     Raises ValueError for a word that is none of these.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights={weights}: must be one of {', '.join(get_args(Weights))}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights}: must be one of {', '.join(WEIGHTS)}")
     guess = _guess(speculate)
     if draft and speculate != "none":
         raise ValueError("give speculate= or draft=, not both")
@@ -57,13 +58,14 @@ def load_engine(
 
 
 def _load(source: str | Path, place: torch.device, dtype: str | None, weights: str) -> tuple[GPTNeoX, Tokenizer | None]:
-    if weights == "plain" or (weights == "auto" and (place.type != "cpu" or dtype)):
+    if weights == "torch" or (weights == "auto" and (place.type != "cpu" or dtype)):
         return load(source, str(place), dtype)
     if dtype:
         raise ValueError(f"weights={weights}: says how weights are held: leave dtype={dtype} out")
     if place.type == "cuda":
-        if weights in (*DTYPES, "bf16a16"):
-            return load(source, str(place), weights.removesuffix("a16"))
+        if weights in FLOATS:
+            stored = next(name for name, dtype in DTYPES.items() if dtype == FLOATS[weights])
+            return load(source, str(place), stored)
         pack = torchao_weights.packing(cast(torchao_weights.Kind, weights), place)
         model, tokenizer = load(source, str(place), "bf16", pack)
         return torchao_weights.compile_products(model), tokenizer
@@ -97,7 +99,7 @@ def shared_engine(
             yield load_engine(source, device, dtype, weights, speculate, draft, **options)
             return
         try:
-            if weights not in ("auto", "plain") or draft:
+            if weights not in ("auto", "torch") or draft:
                 raise ValueError("parallel.tp: does not go with draft=, nor with packed weights: leave them out")
             model, tokenizer = _load_share(source, tp, local_device(device), dtype, processes)
         except ValueError:

@@ -4,6 +4,6 @@
 code on processes that are not there; `propose` looks for layouts that fit.
 """
 
-from neox.planning.summary import Storage, TrainMemory, kv_bytes_per_token, show, table, train_memory, weight_bytes
+from neox.planning.summary import TrainMemory, kv_bytes_per_token, show, table, train_memory, weight_bytes
 
-__all__ = ["Storage", "TrainMemory", "kv_bytes_per_token", "show", "table", "train_memory", "weight_bytes"]
+__all__ = ["TrainMemory", "kv_bytes_per_token", "show", "table", "train_memory", "weight_bytes"]

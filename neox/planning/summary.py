@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import Literal
 
 from neox.config import SECTIONS, Config, ModelConfig, presets
 from neox.model.flops import forward_flops, parameters, train_flops_per_token
-
-Storage = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+from neox.quantization.kinds import FORMATS, KINDS, Kind
 
 
 def kv_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
@@ -21,23 +19,22 @@ def kv_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
     return 2 * model.num_hidden_layers * model.hidden_size * bytes_per_value
 
 
-def weight_bytes(model: ModelConfig, storage: Storage) -> int:
-    """Bytes of the weights at rest.
+def weight_bytes(model: ModelConfig, kind: Kind) -> int:
+    """Bytes of the weights held in `kind`: linear layers with their scales; all else takes 16 bits, in fp32 32."""
+    c, f, blocks = model.hidden_size, model.ffn_size, FORMATS[kind]
+    head = FORMATS[blocks.head or kind]
+    linear = [(blocks, *shape) for shape in ((3 * c, c), (c, c), (f, c), (c, f))] * model.num_hidden_layers
+    linear += [] if model.tie_word_embeddings else [(head, model.vocab_size, c)]
+    rest = parameters(model).total - sum(outputs * inputs for _, outputs, inputs in linear)
+    return sum(form.bytes(*shape) for form, *shape in linear) + rest * max(2, blocks.bits // 8)
 
-    int8: 1 byte per weight of every linear layer and an fp32 scale per output row. int4: half a byte and a 16-bit
-    scale per group of 128 in the blocks, the head in int8. In both, the embedding, biases and norms take 16 bits.
-    """
-    p, c, f, layers = parameters(model), model.hidden_size, model.ffn_size, model.num_hidden_layers
-    if storage in ("fp32", "fp16", "bf16"):
-        return p.total * (4 if storage == "fp32" else 2)
-    matrices = layers * (4 * c * c + 2 * c * f)
-    rows = layers * (3 * c + c + f + c)
-    head_matrix, head_rows = (0, 0) if model.tie_word_embeddings else (model.vocab_size * c, model.vocab_size)
-    rest = 2 * (p.total - matrices - head_matrix) + head_matrix + 4 * head_rows
-    if storage == "int8":
-        return rest + matrices + 4 * rows
-    groups = layers * (4 * c * -(-c // 128) + f * -(-c // 128) + c * -(-f // 128))
-    return rest + matrices // 2 + 2 * groups
+
+def _weights(model: ModelConfig) -> list[tuple[str, int]]:
+    """(names of the kinds that take so many bytes, bytes), in the order of their table."""
+    names: dict[int, list[str]] = {}
+    for kind in KINDS:
+        names.setdefault(weight_bytes(model, kind), []).append(kind)
+    return [(", ".join(kinds), size) for size, kinds in names.items()]
 
 
 @dataclass(frozen=True)
@@ -121,10 +118,7 @@ def show(config: Config) -> str:
         f"  {'total (estimate)':<34}{_bytes(memory.total):>22}",
         "",
         "Memory to run",
-        f"  {'weights, fp32':<34}{_bytes(weight_bytes(model, 'fp32')):>22}",
-        f"  {'weights, fp16 or bf16':<34}{_bytes(weight_bytes(model, 'bf16')):>22}",
-        f"  {'weights, int8':<34}{_bytes(weight_bytes(model, 'int8')):>22}",
-        f"  {'weights, int4':<34}{_bytes(weight_bytes(model, 'int4')):>22}",
+        *(f"  {f'weights, {names}':<34}{_bytes(size):>22}" for names, size in _weights(model)),
         *(
             f"  {f'KV cache per token, {label}':<34}{_bytes(kv_bytes_per_token(model, size)):>22}"
             f"  full context {_bytes(kv_bytes_per_token(model, size) * context)}"

@@ -1,7 +1,7 @@
-"""A packed model's blocks in one call of the compiled kernels: what decoding on a CPU costs beside reading weights.
+"""The fused decoder: all blocks of a packed model in one call of the compiled kernels.
 
-Each row is computed by itself: no other row, no cut of a prompt and no number of threads changes a bit of it
-(design D16), so nothing need be filled up for that. Shapes: N packed tokens, C hidden, R rotary dims.
+Each row is computed by itself: no other row, no chunk of a prompt and no number of threads changes a bit of it: this is
+batch invariance (design D16). Shapes: N packed tokens, C hidden, R rotary dims.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from neox.quantization.kernels import native
 from neox.quantization.kernels.native import Matrix, address
 from neox.quantization.packed import PackedLinear
 
-FUNCTIONS = {"gelu": 1, "gelu_fast": 2, "gelu_new": 2, "gelu_pytorch_tanh": 2}  # numbers of panels.h
+FUNCTIONS = {"gelu": 1, "gelu_fast": 2, "gelu_new": 2, "gelu_pytorch_tanh": 2}  # numbers of panels.h's enum
 
 
 class _Block(ctypes.Structure):
@@ -126,11 +126,14 @@ class Decoder:
 
 
 def decoder(model: GPTNeoX) -> Decoder | None:
-    """The blocks of a model all of whose products are packed; None for another one, and without compiled kernels."""
+    """The fused decoder of a packed model; None where the model is left to torch.
+
+    None for a model that is not packed whole, for an activation that the kernels do not have, and without kernels.
+    """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     packed = [module for layer in model.layers for module in layer.modules() if isinstance(module, PackedLinear)]
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    able = len(packed) == 4 * len(model.layers) and not linears
+    able = len(packed) == 4 * len(model.layers) and not linears and model.config.hidden_act in FUNCTIONS
     able = able and all(parameter.dtype == torch.float32 for norm in norms for parameter in norm.parameters())
     if not able or any(module.packed.device.type != "cpu" for module in packed):
         return None  # before kernels are compiled that nothing needs

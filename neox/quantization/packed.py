@@ -1,15 +1,7 @@
 """Packed weights in place of nn.Linear and nn.Embedding, for running a model on a CPU as fast as its weights are read.
 
-    kind        blocks        head          embeddings     what it costs
-    fp32        fp32          fp32          as they are    nothing; the kernels make rows independent of their batch
-    fp16        fp16          fp16          fp16           nothing where the weights are float16's own
-    bf16        bf16          bf16          bf16           nothing where the weights are bfloat16's own
-    bf16a16     bf16          bf16          bf16           what a model in bfloat16 loses, and no more
-    int8        int8          int8          16 bits        see docs/weights.md
-    int4        int4          int8          16 bits
-
-A tied head reads the embedding's own 16 bits. Norms and biases are float32, as are the activations between the layers;
-bf16a16 rounds what enters a product to bfloat16, int8 and int4 to 8 bits with a scale for 128 values of a row.
+`quantization.kinds` lists the kinds. A tied head reads the embedding's own 16 bits. Norms, biases and the activations
+between the layers are float32.
 """
 
 from collections.abc import Callable
@@ -21,6 +13,7 @@ from torch.nn import functional as F
 from neox.model.decoder import GPTNeoX
 from neox.quantization import kernels
 from neox.quantization.kernels import Kind, Packed
+from neox.quantization.kinds import FORMATS
 
 LARGEST_FP16 = torch.finfo(torch.float16).max
 
@@ -105,7 +98,7 @@ def packing(kind: Kind) -> Callable[[str, nn.Module], nn.Module]:
 
 def kind_of(name: str, kind: Kind) -> Kind:
     """How the module `name` is stored in a model of that kind: a head keeps 8 bits where the blocks have 4."""
-    return "int8" if name == "embed_out" and kind == "int4" else kind
+    return (FORMATS[kind].head or kind) if name == "embed_out" else kind
 
 
 @torch.no_grad()
@@ -131,8 +124,8 @@ def quantize(model: GPTNeoX, kind: Kind) -> GPTNeoX:
 def lossless(dtype: torch.dtype) -> Kind | None:
     """The kind that loses nothing of weights stored in `dtype`; None where there are no compiled kernels: torch's own
     float32 products are the fastest exact ones then."""
-    kinds: dict[torch.dtype, Kind] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return kinds.get(dtype, "fp32") if kernels.compiled() else None
+    exact = (kind for kind, stored in kernels.FLOATS.items() if stored == dtype and FORMATS[kind].activations == 32)
+    return next(exact, "fp32") if kernels.compiled() else None
 
 
 def _sixteen(weight: Tensor, kind: Kind) -> Kind:

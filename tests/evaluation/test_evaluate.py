@@ -110,7 +110,7 @@ def test_what_was_answered_is_not_asked_again(folder, tasks, tmp_path, asked):
     asked.clear()
     neox.evaluate(folder, ALL, tmp_path / "out", **options)
     assert asked == []
-    engine = load_engine(folder, "cpu", weights="plain")
+    engine = load_engine(folder, "cpu", weights="torch")
     with torch.no_grad():
         engine.model.layers[1].attention.dense.weight.mul_(1.01)
     neox.evaluate(engine, ["sums_choose"], tmp_path / "out", **options)

@@ -38,7 +38,7 @@ def test_auto_keeps_what_is_stored_and_loses_nothing(folder, dtype, kind):
     source = folder(dtype)
     engine = load_engine(source, "cpu")
     assert kinds(engine) == {kind}
-    plain = load_engine(source, "cpu", weights="plain")
+    plain = load_engine(source, "cpu", weights="torch")
     assert not kinds(plain)
     ids = tiny.tokens()
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_who_guesses_does_not_matter(folder):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"weights": "int3"}, "weights=int3: must be one of auto, plain, fp32"),
+        ({"weights": "int3"}, "weights=int3: must be one of auto, torch, fp32"),
         ({"speculate": "always"}, "speculate=always: must be none or prompt"),
         ({"speculate": "prompt", "draft": "other"}, "give speculate= or draft=, not both"),
         ({"weights": "int8", "dtype": "bf16"}, "weights=int8: says how weights are held: leave dtype=bf16 out"),
@@ -78,7 +78,7 @@ def test_wrong_words(folder, options, words):
 
 
 def test_the_rate_and_what_it_is_held_against(folder, monkeypatch):
-    engine = load_engine(folder(), "cpu", weights="plain")
+    engine = load_engine(folder(), "cpu", weights="torch")
     embedding = engine.model.embed_in.weight.nbytes
     assert bytes_read(engine.model) == sum(p.nbytes for p in engine.model.parameters()) - embedding
     rate = Rate(engine)
@@ -97,8 +97,8 @@ def test_the_rate_and_what_it_is_held_against(folder, monkeypatch):
 def test_the_table_of_kinds(folder, monkeypatch):
     monkeypatch.setattr("neox.generate.benchmark.read_speed", lambda seconds: 20e9)
     source = folder(torch.float16)
-    rows = measure(source, ["plain", "int4"], prompt=8, tokens=8)
-    assert [row.weights for row in rows] == ["plain", "int4"]
+    rows = measure(source, ["torch", "int4"], prompt=8, tokens=8)
+    assert [row.weights for row in rows] == ["torch", "int4"]
     assert rows[1].bytes_read < rows[0].bytes_read  # groups of 128 are filled up: a third at real widths
     for row in rows:
         assert row.share == pytest.approx(row.bytes_read * row.decode / 20e9)

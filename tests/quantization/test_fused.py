@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neox.generate import Engine, Sampling
 from neox.model.cache import BLOCK, KVCache, KVPool, Span
-from neox.model.decoder import GPTNeoX
+from neox.model.decoder import ACTIVATIONS, GPTNeoX
 from neox.quantization import fused
 from neox.quantization.kernels import native
 from neox.quantization.packed import quantize
@@ -54,7 +55,7 @@ def test_hidden_states_are_the_models(changes, flags):
     assert tiny.relative(found, torch.cat(wanted)) < 5e-6
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "bf16a16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "w16a16", "int8", "int4"])
 @torch.inference_mode()
 def test_every_kind_is_read_as_the_layers_read_it(kind):
     model = quantize(tiny.ours(hidden_size=128), kind)
@@ -65,14 +66,14 @@ def test_every_kind_is_read_as_the_layers_read_it(kind):
     wanted = model(torch.tensor([tokens]), positions=cache.positions, cache=cache, head=False)[0]
     found = decoder(tokens, spans, pool_of(model))
     # Where what enters a product is rounded, a value half-way between two steps may fall to either side.
-    most, mean = {"bf16a16": (1e-2, 1e-3), "int8": (3e-2, 3e-3), "int4": (3e-2, 3e-3)}.get(kind, (5e-6, 1e-6))
+    most, mean = {"w16a16": (1e-2, 1e-3), "int8": (3e-2, 3e-3), "int4": (3e-2, 3e-3)}.get(kind, (5e-6, 1e-6))
     assert tiny.relative(found, wanted) < most
     assert (found - wanted).abs().mean() < mean * wanted.abs().max()
 
 
 MODELS = {
     (name, kind): quantize(tiny.ours(**SHAPES[name]), kind)
-    for name, kind in itertools.product(("neox", "serial", "gpt-neo"), ("fp32", "bf16a16", "int4"))
+    for name, kind in itertools.product(("neox", "serial", "gpt-neo"), ("fp32", "w16a16", "int4"))
     if native.target() is not None
 }
 
@@ -132,6 +133,18 @@ def test_a_model_that_is_not_packed_whole_is_left_to_torch():
     half.layers[1].mlp.dense_4h_to_h = tiny.ours().layers[1].mlp.dense_4h_to_h
     assert fused.decoder(half) is None
     assert fused.decoder(quantize(tiny.ours(), "int4")) is not None
+
+
+@torch.inference_mode()
+def test_an_activation_without_a_kernel_is_left_to_torch(monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "planted", torch.nn.functional.silu)
+    shape = tiny.ours().config.model_copy(update={"hidden_act": "planted"})
+    model = GPTNeoX(shape).initialize(1).eval()
+    expected = model(torch.tensor([[1, 2, 3]]))[0, -1].argmax()
+    packed = quantize(model, "fp32")
+    assert fused.decoder(packed) is None
+    sampling = Sampling(max_tokens=1, temperature=0, stop_at_eod=False)
+    assert Engine(packed).generate([1, 2, 3], sampling)[0].tokens == [expected]
 
 
 def test_a_model_that_is_not_packed_compiles_no_kernels(monkeypatch):

@@ -95,7 +95,7 @@ def test_plain_torch_gives_the_same(shape, kind, seed):
     assert ((plain - exact).abs() <= (inputs + 2) * 2**-24 * magnitudes).all()
 
 
-@pytest.mark.parametrize(("kind", "most"), [("fp32", 0.0), ("fp16", 2**-11), ("bf16", 2**-8), ("bf16a16", 2**-8)])
+@pytest.mark.parametrize(("kind", "most"), [("fp32", 0.0), ("fp16", 2**-11), ("bf16", 2**-8), ("w16a16", 2**-8)])
 def test_a_float_is_rounded_to_the_nearest(kind, most):
     weight = random(70, 300)
     error = (kernels.unpack(kernels.pack(weight, kind)) - weight).abs()

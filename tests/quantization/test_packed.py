@@ -40,7 +40,7 @@ def test_logits_are_those_of_the_stored_weights(kind, flags):
 
 
 @FAMILIES
-@pytest.mark.parametrize("kind", ["bf16a16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["w16a16", "int8", "int4"])
 @torch.no_grad()
 def test_every_layer_that_rounds_what_enters_it_multiplies_by_what_it_stores(kind, flags):
     """Layer by layer: between two models a value half-way between two steps may fall to either side."""
@@ -84,7 +84,7 @@ def test_bfloat16_activations_lose_less_than_transformers_in_bfloat16(tmp_path, 
     save_huggingface(model, tmp_path)
     theirs, tokens = tiny.read_by_transformers(tmp_path), tiny.tokens()
     exact = theirs(tokens).logits
-    found = packed.quantize(model, "bf16a16")(tokens)
+    found = packed.quantize(model, "w16a16")(tokens)
     assert 1e-4 < tiny.relative(found, exact) < tiny.relative(theirs.bfloat16()(tokens).logits.float(), exact)
 
 
@@ -93,7 +93,7 @@ def shape(**changes: object) -> ModelConfig:
     return ModelConfig(**(small | {"max_position_embeddings": 64} | changes))
 
 
-@pytest.mark.parametrize("kind", ["fp16", "bf16", "bf16a16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "w16a16", "int8", "int4"])
 @pytest.mark.parametrize("flags", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
 def test_memory_is_the_estimate(kind, flags):
     """Norms and biases, which are counted with 2 bytes, take 4; and int4 rounds K up to whole groups of 128."""
@@ -108,7 +108,7 @@ def test_memory_is_the_estimate(kind, flags):
         for m in model.modules()
         if isinstance(m, packed.PackedLinear) and m.kind.startswith("int")
     )
-    assert sum(tensors.values()) == weight_bytes(config, kind.removesuffix("a16")) + 2 * small + padding
+    assert sum(tensors.values()) == weight_bytes(config, kind) + 2 * small + padding
 
 
 def test_published_shapes_need_no_padding():
@@ -191,7 +191,7 @@ def test_perplexity_of_a_trained_model():
     plain = perplexity(model.eval())
     assert plain < 20  # it has learned: 256 before
     cost = {kind: perplexity(packed.quantize(copy.deepcopy(model), kind)) / plain - 1 for kind in kernels.KINDS}
-    bounds = {"fp32": 1e-6, "fp16": 2e-4, "bf16": 1e-3, "bf16a16": 1e-3, "int8": 3e-3, "int4": 2e-2}
+    bounds = {"fp32": 1e-6, "fp16": 2e-4, "bf16": 1e-3, "w16a16": 1e-3, "int8": 3e-3, "int4": 2e-2}
     assert all(abs(cost[kind]) < bound for kind, bound in bounds.items()), cost
     assert cost["int4"] != 0 != cost["int8"]
 

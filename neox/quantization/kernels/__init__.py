@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from neox.quantization.kernels import layout, native
-from neox.quantization.kernels.layout import FLOATS, KINDS, LANES, Kind, Packed, check, unpack
+from neox.quantization.kernels.layout import FLOATS, LANES, Packed, check, unpack
+from neox.quantization.kinds import KINDS, Kind
 
 __all__ = [
     "FLOATS",

@@ -1,31 +1,32 @@
-"""Weights in the order in which the kernels read them, and back: the definition of every kind, in plain torch.
+"""Packing and unpacking of weights in the kernels' order, in plain torch: the definition of every kind.
 
 Shapes: N outputs, K inputs, P = ceil(N / 16) panels, G = ceil(K / 128) groups. A panel holds 16 outputs side by side,
 so that one lane of a vector register is one output.
 
     fp32, fp16         weights [P, K, 16, 1]
-    bf16, bf16a16      weights [P, K / 2, 16, 2], the last axis 2 neighbours in k, zeros behind an odd K
+    bf16, w16a16       weights [P, K / 2, 16, 2], the last axis 2 neighbours in k, zeros behind an odd K
     int8               weights int8 [P, 32 G, 16, 4], 4 neighbours in k; scales fp32 [N]
     int4               weights uint8 [P, 16 G, 16, 4]: w + 8 of 4 neighbours in the low half of a byte, of the next 4 in
                        the high half; scales bf16 [P, G, 16]
 
-bf16a16 differs from bf16 in what enters a product: it is rounded to bfloat16 too, as in a model of that type; int8 and
-int4 round it to 8 bits. int8 is symmetric, its scale the row's largest magnitude / 127. int4 is symmetric in groups of
+w16a16 differs from bf16 in a product's input: it is rounded to bfloat16 too, as in a model of that type; int8 and int4
+round it to 8 bits. int8 is symmetric, its scale the row's largest magnitude / 127. int4 is symmetric in groups of
 128 of a row: -8 .. 7 times a scale, of a few candidates the one with the least squared error.
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Kind = Literal["fp32", "fp16", "bf16", "bf16a16", "int8", "int4"]
-KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order of the C source
-FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "bf16a16": torch.bfloat16}
-LANES, GROUP = 16, 128
-NEIGHBOURS = {"fp32": 1, "fp16": 1, "bf16": 2, "bf16a16": 2}  # in k, of an output; 4 of the integer kinds
+from neox.quantization.kinds import FORMATS, GROUP, Kind
+
+FLOATS: dict[Kind, torch.dtype] = {
+    kind: getattr(torch, form.dtype) for kind, form in FORMATS.items() if form.scales == "none"
+}
+LANES = 16
 CHUNK = 128  # outputs that are packed or unpacked at a time: their float32 copies are all the memory it takes
 # The scales that a group of 4 bits tries, in units of its largest magnitude: -8 stands for that, or a little less, at
 # the one end or the other; what lies further out is cut off.
@@ -52,7 +53,7 @@ def allocate(kind: Kind, outputs: int, inputs: int) -> Packed:
     if kind == "int4":
         weights = torch.full((panels, 16 * groups, LANES, 4), 0x88, dtype=torch.uint8)
         return Packed(kind, outputs, inputs, weights, torch.zeros(panels, groups, LANES, dtype=torch.bfloat16))
-    count = NEIGHBOURS[kind]
+    count = FORMATS[kind].neighbours
     weights = torch.zeros(panels, -(-inputs // count), LANES, count, dtype=FLOATS[kind])
     return Packed(kind, outputs, inputs, weights, None)
 
@@ -76,7 +77,7 @@ def pack_rows(rows: Tensor, into: Packed) -> None:
     """Store float32 rows, all finite, in a packed weight of as many outputs."""
     kind = into.kind
     if kind in FLOATS:
-        count = NEIGHBOURS[kind]
+        count = FORMATS[kind].neighbours
         into.weights.copy_(_by_panel(_padded(rows.to(FLOATS[kind]), LANES, count), count))
         return
     assert into.scales is not None
@@ -114,8 +115,8 @@ def round_activations(x: Tensor, kind: Kind) -> Tensor:
     """x [M, K], float32, as a kind sees it: the integer ones in each group of 128 of a row as -127 .. 127 times the
     group's scale, or as nan where a value of the group is not finite.
     """
-    if kind in FLOATS:
-        return x.bfloat16().float() if kind == "bf16a16" else x
+    if FORMATS[kind].activations > 8:
+        return x.bfloat16().float() if FORMATS[kind].activations == 16 else x
     groups = _padded(x, 1, GROUP).unflatten(1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
     largest = largest.where(largest.isfinite(), torch.nan)

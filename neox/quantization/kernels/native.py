@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neox.quantization.kernels.layout import CANDIDATES, KINDS, Packed
+from neox.quantization.kernels.layout import CANDIDATES, Packed
+from neox.quantization.kinds import KINDS
 from neox.system import machine, runtime
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("panels.c", "decoder.c", "panels.h", "vectors.h"))

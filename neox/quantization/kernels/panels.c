@@ -3,10 +3,10 @@
    One lane of a vector is one output. An output's sum runs over k in the same order whatever M, N and the number of
    threads, so a row of y depends, bit for bit, on its row of x alone:
      float kinds: blocks of BLOCK values of k, one fused multiply-add after another inside a block, blocks in order;
-                  bf16a16 takes two values of k at a time;
+                  w16a16 takes two values of k at a time;
      int8, int4:  groups of GROUP values of k, exact in integers, then one fused multiply-add a group, in order.
    Rows of x go in tiles of up to ROWS; tiles change which outputs share a loaded weight, never the order of a sum.
-   In the integer kinds x is rounded to 8 bits with a scale a row and group, in bf16a16 to bfloat16.
+   In the integer kinds x is rounded to 8 bits with a scale a row and group, in w16a16 to bfloat16.
 
    Compiled for AVX-512 VNNI, with or without BF16, or for AVX2, FMA and F16C. Reading weights is what decoding costs:
    16 rows by 16 columns are one load or a few, and the next ones are asked for ahead. */
@@ -15,6 +15,7 @@
 
 #include <omp.h>
 
+enum { FP32, FP16, BF16, W16A16, INT8, INT4 }; /* in the order of kinds.py */
 enum { GROUP = 128, BLOCK = 256, QUADS = GROUP / 4, AHEAD = 4096 };
 
 #ifdef __AVX512VNNI__
@@ -50,7 +51,7 @@ INLINE int64_t depth_of(int kind, int64_t inputs) {
     switch (kind) {
         case FP32: case FP16: return inputs;
         case BF16: return (inputs + 1) / 2 * 2; /* weights come in pairs */
-        case BF16A16: return (inputs + 1) / 2;
+        case W16A16: return (inputs + 1) / 2;
         default: return (inputs + GROUP - 1) / GROUP * QUADS;
     }
 }
@@ -76,7 +77,7 @@ INLINE floats read_weights(int kind, const char *at, int half) {
 INLINE void float_sums(int kind, int r, int p, const product *a, const char **panel, int64_t first, floats *total) {
     const float *x = (const float *)a->values + first * a->depth;
     const int64_t step = step_bytes(kind), bytes = a->depth * step;
-    const int together = kind == BF16 ? 2 : 1, block = kind == BF16A16 ? BLOCK / 2 : BLOCK;
+    const int together = kind == BF16 ? 2 : 1, block = kind == W16A16 ? BLOCK / 2 : BLOCK;
     for (int64_t from = 0; from < a->depth; from += block) {
         int64_t to = from + block < a->depth ? from + block : a->depth;
         floats sum[ROWS][SIDE];
@@ -91,7 +92,7 @@ INLINE void float_sums(int kind, int r, int p, const product *a, const char **pa
             UNROLL for (int i = 0; i < r; i++) {
                 floats value = spread(x[(k + half) * r + i]);
                 UNROLL for (int j = 0; j < p; j++)
-                    sum[i][j] = kind == BF16A16 ? dot16(value, w[j], sum[i][j]) : fused(value, w[j], sum[i][j]);
+                    sum[i][j] = kind == W16A16 ? dot16(value, w[j], sum[i][j]) : fused(value, w[j], sum[i][j]);
             }
         }
         UNROLL for (int i = 0; i < r; i++) UNROLL for (int j = 0; j < p; j++)
@@ -200,12 +201,12 @@ static void arrange(int kind, int function, const product *a, const float *x, in
         memcpy(row, x + (first + i) * a->inputs + from, width * sizeof(float));
         if (function != AS_IS)
             for (int64_t k = 0; k < width; k += LANES) store(row + k, activated(function, load(row + k)));
-        if (kind < BF16A16) {
+        if (kind < W16A16) {
             float *to = (float *)a->values + first * a->depth + from * r + i;
             for (int64_t k = 0; from + k < a->depth && k < GROUP; k++) to[k * r] = row[k];
             continue;
         }
-        if (kind == BF16A16) {
+        if (kind == W16A16) {
             int32_t *to = (int32_t *)a->values + first * a->depth + from / 2 * r + i;
             for (int64_t k = 0; k < width; k += 2) to[k / 2 * r] = to_bf16(row[k]) | (int32_t)to_bf16(row[k + 1]) << 16;
             continue;
@@ -241,7 +242,7 @@ static void arrange(int kind, int function, const product *a, const float *x, in
 FOR_KIND(tile_fp32, FP32)
 FOR_KIND(tile_fp16, FP16)
 FOR_KIND(tile_bf16, BF16)
-FOR_KIND(tile_bf16a16, BF16A16)
+FOR_KIND(tile_w16a16, W16A16)
 FOR_KIND(tile_int8, INT8)
 FOR_KIND(tile_int4, INT4)
 
@@ -262,7 +263,7 @@ void neox_product(const matrix *m, int function, const float *x, float *y, void 
         a.sums = (int32_t *)(a.steps + rows * groups);
     }
     static void (*const tiles_of[])(const product *, int64_t, int64_t, int64_t, int64_t) = {
-        tile_fp32, tile_fp16, tile_bf16, tile_bf16a16, tile_int8, tile_int4};
+        tile_fp32, tile_fp16, tile_bf16, tile_w16a16, tile_int8, tile_int4};
     const int64_t tiles = (rows + most_rows(kind) - 1) / most_rows(kind), height = (rows + tiles - 1) / tiles;
     const int64_t side = side_by_side(kind, (int)height), chunks = (a.panels + side - 1) / side;
     /* Where this thread will begin, on its way while x is arranged. */
@@ -344,7 +345,7 @@ void neox_pack(int kind, const float *rows, void *weights, void *scales, int64_t
         if (kind == FP16) {
             uint16_t *to = (uint16_t *)weights + panel * inputs * LANES + lane;
             for (int64_t k = 0; k < inputs; k++) to[k * LANES] = _cvtss_sh(from[k], _MM_FROUND_TO_NEAREST_INT);
-        } else if (kind == BF16 || kind == BF16A16) {
+        } else if (kind == BF16 || kind == W16A16) {
             uint16_t *to = (uint16_t *)weights + (panel * ((inputs + 1) / 2) * LANES + lane) * 2;
             for (int64_t k = 0; k < inputs; k++) to[k / 2 * LANES * 2 + k % 2] = to_bf16(from[k]);
         } else if (kind == FP32) {

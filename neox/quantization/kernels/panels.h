@@ -4,7 +4,6 @@
 
 #include "vectors.h"
 
-enum { FP32, FP16, BF16, BF16A16, INT8, INT4 };
 enum { AS_IS, GELU, GELU_TANH }; /* what happens to x before it enters a product */
 
 typedef struct {
