@@ -3,7 +3,6 @@
 Shapes: N points of a curve, in order of step.
 """
 
-import json
 import math
 import tomllib
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from neox.config import Config
 from neox.config.options import read_toml
+from neox.config.spelling import spell
 from neox.system.files import read_rows
 
 Array = NDArray[np.float64]
@@ -150,15 +150,12 @@ def differences(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[st
     if len(columns) == 1:
         columns.append(("default", _flat(tomllib.loads(Config().to_toml()))))
     keys = dict.fromkeys(key for _, config in columns for key in config)
-    table = [(key, [_shown(config, key) for _, config in columns]) for key in keys if key != "log.out"]
+    table = [
+        (key, [spell(config[key]) if key in config else "—" for _, config in columns])
+        for key in keys
+        if key != "log.out"
+    ]
     return [name for name, _ in columns], [(key, values) for key, values in table if len(set(values)) > 1]
-
-
-def _shown(config: dict[str, Any], key: str) -> str:
-    if key not in config:
-        return "—"
-    value = config[key]
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def smooth(x: Array, y: Array, share: float, log: bool = False) -> Array:

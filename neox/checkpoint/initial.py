@@ -1,5 +1,6 @@
 """A new run's weights out of a model that exists: each process reads only the slices that it holds."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from neox.checkpoint import families
 from neox.checkpoint.huggingface import CheckpointError, broken, check_names, find, read_bin, read_config, weight_files
 from neox.checkpoint.steps import agreed, is_step, load_tensors, newest_sound, read_step
 from neox.config import ModelConfig
+from neox.config.spelling import spell
 from neox.model.decoder import GPTNeoX
 from neox.system.runtime import Processes
 
@@ -60,14 +62,8 @@ def _check_model(path: Path, stored: ModelConfig, ours: ModelConfig) -> None:
         wrong.append("max_position_embeddings")
     if wrong:
         values = {key: stored.ffn_size if key == "intermediate_size" else getattr(stored, key) for key in wrong}
-        options = " ".join(f"model.{key}={_literal(value)}" for key, value in values.items())
+        options = " ".join(f"model.{key}={shlex.quote(spell(value))}" for key, value in values.items())
         raise CheckpointError(f"{path}: the weights of train.init are of another model than the run's: {options}")
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from neox.config import presets
-from neox.config.options import SECTIONS, ConfigError, Section, did_you_mean, parse_override, read_toml
+from neox.config.options import SECTIONS, ConfigError, Section, parse_override, read_toml
 from neox.config.sections.data import DataConfig, TokenizerConfig
 from neox.config.sections.model import ModelConfig
 from neox.config.sections.training import (
@@ -26,6 +26,7 @@ from neox.config.sections.training import (
 )
 from neox.config.sections.types import OptionalStr
 from neox.config.sections.usage import EvalConfig, GenerateConfig
+from neox.config.spelling import did_you_mean
 
 __all__ = [
     "CheckpointConfig",
@@ -215,6 +216,6 @@ def _check_section(section: str, keys: Any, lines: Mapping[str, str]) -> None:
     where = f" ({lines[section]})" if section in lines else ""
     if section not in SECTIONS:
         options = [*SECTIONS, *(f"{s}.{section}" for s, cls in SECTIONS.items() if section in cls.model_fields)]
-        raise ConfigError(f"{section}: no such section{did_you_mean(section, options)}{where}", section)
+        raise ConfigError(f"{section}: no such section; {did_you_mean(section, options)}{where}", section)
     if not isinstance(keys, dict):
         raise ConfigError(f"{section}: is a section, write [{section}] and its keys below it{where}", section)

@@ -5,15 +5,16 @@ The options themselves are in `neox.config`, which enters its sections in `SECTI
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Iterable
 from datetime import date, time
 from pathlib import Path
-from typing import Any, Self, get_args, get_origin
+from typing import Any, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from neox.config.spelling import did_you_mean
 
 
 class ConfigError(ValueError):
@@ -48,6 +49,7 @@ class Section(BaseModel):
         return type(self)(**{**dict(self), **changes})
 
 
+S = TypeVar("S", bound=Section)
 SECTIONS: dict[str, type[Section]] = {}
 """Every section by name; filled by neox.config."""
 
@@ -108,43 +110,65 @@ def _literal(raw: str, annotation: Any, text: str) -> Any:
             raise ConfigError(f'{text}: not a list; its texts need quotes, as in \'["a", "b"]\'') from None
         return raw
     # A directory may be called 2024-01-01, or 7, a regex [1]: where text is wanted, what was typed is the text.
-    wants_text = annotation is str or str in get_args(annotation)
+    wants_text = _is_text(annotation)
     if isinstance(value, date | time) or (wants_text and not isinstance(value, (str, list) if wants_list else str)):
         return raw
     return value
 
 
-def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Hint for an unknown word: the nearest option, or all of them."""
-    options = list(options)
-    exact = [o for o in options if o.endswith(f".{word}")]
-    near = exact or difflib.get_close_matches(word, options, 1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(options)}"
+def _is_text(annotation: Any) -> bool:
+    return annotation is str or str in get_args(annotation)
 
 
 def suggest_key(section: str, key: str) -> str:
     """Hint for an unknown key: the same name elsewhere, then the nearest in its section, then anywhere."""
     everywhere = [f"{s}.{k}" for s, cls in SECTIONS.items() for k in cls.model_fields]
     same = [name for name in everywhere if name.endswith(f".{key}")]
-    if same:
-        return f"; did you mean {' or '.join(same)}?"
-    if section in SECTIONS:
-        near = difflib.get_close_matches(key, SECTIONS[section].model_fields, 1)
-        if near:
-            return f"; did you mean {section}.{near[0]}?"
-    bare = {name.partition(".")[2]: name for name in reversed(everywhere)}
-    near = difflib.get_close_matches(key, bare, 1)
-    if near:
-        return f"; did you mean {bare[near[0]]}?"
-    return f"; {section} has {', '.join(SECTIONS[section].model_fields)}" if section in SECTIONS else ""
+    here = [name for name in everywhere if name.startswith(f"{section}.")]
+    has = f"{section} has {', '.join(SECTIONS[section].model_fields)}" if section in SECTIONS else "see docs/options.md"
+    return "; " + did_you_mean(key, same or here, did_you_mean(key, everywhere, has))
+
+
+def section_of(cls: type[Section], key: str = "") -> str:
+    """Name of the section that a class has an option from; empty for an option of its own."""
+    bases = [base for base in cls.__mro__ if issubclass(base, Section) and base is not Section]
+    bases = [base for base in bases if key in base.model_fields][-1:] or bases
+    return next((name for name, section in SECTIONS.items() if issubclass(section, tuple(bases))), "")
+
+
+def read_options(cls: type[S], texts: Iterable[str]) -> tuple[S, list[str]]:
+    """A section from ``key=value`` texts, and the texts whose keys it does not have. Raises ConfigError.
+
+    Text for a key of the class's own is taken as it stands; a list may be given in parts, by a key that comes again.
+    """
+    values: dict[str, Any] = {}
+    rest, origin = [], {}
+    for text in texts:
+        name, _, raw = text.partition("=")
+        section, _, key = name.rpartition(".")
+        if key not in cls.model_fields or section not in ("", section_of(cls, key)):
+            rest.append(text)
+            continue
+        annotation = cls.model_fields[key].annotation
+        verbatim = not section_of(cls, key) and get_origin(annotation) is not tuple and _is_text(annotation)
+        value = raw if verbatim else _literal(raw.strip(), annotation, text)
+        if get_origin(annotation) is tuple and key in values:
+            value = [*values[key], *(value if isinstance(value, list) else [value])]
+        elif get_origin(annotation) is tuple and isinstance(value, str):
+            value = [value]
+        values[key], origin[key] = value, f"from {text}"
+    try:
+        return cls(**values), rest
+    except ConfigError as error:
+        source = origin.get(error.key.partition("[")[0].rpartition(".")[2])
+        raise ConfigError(f"{error} ({source})" if source else str(error), error.key) from None
 
 
 def _one_line(cls: type[Section], error: ValidationError) -> ConfigError:
     """The first of pydantic's complaints as one line, led by section.key."""
-    bases = cls.__mro__[: cls.__mro__.index(Section)]  # PrepareConfig's options are those of the section data
-    section = next((name for name, section in SECTIONS.items() if issubclass(section, bases)), "")
     found = error.errors()
     first = found[0]
+    section = section_of(cls, str(first["loc"][0]) if first["loc"] else "")
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     key = section
     for part in first["loc"]:

@@ -6,9 +6,10 @@ Where the published record contradicts itself, a note says what is taken, why, a
 
 from __future__ import annotations
 
-import difflib
 from copy import deepcopy
 from typing import Any, NamedTuple
+
+from neox.config.spelling import did_you_mean
 
 Sections = dict[str, dict[str, Any]]
 
@@ -233,8 +234,6 @@ def notes(name: str) -> tuple[str, ...]:
 
 def _row(name: str) -> Row:
     if name not in _BY_NAME:
-        near = difflib.get_close_matches(name, _BY_NAME, 1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_BY_NAME)}"
         shown = name if len(name) <= 60 else name[:57] + "..."
-        raise ValueError(f"no preset {shown!r}{hint}")
+        raise ValueError(f"no preset {shown!r}; {did_you_mean(name, _BY_NAME)}")
     return _BY_NAME[name]

@@ -1,6 +1,5 @@
 """Who is asked: a model of ours in the engine, one of `transformers`, or whatever else lm-eval has a backend for."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.utils import simple_parse_args_string
 
+from neox.config.spelling import did_you_mean
 from neox.corpus.readers.faults import one_line
 from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import fingerprint
@@ -70,8 +70,7 @@ def _ours(
 
 def _theirs(model: str, backend: str, arguments: dict[str, Any]) -> tuple[LM, str, dict[str, Any]]:
     if backend not in model_registry:
-        near = difflib.get_close_matches(backend, list(model_registry), 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(model_registry))}"
+        hint = did_you_mean(backend, sorted(model_registry))
         raise ValueError(f"{model}: lm-eval has no backend {backend!r}; {hint}")
     try:
         asked = get_model(backend).create_from_arg_obj(arguments)

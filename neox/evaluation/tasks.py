@@ -1,6 +1,5 @@
 """Tasks by name or by file, with what is wrong with them in one line."""
 
-import difflib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from lm_eval.tasks import TaskManager
 
+from neox.config.spelling import did_you_mean
 from neox.corpus.readers.faults import one_line
 
 
@@ -23,8 +23,7 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> tuple[l
     found: list[Any] = []
     for name in names:
         if name not in manager.task_index and not Path(name).is_file():
-            near = difflib.get_close_matches(name, manager.all_tasks, 3)
-            hint = f"did you mean {', '.join(near)}?" if near else "give eval.include_path= for tasks of your own"
+            hint = did_you_mean(name, manager.all_tasks, "give eval.include_path= for tasks of your own", 3)
             raise ValueError(f"eval.tasks: no task {name!r}; {hint}")
         try:
             loaded = manager.load([name])

@@ -1,11 +1,11 @@
 """Prompts at a terminal: one in, its continuation out, each on its own."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable
 
 from neox.config import GenerateConfig, load_config
+from neox.config.spelling import spell
 from neox.generate.engine import Engine
 from neox.generate.sampling import Sampling
 
@@ -70,14 +70,9 @@ def _command(config: GenerateConfig, line: str) -> GenerateConfig:
     if key == "help":
         print(HELP)
         for name in names:
-            print(f"  /{name} {_spelled(getattr(config, name))}")
+            print(f"  /{name} {spell(getattr(config, name))}")
         return config
     if key not in names or not value.strip():
         raise ValueError(f"no command {line!r}: it is /help, or /KEY VALUE with one of {', '.join(names)}")
     changed = load_config(overrides=[f"generate.{key}={value}"]).generate
     return config.model_copy(update={key: getattr(changed, key)})
-
-
-def _spelled(value: object) -> str:
-    """An option's value as it is typed."""
-    return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

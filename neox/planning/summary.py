@@ -10,6 +10,7 @@ import textwrap
 from dataclasses import dataclass
 
 from neox.config import SECTIONS, Config, ModelConfig, presets
+from neox.config.spelling import spell
 from neox.model.flops import forward_flops, parameters, train_flops_per_token
 from neox.quantization.kinds import FORMATS, KINDS, Kind
 
@@ -96,7 +97,7 @@ def show(config: Config) -> str:
     ]
     lines = [f"{config.preset or 'config'}: {_count(p.total)} parameters, context {context}", ""]
     for section in SECTIONS:
-        values = "  ".join(f"{key}={_literal(value)}" for key, value in getattr(config, section))
+        values = "  ".join(f"{key}={spell(value)}" for key, value in getattr(config, section))
         lines += textwrap.wrap(f"[{section}]  {values}", 100, subsequent_indent="    ", break_long_words=False)
     lines += [
         "",
@@ -166,11 +167,3 @@ def _bytes(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f} B"
-
-
-def _literal(value: object) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)
