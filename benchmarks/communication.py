@@ -26,7 +26,7 @@ from neox.config import Config, load_config
 from neox.data import Batch
 from neox.model.decoder import GPTNeoX
 from neox.parallel import build, layout
-from neox.planning.traffic import Recorder, Traffic
+from neox.planning.traffic import Traffic, TrafficCounter
 from neox.system.runtime import Processes
 
 B, T, C, L, V, MICROBATCHES = 2, 64, 64, 4, 256, 3
@@ -50,9 +50,9 @@ def run(options: tuple[str, ...]) -> Traffic:
     _, forward_backward = build(config, place)
     tokens = torch.arange(B * T).view(B, T) % V
     batches = [Batch(tokens, tokens, torch.arange(T).expand(B, -1))] * MICROBATCHES
-    with Recorder(place) as recorder:
+    with TrafficCounter(place) as counter:
         forward_backward(batches, 1.0)
-    return recorder.traffic()
+    return counter.traffic()
 
 
 def tensor_parallel(config: Config) -> Traffic:

@@ -244,13 +244,13 @@ class Worker:
 
 
 def estimate(job):
-    """Bytes that a variant takes: neox's own estimate, with half as many activations again, and 16-bit weights."""
+    """Bytes that a variant takes: neox's own estimate, with half as many activations again."""
     from neox.model.flops import parameters
-    from neox.planning import train_memory
+    from neox.model.training_memory import one_device
 
     config = config_of(job)
-    memory, count = train_memory(config), parameters(config.model).total
-    total = memory.total + memory.activations // 2 + 2 * count + 2**30
+    memory, count = one_device(config), parameters(config.model).total
+    total = sum(memory.values()) + memory["activations"] // 2 + 2**30
     if job["kind"] == "peer":  # the whole logits, twice in fp32 and twice in bf16
         total += 12 * job["micro"] * config.data.seq_length * config.model.vocab_size
         total -= 8 * count if job["options"].get("params") == "bf16" else 0

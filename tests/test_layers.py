@@ -19,7 +19,7 @@ LAYERS = (
     ("__main__",),
 )
 """Modules of each layer, lowest first: a module imports from lower layers only."""
-NEVER_TORCH = ("config", "model/flops.py", "model/mup.py")
+NEVER_TORCH = ("config", "model/flops.py", "model/mup.py", "model/training_memory.py")
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 
 

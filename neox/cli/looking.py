@@ -16,8 +16,8 @@ def show(targets: list[str], options: list[str]) -> None:
     neox show [PRESET] [FILE.toml ...] [key=value ...] [gpu=NAME] [gpus=N] [network=GB/s]
 
     Without anything, lists the presets. Later files win over earlier ones, key=value over files.
-    Where parallel.* asks for several processes, each pipeline stage is rehearsed without a GPU, in
-    about a minute: memory, bytes sent, and with gpu= the time of a step, an estimate.
+    Where parallel.* asks for several processes, a dry run of each pipeline stage takes about
+    a minute and no GPU: memory, bytes sent, and with gpu= the time of a step, an estimate.
 
     Options:
       gpu=NAME       a100-40gb, a100-80gb, h100 or h200

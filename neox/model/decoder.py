@@ -119,7 +119,7 @@ def recomputed(
     distributed = is_traceable_wrapper_subclass(result)
     if not wanted or torch.compiler.is_compiling() or not torch.is_grad_enabled() or distributed:
         return nullcontext()
-    # The storage's identity: a rehearsal's tensors (neox.planning) have no address.
+    # The storage's identity: fake tensors (neox.planning.dry_run) have no address.
     storage, size = result.untyped_storage()._cdata, result.numel()
 
     def pack(saved: Tensor) -> Tensor | torch.Size:

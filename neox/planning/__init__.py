@@ -1,9 +1,9 @@
-"""What training a model costs, before any of it is spent.
+"""Cost of training a model before it is spent: memory, communication and time.
 
-`page` is arithmetic on a config, without torch. `plan` rehearses a step of each pipeline stage (`trace`) by the real
-code on processes that are not there; `propose` looks for layouts that fit.
+`summary` is arithmetic on a config, without torch. `run_plan` executes a dry run of each pipeline stage (`dry_run`);
+`propose` searches for layouts that fit, by formula.
 """
 
-from neox.planning.summary import TrainMemory, kv_bytes_per_token, show, table, train_memory, weight_bytes
+from neox.planning.summary import kv_bytes_per_token, show, table, weight_bytes
 
-__all__ = ["TrainMemory", "kv_bytes_per_token", "show", "table", "train_memory", "weight_bytes"]
+__all__ = ["kv_bytes_per_token", "show", "table", "weight_bytes"]

@@ -1,8 +1,8 @@
-"""A rehearsal: one step of one process of a run that is not there, by the real code, on tensors without values.
+"""Dry run of one process of a run: one step of the training code on fake tensors in a fake process group.
 
-Model, sharding, pipeline schedule, loss, clipping and optimizer are those that train. The other processes are a fake
-group whose messages go nowhere, the tensors fake ones that take no memory. `rehearse` needs a process of its own: what
-DTensor works out for one world does not hold in another (`python -m neox.planning.dry_run`, which `trace` starts).
+Model, sharding, pipeline schedule, loss, clipping and optimizer are those that train. Fake tensors take no memory, and
+the fake group sends nothing. Each dry run needs a process of its own, because DTensor caches results for one world
+size: `dry_run` starts `python -m neox.planning.dry_run`, which calls `dry_run_here`.
 """
 
 import json
@@ -23,20 +23,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What one process holds and sends in a step."""
+class StepCost:
+    """Memory and traffic of one process in one step."""
 
-    parameters: int  # of its stages, its own share of them
-    memory: dict[str, int]  # bytes by kind at the peak, see `neox.planning.memory_tracker`
+    parameters: int  # that this process stores, after sharding
+    memory: dict[str, int]  # bytes by kind at the peak: `neox.model.training_memory.KINDS`
     traffic: dict[tuple[str, str], int]  # bytes sent by (axis, collective)
 
     @property
     def peak(self) -> int:
+        """Peak memory in bytes."""
         return sum(self.memory.values())
 
 
-def trace(config: Config, rank: int) -> Trace:
-    """Rehearse rank `rank` of the run in a process of its own. Raises ValueError for a layout that is refused."""
+def dry_run(config: Config, rank: int) -> StepCost:
+    """Dry-run a step of rank `rank` in a process of its own. Raises ValueError for a layout that is refused."""
     child = subprocess.run(
         [sys.executable, "-m", "neox.planning.dry_run", str(rank)],
         input=config.model_dump_json(),
@@ -49,16 +50,16 @@ def trace(config: Config, rank: int) -> Trace:
         if child.stdout == refused:
             raise RuntimeError(child.stderr)
         raise ValueError(refused.strip())
-    found = json.loads(child.stdout)
-    traffic = {(axis, kind): size for axis, kind, size in found.pop("traffic")}
-    return Trace(traffic=traffic, **found)
+    cost = json.loads(child.stdout)
+    traffic = {(axis, kind): size for axis, kind, size in cost.pop("traffic")}
+    return StepCost(traffic=traffic, **cost)
 
 
-def counts(config: Config) -> list[int]:
-    """Numbers of microbatches to rehearse with.
+def step_sizes(config: Config) -> list[int]:
+    """Numbers of microbatches of the steps to run: two short steps, or the whole step where it is as short.
 
-    Beyond what fills the pipeline another one adds the same to memory and traffic each time, so two numbers tell all;
-    a step of no more is rehearsed whole.
+    Once the pipeline is full, each further microbatch adds the same memory and traffic, so two steps are enough to
+    extrapolate.
     """
     parallel, whole = config.parallel, microbatches(config)
     if parallel.pp == 1:
@@ -70,8 +71,8 @@ def counts(config: Config) -> list[int]:
     return [whole] if whole <= few[1] else few
 
 
-def rehearse(config: Config, rank: int) -> Trace:
-    """In a process that has no process group, and is of no further use."""
+def dry_run_here(config: Config, rank: int) -> StepCost:
+    """Dry-run a step in this process, which must have no process group and must end afterwards."""
     import torch
     import torch.distributed as dist
 
@@ -81,22 +82,22 @@ def rehearse(config: Config, rank: int) -> Trace:
     world = processes(config)
     if world > 1:
         dist.init_process_group("fake", rank=rank, world_size=world)
-    few, whole = counts(config), microbatches(config)
-    place = layout(config.parallel, Processes(rank, world), torch.device("cpu"))
-    steps = [_step(config, place, count) for count in few]
+    few, whole = step_sizes(config), microbatches(config)
+    mesh = layout(config.parallel, Processes(rank, world), torch.device("cpu"))
+    steps = [_step(config, mesh, count) for count in few]
 
-    def at_whole(field: str) -> Counter[Any]:
+    def extrapolated(field: str) -> Counter[Any]:
         values = [getattr(step, field) for step in steps]
         if len(few) == 1:
             return values[0]
         (a, b), each = values, (whole - few[1]) // (few[1] - few[0])
         return Counter({key: b[key] + each * (b[key] - a[key]) for key in a | b})
 
-    return Trace(steps[-1].parameters, at_whole("memory"), at_whole("traffic"))
+    return StepCost(steps[-1].parameters, extrapolated("memory"), extrapolated("traffic"))
 
 
-def _step(config: Config, place: "Layout", count: int) -> Trace:
-    """One step of `count` microbatches, from building the model to the optimizer's update."""
+def _step(config: Config, mesh: "Layout", count: int) -> StepCost:
+    """Run one step of `count` microbatches, from building the model to the optimizer's update."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -108,18 +109,18 @@ def _step(config: Config, place: "Layout", count: int) -> Trace:
     from neox.parallel import build
     from neox.parallel.fsdp import shard
     from neox.parallel.loss import LossHead
-    from neox.planning.memory_tracker import Ledger
-    from neox.planning.traffic import Recorder
+    from neox.planning.memory_tracker import MemoryTracker
+    from neox.planning.traffic import TrafficCounter
     from neox.train.optim import build_optimizers, clip_gradients
 
     take_loss = LossHead.loss
 
     def take_loss_as_logits(*arguments: Any) -> Any:
-        with ledger.during("logits"):
+        with tracker.during("logits"):
             return take_loss(*arguments)
 
-    def for_real(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Without values, but not fake: modules on the meta device, and meshes, which look at ranks as numbers."""
+    def not_fake(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Run outside the fake mode: modules on the meta device, and meshes, which read ranks as numbers."""
 
         def call(*arguments: Any) -> Any:
             with _disable_current_modes():
@@ -127,24 +128,24 @@ def _step(config: Config, place: "Layout", count: int) -> Trace:
 
         return call
 
-    # DTensor tries its operators at global size, the first time: nothing that a process would hold.
+    # DTensor runs each new operator once at global size, which a process would never hold: not counted.
     global_size = ShardingPropagator._propagate_tensor_meta_non_cached
     # The last microbatch may be smaller than the others.
     sizes, length = [*rows(config)[: count - 1], rows(config)[-1]], config.data.seq_length
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
-        Ledger(fake) as ledger,
-        patch("neox.parallel.build.GPTNeoX", for_real(GPTNeoX)),
-        patch("neox.parallel.build.shard", for_real(shard)),
+        MemoryTracker(fake) as tracker,
+        patch("neox.parallel.build.GPTNeoX", not_fake(GPTNeoX)),
+        patch("neox.parallel.build.shard", not_fake(shard)),
         patch.object(LossHead, "loss", take_loss_as_logits),
-        patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", for_real(global_size)),
+        patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", not_fake(global_size)),
     ):
-        parts, forward_backward = build(config, place)
-        with ledger.during("optimizer"):
+        parts, forward_backward = build(config, mesh)
+        with tracker.during("optimizer"):
             optimizers = build_optimizers(parts, config.optim)
             fill_state(optimizers)
         parameters = [parameter for part in parts for parameter in part.parameters()]
-        with ledger.during("activations"):
+        with tracker.during("activations"):
             batches = [
                 Batch(
                     torch.zeros(size, length, dtype=torch.int64),
@@ -155,27 +156,28 @@ def _step(config: Config, place: "Layout", count: int) -> Trace:
             ]
             for part in parts:
                 part.train()
-            with Recorder(place) as recorder:
+            with TrafficCounter(mesh) as counter:
                 forward_backward(batches, 1.0)
-            ledger.mark([parameter.grad for parameter in parameters], "gradients")
-        with ledger.during("working"):
-            clip_gradients(parts, config.optim.clip, 1.0, place)
+            tracker.mark([parameter.grad for parameter in parameters], "gradients")
+        with tracker.during("working"):
+            clip_gradients(parts, config.optim.clip, 1.0, mesh)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        own = sum(getattr(p, "_local_tensor", p).numel() for p in parameters)
-    return Trace(own, ledger.peak(), recorder.traffic())
+        stored = sum(getattr(p, "_local_tensor", p).numel() for p in parameters)
+    return StepCost(stored, tracker.peak(), counter.traffic())
 
 
 def main() -> int:
+    """Read a config as JSON from stdin, print the cost of the rank in argv as JSON."""
     config = Config.model_validate_json(sys.stdin.read())
     try:
-        found = rehearse(config, int(sys.argv[1]))
+        cost = dry_run_here(config, int(sys.argv[1]))
     except ValueError as error:
         print(f"refused: {error}")
         return 1
-    traffic = [[axis, kind, size] for (axis, kind), size in sorted(found.traffic.items())]
-    print(json.dumps({"parameters": found.parameters, "memory": found.memory, "traffic": traffic}))
+    traffic = [[axis, kind, size] for (axis, kind), size in sorted(cost.traffic.items())]
+    print(json.dumps({"parameters": cost.parameters, "memory": cost.memory, "traffic": traffic}))
     return 0
 
 

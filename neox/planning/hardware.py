@@ -1,4 +1,4 @@
-"""GPUs by name, and what a step takes on them: an estimate, from peak figures and two assumed efficiencies."""
+"""GPUs by name, and an estimate of the step time from their peak figures and two assumed efficiencies."""
 
 from dataclasses import dataclass, replace
 
@@ -11,12 +11,12 @@ COMPUTE = 0.6
 """Share of the peak FLOP/s that a process reaches while it computes. Assumed: the best published figures for dense
 models of these shapes are 0.5 to 0.64 (MPT-7B on A100, llm-foundry's benchmarking README)."""
 LINK = 0.75
-"""Share of a link's peak that a collective reaches. Assumed. What is sent is taken to hide behind nothing, except what
-goes from stage to stage of a pipeline, which is taken to hide behind other microbatches."""
+"""Share of a link's peak that a collective reaches. Assumed, as is that nothing overlaps communication with compute but
+the messages between pipeline stages, which overlap with other microbatches."""
 USABLE = 0.92
 """Share of a GPU's memory that tensors may take. Assumed: the rest is the context, NCCL's buffers, fragmentation."""
 HOST = 8
-"""GPUs that NVLink joins, the ones of a host."""
+"""GPUs of a host, joined by NVLink."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ GPUS = {
 
 
 def gpu(name: str, network: float | None = None) -> GPU:
-    """The GPU of that name; `network` in GB/s puts another network in. Raises ValueError for one that is unknown."""
+    """Look up a GPU; `network` in GB/s replaces its network. Raises ValueError for an unknown name."""
     if name not in GPUS:
         raise ValueError(f"gpu={name}: is not in the table: choose one of {', '.join(GPUS)}")
     return replace(GPUS[name], network=network * 1e9) if network else GPUS[name]
 
 
 def bubble(config: Config) -> float:
-    """Share of a step in which a pipeline's process waits, all passes of all stages taking alike.
+    """Share of a step that a pipeline process idles, if all passes of all stages take the same time.
 
     Narayanan et al. 2021, arXiv 2104.04473 (1f1b, interleaved).
     """
@@ -66,7 +66,7 @@ def bubble(config: Config) -> float:
 
 
 def stage_flops(config: Config, layers: int, head: bool, causal: bool = True, recomputed: bool = True) -> float:
-    """FLOPs that a process runs in a step for `layers` blocks, and for the head: 3 passes, and what is recomputed."""
+    """FLOPs of a process in a step for `layers` blocks and the head: 3 passes, plus the recomputed part."""
     model, length, parallel = config.model, config.data.seq_length, config.parallel
     again = recomputed_share(model, length, config.train.activation_checkpointing) if recomputed else 0.0
     blocks = forward_flops(model, length, scored=0, causal=causal) * layers / model.num_hidden_layers
@@ -76,7 +76,7 @@ def stage_flops(config: Config, layers: int, head: bool, causal: bool = True, re
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, an estimate. The sum is that of the process that takes longest."""
+    """Estimated seconds of a step of one process."""
 
     compute: float
     tensor: float  # messages in every block: tp, cp
@@ -92,7 +92,7 @@ class StepTime:
 def step_time(
     config: Config, device: GPU, layers: int, head: bool, parameters: int, traffic: dict[tuple[str, str], int]
 ) -> StepTime:
-    """Of a process that holds `layers` blocks and `parameters` parameters, and sends `traffic` bytes a step."""
+    """Estimate the step time of a process that holds `layers` blocks and sends `traffic` bytes."""
     peak = device.flops_fp32 if config.train.dtype == "fp32" else device.flops
     links = {axis: device.nvlink if within_host(config, axis) else device.network for axis in AXES}
     links["dp_shard x cp"] = min(links["dp_shard"], links["cp"])
@@ -108,7 +108,7 @@ def step_time(
 
 
 def within_host(config: Config, axis: str) -> bool:
-    """Whether the processes of an axis are neighbours on one host: `tp` innermost, as the mesh orders ranks."""
+    """True if the processes of an axis are on one host; `tp` is innermost, as the mesh orders ranks."""
     parallel = config.parallel
     sizes = {
         "tp": parallel.tp,

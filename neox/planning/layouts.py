@@ -1,11 +1,6 @@
-"""What follows from a config's parallel axes by counting: processes, and the microbatches of each."""
+"""Number of processes of a config, and the microbatches of each."""
 
 from neox.config import Config
-
-KINDS = ("weights", "copies", "gradients", "optimizer", "activations", "received", "logits", "working")
-"""weights: a process's own; copies: weights gathered, or cast to the products' type; gradients: reduced or not yet;
-received: buffers of the pipeline; logits: all that the loss makes; working: what the backward pass and messages need
-for the moment, blocks that are computed again included."""
 
 
 def processes(config: Config) -> int:

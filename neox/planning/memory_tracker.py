@@ -1,4 +1,7 @@
-"""Memory of a step by kind: every storage that is made and let go while the real code runs on fake tensors."""
+"""Memory tracker of the dry run: every storage that is allocated and freed while a step runs on fake tensors.
+
+The kinds of memory are `neox.model.training_memory.KINDS`.
+"""
 
 import weakref
 from collections import Counter
@@ -15,25 +18,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Ledger(TorchDispatchMode):
-    """Follows the storages of `fake`'s tensors that are made inside. Enter `fake` first, then this.
+class MemoryTracker(TorchDispatchMode):
+    """Track the storages of the fake tensors that are created inside. Enter `fake` first, then this.
 
-    Where the code asks for a number, which fake tensors have none of, a truth is false (nothing overflowed, nothing is
-    clipped) and any other 1 (a stage of a pipeline asks whether all of them know their shapes; a seed).
+    Fake tensors have no values. Where the code reads one, a bool is False (nothing overflowed, nothing is clipped) and
+    a number is 1 (whether all stages of a pipeline know their shapes; a seed).
     """
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self.fake = fake
         self.phase = "weights"
-        self.events: list[tuple[int, int]] = []  # (storage's number, bytes more or less), in order
-        self.kinds: list[
-            str
-        ] = []  # of a storage by its number: the phase in which it was made, until something is known
-        self._live: dict[int, tuple[int, int]] = {}  # address of the storage's head -> (number, bytes)
+        self.events: list[tuple[int, int]] = []  # (storage number, bytes: > 0 allocated, < 0 freed), in order
+        self.kinds: list[str] = []  # by storage number: the phase of the allocation, until an operator says more
+        self._live: dict[int, tuple[int, int]] = {}  # address of the StorageImpl -> (storage number, bytes)
         self._patch = patch.object(torch.UntypedStorage, "resize_", self._resizing(torch.UntypedStorage.resize_))
 
-    def __enter__(self) -> "Ledger":
+    def __enter__(self) -> "MemoryTracker":
         self._patch.start()
         super().__enter__()
         return self
@@ -44,7 +45,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """What is made inside is of this kind."""
+        """Give storages that are allocated inside this kind."""
         before, self.phase = self.phase, phase
         try:
             yield
@@ -52,27 +53,27 @@ class Ledger(TorchDispatchMode):
             self.phase = before
 
     def mark(self, tensors: Any, kind: str) -> None:
-        """The storages of these tensors turned out to be of this kind, since they were made."""
+        """Give the storages of these tensors this kind, from their allocation on."""
         for tensor in tree_leaves(tensors):
             tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
             if isinstance(tensor, Tensor) and (entry := self._live.get(tensor.untyped_storage()._cdata)):
                 self.kinds[entry[0]] = kind
 
     def peak(self) -> Counter[str]:
-        """Bytes by kind at the moment at which they are most."""
+        """Bytes by kind at the moment of the highest total."""
         total = most = at = 0
         for count, (_, size) in enumerate(self.events, 1):
             total += size
             if total > most:
                 most, at = total, count
-        found: Counter[str] = Counter()
+        by_kind: Counter[str] = Counter()
         for number, size in self.events[:at]:
-            found[self.kinds[number]] += size
-        return found
+            by_kind[self.kinds[number]] += size
+        return by_kind
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # what it does with its parts comes by here
+            return NotImplemented  # its operations on local tensors arrive here
         try:
             result = function(*args, **(kwargs or {}))
         except DataDependentOutputException:
@@ -86,8 +87,8 @@ class Ledger(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.fake and tensor.device.type != "meta":
                 self._note(tensor.untyped_storage(), kind)
-        # What only the operator that uses it tells. fully_shard: gathered weights are cut out of the message, gradients
-        # put into one.
+        # Only the operator that uses a storage reveals these kinds. fully_shard splits the gathered weights out of the
+        # message, and concatenates gradients into one.
         if name == "fsdp::split_with_sizes_copy":
             self.mark((kwargs or {}).get("out"), "copies")
         elif name == "fsdp::chunk_cat":
@@ -115,7 +116,7 @@ class Ledger(TorchDispatchMode):
         self.events.append((number, -size))
 
     def _resizing(self, resize: Callable[..., Any]) -> Callable[..., Any]:
-        """fully_shard lets gathered weights go, and makes room for them again, by resizing their storage."""
+        """Track resizes: fully_shard frees and reallocates gathered weights by resizing their storage."""
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
             known = self._live.get(storage._cdata)

@@ -1,22 +1,22 @@
-"""What a model costs before any of it is spent: memory, and all of it on one page.
+"""Summary of a config on one page: parameters, FLOPs and memory.
 
-All of it is arithmetic on a ModelConfig, without torch. Legend: C hidden_size, L layers, F MLP width, V vocab rows,
+Everything is arithmetic on a config, without torch. Legend: C hidden_size, L layers, F MLP width, V vocab rows,
 T tokens of context. GB is 10^9 bytes.
 """
 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
 
 from neox.config import SECTIONS, Config, ModelConfig, presets
 from neox.config.spelling import spell
 from neox.model.flops import forward_flops, parameters, train_flops_per_token
+from neox.model.training_memory import STATE, one_device
 from neox.quantization.kinds import FORMATS, KINDS, Kind
 
 
 def kv_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes of one token's keys and values in all layers: 2 L C values."""
+    """Bytes of one token in the KV cache, all layers: 2 L C values."""
     return 2 * model.num_hidden_layers * model.hidden_size * bytes_per_value
 
 
@@ -38,56 +38,15 @@ def _weights(model: ModelConfig) -> list[tuple[str, int]]:
     return [(", ".join(kinds), size) for size, kinds in names.items()]
 
 
-@dataclass(frozen=True)
-class TrainMemory:
-    """Bytes that training holds on one device without sharding."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """Sum of the parts, an estimate: allocator slack and temporary buffers come on top."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
-
-
-def train_memory(config: Config) -> TrainMemory:
-    """Memory of training one micro batch.
-
-    Weights, gradients and AdamW's two moments are fp32: 16 bytes per parameter. Muon keeps one moment for the blocks'
-    matrices. Activations are what autograd keeps per token and block (Korthikanti et al. 2022, section 4.1, without
-    dropout and without the attention matrix, which the fused kernel does not keep): the norms' input, q, k, v, the
-    attention's output, and the MLP before its activation: 5C + F values. The norms' and the activation's outputs are
-    computed again. C more for a serial residual: its second norm has an input of its own. Logits: one chunk of the
-    loss, turned into its own gradient in place; in bf16 the product, its fp32 copy and the gradient.
-    """
-    model, train = config.model, config.train
-    p, c, f = parameters(model), model.hidden_size, model.ffn_size
-    matrices = model.num_hidden_layers * (4 * c * c + 2 * c * f)
-    per_layer = (5 + (not model.use_parallel_residual)) * c + f
-    tokens = train.micro_batch_size * config.data.seq_length
-    bytes_per_value = 4 if train.dtype == "fp32" else 2
-    return TrainMemory(
-        weights=4 * p.total,
-        gradients=4 * p.total,
-        optimizer=8 * p.total - (4 * matrices if config.optim.name == "muon" else 0),
-        # On top of the blocks: the final norm's input and output.
-        activations=bytes_per_value * tokens * (model.num_hidden_layers * per_layer + 2 * c),
-        logits=(4 if train.dtype == "fp32" else 2 + 4 + 2) * min(train.loss_chunk, tokens) * model.vocab_size,
-    )
-
-
 def show(config: Config) -> str:
-    """The resolved config and what it costs, as plain text of at most 100 columns."""
+    """Write the resolved config and its cost as plain text of at most 100 columns."""
     model, train = config.model, config.train
     p, context, length = parameters(model), model.max_position_embeddings, config.data.seq_length
     tokens_per_step = train.global_batch_size * length
     full, causal = (train_flops_per_token(model, length, causal=kind) for kind in (False, True))
     run = tokens_per_step * train.steps
-    memory = train_memory(config)
+    memory = one_device(config)
+    state = sum(memory[kind] for kind in STATE)
     parts = [
         ("embedding", p.embedding),
         ("attention", p.attention),
@@ -114,9 +73,9 @@ def show(config: Config) -> str:
         f"  {'FLOPs in all, full attention':<34}{full * run:>22.4g}",
         "",
         f"Memory to train, {train.micro_batch_size} sequences at once, {train.dtype}, one device, nothing sharded",
-        f"  {'weights, gradients, moments':<34}{_bytes(memory.weights + memory.gradients + memory.optimizer):>22}",
-        f"  {'activations (estimate)':<34}{_bytes(memory.activations + memory.logits):>22}",
-        f"  {'total (estimate)':<34}{_bytes(memory.total):>22}",
+        f"  {'weights, gradients, moments':<34}{_bytes(state):>22}",
+        f"  {'activations, buffers (estimate)':<34}{_bytes(sum(memory.values()) - state):>22}",
+        f"  {'total (estimate)':<34}{_bytes(sum(memory.values())):>22}",
         "",
         "Memory to run",
         *(f"  {f'weights, {names}':<34}{_bytes(size):>22}" for names, size in _weights(model)),
@@ -132,8 +91,8 @@ def show(config: Config) -> str:
         lines += [
             "",
             f"Width transfer (muP) from a model of width {model.mup_base_width}, see docs/width_transfer.md",
-            f"  {'width, times that':<34}{growth:>22.4g}",
-            f"  {'peak rate where it is scaled':<34}{config.optim.lr / growth:>22.4g}",
+            f"  {'width multiplier':<34}{growth:>22.4g}",
+            f"  {'peak rate of scaled matrices':<34}{config.optim.lr / growth:>22.4g}",
         ]
     notes = presets.notes(config.preset) if config.preset else ()
     if notes:
@@ -144,7 +103,7 @@ def show(config: Config) -> str:
 
 
 def table() -> str:
-    """One line per preset: its parameters and its shape."""
+    """List the presets, one a line, with parameters and shape."""
     lines = [f"{'preset':<14}{'parameters':>17}{'layers':>8}{'hidden':>8}{'heads':>7}{'vocab':>8}{'context':>9}"]
     for name in presets.names():
         model = ModelConfig(**presets.preset(name)["model"])

@@ -18,34 +18,34 @@ KINDS = {
     "reduce_scatter": "reduce-scatter",
     "send": "send",
 }
-"""What a collective is called here, by a word of its operator's name."""
+"""Name of a collective here, by a substring of its operator's name."""
 NEGLIGIBLE = 16
-"""Bytes up to which a message is a sum for a log line, for clipping, or a pipeline's greeting, not the step's work."""
+"""Bytes up to which a message is not counted: sums for log lines and clipping, handshakes of the pipeline."""
 Traffic = Counter[tuple[str, str]]
 """(axis, collective) -> bytes sent."""
 
 
-class Recorder(TorchDispatchMode):
-    """Notes each collective inside: axis, kind, and bytes, as a ring sends them.
+class TrafficCounter(TorchDispatchMode):
+    """Record each collective inside: axis, kind, and bytes as a ring algorithm sends them.
 
     A message of S bytes (the largest tensor read or written) over n processes counts (n - 1) / n S for a gather or a
     reduce-scatter, twice that for an all-reduce; a send as S.
     """
 
-    def __init__(self, place: Layout) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.calls: list[tuple[str, str, int]] = []
-        self.axes = {"": ("world", place.processes.world)}
+        self.axes = {"": ("world", layout.processes.world)}
         for axis in AXES:
-            if mesh := place.axis(axis):
+            if mesh := layout.axis(axis):
                 self.axes[mesh.get_group().group_name] = axis, mesh.size()
-        if place.mesh is not None and place.size("cp") > 1:
-            flat = place.mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+        if layout.mesh is not None and layout.size("cp") > 1:
+            flat = layout.mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
             self.axes.setdefault(flat.get_group().group_name, ("dp_shard x cp", flat.size()))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # what it does with its parts comes by here
+            return NotImplemented  # its operations on local tensors arrive here
         result = function(*args, **(kwargs or {}))
         name = function._schema.name
         kind = next((KINDS[word] for word in KINDS if word in name), None)
@@ -67,8 +67,8 @@ class Recorder(TorchDispatchMode):
 
     def traffic(self) -> Traffic:
         """Bytes by axis and kind, without negligible messages."""
-        found: Traffic = Counter()
+        traffic: Traffic = Counter()
         for axis, kind, size in self.calls:
             if size > NEGLIGIBLE:
-                found[axis, kind] += size
-        return found
+                traffic[axis, kind] += size
+        return traffic

@@ -6,7 +6,7 @@ and 20 tokens per parameter use compute well (Hoffmann et al. 2022, arXiv 2203.1
 
     N = sqrt(R / 2 * T / 120)
 
-and never more than memory holds at 16 bytes a parameter (fp32 weight, gradient and two moments).
+and never more than memory holds at 16 bytes per parameter (fp32 weight, gradient and two moments).
 
 Running. Each token of one sequence reads every weight once, so B bytes/s of memory give at most B / (N * bytes per
 weight) tokens/s, 4 bytes in fp32 and 1 in int8. A model fits where its weights take at most four fifths of memory.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from neox.config import load_config
 from neox.config.presets import names
 from neox.model.flops import parameters
+from neox.model.training_memory import GRADIENT, MOMENTS, WEIGHT
 from neox.system.machine import available_cores, available_ram, read_speed
 
 _COUNTED = {n: parameters(load_config(n).model).total for n in names() if n.startswith("pythia-") or n == "neox-20b"}
@@ -26,7 +27,6 @@ HOUR = 3600.0
 NIGHT = 8 * HOUR
 TOKENS_PER_PARAMETER = 20
 MFU = 0.5
-TRAINING_BYTES = 16  # a parameter: fp32 weight, gradient, two moments
 MEMORY_SHARE = 0.8  # of RAM; the rest is for activations, the cache and everybody else
 WEIGHT_BYTES = {"fp32": 4, "int8": 1}
 
@@ -43,7 +43,7 @@ class Machine:
     def trainable(self, seconds: float) -> int:
         """Parameters that can be trained on 20 tokens each in `seconds`, by the formula above."""
         by_time = math.sqrt(self.matmul_flops * MFU * seconds / (6 * TOKENS_PER_PARAMETER))
-        return int(min(by_time, self.ram_bytes * MEMORY_SHARE / TRAINING_BYTES))
+        return int(min(by_time, self.ram_bytes * MEMORY_SHARE / (WEIGHT + GRADIENT + MOMENTS)))
 
     def training_seconds(self, parameters: int) -> float:
         """Seconds to train `parameters` on 20 tokens each: 120 N^2 / (R / 2)."""

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from neox.config import Config
-from neox.model.flops import parameters
+from neox.model.training_memory import stage_parameters, state_memory
 from neox.parallel import Layout
+from neox.parallel.pipeline import layers_of_stages, stages_of_rank
 
 EVENTS = 100_000
 """Allocations that CUDA remembers, with the Python lines that made them: some steps' worth, tens of megabytes."""
@@ -57,11 +58,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def state_bytes(config: Config, layout: Layout) -> int:
-    """Bytes of weights, gradients and AdamW's two moments, fp32, on one process; layers are taken to split evenly."""
-    own = parameters(config.model).total / (layout.size("tp") * layout.size("pp"))
-    sharers = layout.size("dp_shard") * layout.size("cp")
-    whole = {1: 8, 2: 4, 3: 0}[config.parallel.zero]
-    return round(own * (whole + (16 - whole) / sharers))
+    """Bytes of weights, their gathered or cast copies, gradients and optimizer state on this process."""
+    layers, stages = [config.model.num_hidden_layers], [0]
+    if layout.size("pp") > 1:
+        layers = [len(stage) for stage in layers_of_stages(config)]
+        stages = stages_of_rank(config.parallel, layout.rank("pp"))
+    count = sum(layers[stage] for stage in stages)
+    stage = stage_parameters(config.model, layout.size("tp"), count, 0 in stages, len(layers) - 1 in stages)
+    return round(sum(state_memory(config, stage, layout.size("dp_shard") * layout.size("cp")).values()))
 
 
 def advice(config: Config, layout: Layout, total: int = 0) -> str:

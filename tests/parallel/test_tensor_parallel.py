@@ -12,11 +12,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 
 import neox
-from benchmarks.communication import Recorder
 from neox.config import ConfigError, load_config
 from neox.parallel import build, layout
 from neox.parallel.tensor import RowParallel
 from neox.parallel.tp_plan import plan
+from neox.planning.traffic import TrafficCounter
 from neox.system.runtime import Processes
 from neox.train import Trainer, cross_entropy
 from tests.parallel.helpers import compare, config, cut, fit, together
@@ -65,9 +65,9 @@ def messages(*options: str) -> dict[str, int]:
     found: dict[str, int] = {}
 
     def counted(name, call):
-        with Recorder(place) as recorder:
+        with TrafficCounter(place) as counter:
             result = call()
-        for _, kind, _ in recorder.calls:
+        for _, kind, _ in counter.calls:
             key = f"{name} {kind}"
             found[key] = found.get(key, 0) + 1
         return result

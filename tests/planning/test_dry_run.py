@@ -1,4 +1,4 @@
-"""Rehearsals against the real thing: bytes sent on gloo, memory of training processes, steps rehearsed whole."""
+"""Dry runs against real runs: bytes sent on gloo, memory of training processes, whole steps; formulas against them."""
 
 import os
 import socket
@@ -14,9 +14,9 @@ from neox.config import Config, load_config
 from neox.data import Batch
 from neox.parallel import build, layout
 from neox.planning import formulas
-from neox.planning.dry_run import Trace, rehearse, trace
+from neox.planning.dry_run import StepCost, dry_run, dry_run_here
 from neox.planning.layouts import microbatches, processes, rows
-from neox.planning.traffic import Recorder
+from neox.planning.traffic import TrafficCounter
 from neox.system.runtime import joined_processes
 from neox.train import Trainer
 from tests.parallel.helpers import _forks, together
@@ -39,16 +39,16 @@ def small(*options: str) -> Config:
     return load_config(overrides=(*SMALL, *options))
 
 
-def _rehearse(config: Config, rank: int, whole: bool, path: Path) -> None:
+def _dry_run(config: Config, rank: int, whole: bool, path: Path) -> None:
     torch.set_num_threads(1)
-    with patch("neox.planning.dry_run.counts", lambda config: [microbatches(config)]) if whole else patch.dict({}):
-        torch.save(rehearse(config, rank), path)
+    with patch("neox.planning.dry_run.step_sizes", lambda config: [microbatches(config)]) if whole else patch.dict({}):
+        torch.save(dry_run_here(config, rank), path)
 
 
-def rehearsals(folder: Path, *wanted: tuple[Config, int, bool]) -> list[Trace]:
-    """Each (config, rank, whole or from two short steps) in a fork of its own, which is cheaper than `trace`."""
-    paths = [folder / f"{number}.trace" for number in range(len(wanted))]
-    children = [_forks.Process(target=_rehearse, args=(*one, path)) for one, path in zip(wanted, paths, strict=True)]
+def dry_runs(folder: Path, *runs: tuple[Config, int, bool]) -> list[StepCost]:
+    """Run each (config, rank, whole or two short steps) in a fork of its own, which is cheaper than `dry_run`."""
+    paths = [folder / f"{number}.cost" for number in range(len(runs))]
+    children = [_forks.Process(target=_dry_run, args=(*run, path)) for run, path in zip(runs, paths, strict=True)]
     for child in children:
         child.start()
     for child in children:
@@ -61,7 +61,7 @@ def rehearsals(folder: Path, *wanted: tuple[Config, int, bool]) -> list[Trace]:
 
 
 def counted(config: Config) -> dict[tuple[str, str], int]:
-    """What this rank sends in a real step."""
+    """Bytes that this rank sends in a real step."""
 
     with joined_processes("cpu") as here:
         place = layout(config.parallel, here, torch.device("cpu"))
@@ -70,9 +70,9 @@ def counted(config: Config) -> dict[tuple[str, str], int]:
         batches = [
             Batch(*torch.randint(64, (2, size, length)), torch.arange(length).repeat(size, 1)) for size in rows(config)
         ]
-        with Recorder(place) as recorder:
+        with TrafficCounter(place) as counter:
             forward_backward(batches, 1.0)
-    return dict(recorder.traffic())
+    return dict(counter.traffic())
 
 
 @pytest.mark.parametrize(
@@ -95,17 +95,17 @@ def counted(config: Config) -> dict[tuple[str, str], int]:
     ],
     ids=" ".join,
 )
-def test_a_rehearsal_sends_what_a_real_step_sends(options, tmp_path):
-    """Byte for byte, of ends of the mesh; ten sequences are more microbatches than are rehearsed, but on four ranks."""
+def test_dry_run_traffic_is_that_of_a_real_step(options, tmp_path):
+    """Byte for byte, on both ends of the mesh. On fewer than four ranks the dry run extrapolates to ten sequences."""
     config = small(*(f"parallel.{option}" for option in options))
     world = processes(config)
-    found = together(world, tmp_path, counted, config)
-    ends = rehearsals(tmp_path, (config, 0, False), (config, world - 1, False))
-    assert found[0]
-    assert [dict(end.traffic) for end in ends] == [found[0], found[-1]]
+    real = together(world, tmp_path, counted, config)
+    ends = dry_runs(tmp_path, (config, 0, False), (config, world - 1, False))
+    assert real[0]
+    assert [dict(end.traffic) for end in ends] == [real[0], real[-1]]
 
 
-# --- microbatches that are not rehearsed ------------------------------------------------------------------------------
+# --- microbatches beyond the dry run ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,17 +122,17 @@ def test_a_rehearsal_sends_what_a_real_step_sends(options, tmp_path):
         ),
     ],
 )
-def test_microbatches_that_are_left_out_add_the_same_each(options, tmp_path):
+def test_dry_run_extrapolates_memory_and_traffic_of_further_microbatches(options, tmp_path):
     """Scaled from two short steps, peak and traffic are those of the whole step, to the byte."""
     config = small(*options.split())
-    scaled, whole = rehearsals(tmp_path, (config, 0, False), (config, 0, True))
+    scaled, whole = dry_runs(tmp_path, (config, 0, False), (config, 0, True))
     assert scaled.peak == whole.peak
     assert scaled.traffic == whole.traffic
 
 
-def test_a_pipeline_holds_what_it_received_no_longer_than_it_needs_it(tmp_path):
+def test_pipeline_receive_buffers_are_freed_after_use(tmp_path):
     """The last stage has one microbatch at a time in flight, of ten: one buffer [1, T, C] of fp32."""
-    (last,) = rehearsals(tmp_path, (small("parallel.pp=2"), 1, True))
+    (last,) = dry_runs(tmp_path, (small("parallel.pp=2"), 1, True))
     assert last.memory["received"] == 4 * 32 * 32
 
 
@@ -179,7 +179,7 @@ def _train_and_print(options: list[str]) -> None:
         (2, "parallel.pp=2 hidden_size=896 global_batch_size=4"),
     ],
 )
-def test_peak_memory_is_the_measured_one(world, options, tmp_path):
+def test_dry_run_peak_memory_is_the_measured_one(world, options, tmp_path):
     """Within 10 % of what a training process of over 1 GiB takes on top of its imports, rank 0's.
 
     glibc is told to give blocks of more than 64 KiB back when they are freed, so that the process holds what it asked
@@ -208,7 +208,7 @@ def test_peak_memory_is_the_measured_one(world, options, tmp_path):
     ]
     measured = [int(process.communicate()[0]) for process in ranks]
     assert measured[0] > 2**30
-    assert trace(load_config(overrides=settings), 0).peak == pytest.approx(measured[0], rel=0.1)
+    assert dry_run(load_config(overrides=settings), 0).peak == pytest.approx(measured[0], rel=0.1)
 
 
 # --- formulas --------------------------------------------------------------------------------------------------------
@@ -224,17 +224,24 @@ def test_peak_memory_is_the_measured_one(world, options, tmp_path):
         (0, "parallel.dp_shard=8 parallel.zero=3 activation_checkpointing=selective"),
         (0, "parallel.pp=2 parallel.dp_shard=4"),
         (0, "micro_batch_size=4"),
+        (0, "micro_batch_size=4 use_parallel_residual=false"),
+        (0, "micro_batch_size=4 activation_checkpointing=selective dtype=fp32"),
+        (0, "micro_batch_size=4 activation_checkpointing=full dtype=fp32"),
+        (0, "optim.name=muon"),
     ],
 )
-def test_formulas_are_near_the_rehearsal(stage, options, tmp_path):
-    """Memory within 10 %; traffic within 10 %, messages of a thousandth left out."""
+def test_memory_formulas_are_near_the_dry_run(stage, options, tmp_path):
+    """Memory within 10 %, the state exactly but for padding; traffic within 10 %, messages below 0.1 % left out."""
     config = load_config(
         "pythia-1b", overrides=("dtype=bf16", "num_hidden_layers=4", "global_batch_size=64", *options.split())
     )
     rank = stage * (processes(config) // config.parallel.pp)
-    formula, (real,) = formulas.stage(config, stage), rehearsals(tmp_path, (config, rank, False))
+    formula, (real,) = formulas.stage(config, stage), dry_runs(tmp_path, (config, rank, False))
     assert formula.peak == pytest.approx(real.peak, rel=0.1)
-    assert formula.memory["logits"] == pytest.approx(real.memory.get("logits", 0), rel=0.05)
+    if config.train.dtype == "bf16":  # in fp32 the loss and the blocks' backward pass take about as much
+        assert formula.memory["logits"] == pytest.approx(real.memory.get("logits", 0), rel=0.05)
     assert formula.parameters == pytest.approx(real.parameters, rel=0.01)
+    for kind in ("weights", "optimizer"):
+        assert formula.memory[kind] == pytest.approx(real.memory[kind], rel=0.01)
     large = {key: size for key, size in real.traffic.items() if size > 1e-3 * sum(real.traffic.values())}
     assert formula.traffic == pytest.approx(large, rel=0.1)

@@ -1,4 +1,4 @@
-"""What a step takes on a GPU, and which layouts fit."""
+"""Step times on a GPU, and the search for layouts that fit."""
 
 import re
 
@@ -7,16 +7,16 @@ import pytest
 from neox import cli
 from neox.config import load_config
 from neox.model.flops import train_flops_per_token
-from neox.planning.dry_run import Trace
+from neox.planning.dry_run import StepCost
 from neox.planning.hardware import GPUS, USABLE, bubble, gpu, stage_flops, step_time, within_host
 from neox.planning.layouts import processes
 from neox.planning.propose import candidates, layouts, propose
-from neox.planning.run_plan import rehearsed
+from neox.planning.run_plan import dry_run_ranks
 
 PAPER = ("parallel.pp=4", "parallel.tp=2", "parallel.dp_shard=12", "dtype=bf16", "activation_checkpointing=full")
 
 
-def test_the_stages_run_the_flops_of_the_model():
+def test_stage_flops_add_up_to_those_of_the_model():
     config = load_config("neox-20b", overrides=PAPER)
     ours = sum(stage_flops(config, 11, stage == 3, causal=False, recomputed=False) for stage in range(4)) * 24
     tokens = config.train.global_batch_size * config.data.seq_length
@@ -26,20 +26,20 @@ def test_the_stages_run_the_flops_of_the_model():
     assert full == pytest.approx(train_flops_per_token(config.model, 2048, recomputed=1.0) * tokens, rel=1e-9)
 
 
-def test_the_bubble_is_the_published_one():
+def test_pipeline_bubble_is_the_published_one():
     config = load_config("neox-20b", overrides=PAPER)
     assert bubble(config) == pytest.approx(3 / 35)  # Narayanan et al. 2021: (P - 1) / (M + P - 1)
     assert bubble(load_config("neox-20b", overrides=(*PAPER, "parallel.schedule=interleaved_1f1b"))) == 3 / 67
     assert bubble(load_config("neox-20b")) == 0
 
 
-def test_axes_within_a_host():
+def test_mesh_axes_within_a_host():
     config = load_config("neox-20b", overrides=PAPER)
     assert within_host(config, "tp")
     assert not within_host(config, "dp_shard")
 
 
-def test_a_step_is_bound_by_what_it_is_bound_by():
+def test_step_time_is_bound_by_compute_and_by_the_network():
     config, device = load_config("neox-20b", overrides=PAPER), GPUS["a100-40gb"]
     plain = step_time(config, device, 11, False, 10**8, {})
     assert plain.compute == pytest.approx(stage_flops(config, 11, False) / (0.6 * 312e12))
@@ -49,7 +49,7 @@ def test_a_step_is_bound_by_what_it_is_bound_by():
     assert slow.data == pytest.approx(10 * sent.data)
 
 
-def test_candidates_use_all_gpus_and_can_be_run():
+def test_candidate_layouts_use_all_gpus_and_can_run():
     config = load_config("neox-20b", overrides=("dtype=bf16",))
     found = candidates(config, 96, GPUS["a100-40gb"])
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
@@ -62,7 +62,7 @@ def test_candidates_use_all_gpus_and_can_be_run():
     assert all(c.config.parallel.tp * c.config.parallel.pp > 1 or c.config.parallel.zero > 1 for c in fits)
 
 
-def test_a_layout_is_named_once_as_fast_as_it_fits():
+def test_each_layout_is_proposed_once_with_its_fastest_settings_that_fit():
     config, device = load_config("pythia-12b", overrides=("dtype=bf16",)), GPUS["a100-40gb"]
     found, room = candidates(config, 32, device), USABLE * device.memory
     best = layouts(found, room)
@@ -76,17 +76,17 @@ def test_a_layout_is_named_once_as_fast_as_it_fits():
             assert one.peak == min(c.peak for c in others)
 
 
-def test_a_rehearsal_stands_for_places_of_as_many_layers(monkeypatch):
-    """Between the ends; the first of them, which keeps the most microbatches."""
-    monkeypatch.setattr("neox.planning.run_plan.trace", lambda config, rank: Trace(rank, {}, {}))
+def test_one_dry_run_serves_pipeline_ranks_of_as_many_layers(monkeypatch):
+    """Between the ends: that of the first of them, which keeps the most microbatches."""
+    monkeypatch.setattr("neox.planning.run_plan.dry_run", lambda config, rank: StepCost(rank, {}, {}))
     config = load_config("pythia-12b", overrides=("parallel.pp=8", "parallel.stage_layers=[4,4,4,5,5,5,5,4]"))
-    places = rehearsed(config)
-    assert [place.layers for place in places] == [4, 4, 4, 5, 5, 5, 5, 4]
-    assert [place.trace.parameters for place in places] == [0, 1, 1, 3, 3, 3, 3, 7]
-    assert [place.head for place in places] == [False] * 7 + [True]
+    ranks = dry_run_ranks(config)
+    assert [rank.layers for rank in ranks] == [4, 4, 4, 5, 5, 5, 5, 4]
+    assert [rank.cost.parameters for rank in ranks] == [0, 1, 1, 3, 3, 3, 3, 7]
+    assert [rank.head for rank in ranks] == [False] * 7 + [True]
 
 
-def test_nothing_fits_is_one_line():
+def test_propose_says_in_one_line_that_nothing_fits():
     text = propose(load_config("neox-20b", overrides=("dtype=bf16",)), 1, "a100-40gb", GPUS["a100-40gb"])
     assert "\n" not in text
     assert re.search(r"nothing fits 1 x a100-40gb: the closest, tp=1 pp=1 .* takes .* would help", text)
@@ -101,13 +101,13 @@ def test_nothing_fits_is_one_line():
         (["network=fast", "gpu=h100"], "network=fast: must be"),
     ],
 )
-def test_what_show_refuses(options, words, capsys):
+def test_show_refuses_wrong_gpu_options(options, words, capsys):
     assert cli.main(["show", "pythia-160m", *options])
     assert re.search(words, capsys.readouterr().err)
 
 
 @pytest.mark.slow
-def test_show_proposes_and_plans_the_best(capsys):
+def test_show_proposes_layouts_and_plans_the_best(capsys):
     options = ["dtype=bf16", "global_batch_size=64", "num_hidden_layers=4", "gpus=8", "gpu=a100-40gb"]
     assert not cli.main(["show", "pythia-2.8b", *options])
     out = capsys.readouterr().out

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neox import planning as estimate
+from neox import planning
 from neox.config import Config, ModelConfig, load_config, presets
 from neox.model import flops
+from neox.model.training_memory import STATE, logits_bytes, one_device
 
 PUBLISHED = {  # total, non-embedding: model cards of GPT-NeoX-20B and Pythia
     "neox-20b": (20_554_567_680, 19_934_859_264),
@@ -166,11 +167,11 @@ def test_training_flops_follow_the_published_formulas():
 def test_20b_memory_to_run():
     model = load_config("neox-20b").model
     # The released slim fp16 files take 41,112,854,242 bytes, container overhead included.
-    assert 0 < 41_112_854_242 - estimate.weight_bytes(model, "fp16") < 5e6
-    assert 20.5e9 < estimate.weight_bytes(model, "int8") < 20.9e9
-    assert estimate.weight_bytes(model, "int4") == pytest.approx(11.2e9, rel=0.01)
-    assert estimate.kv_bytes_per_token(model) == pytest.approx(1.08e6, rel=0.01)
-    assert estimate.kv_bytes_per_token(model, 4) == 2 * 44 * 6144 * 4
+    assert 0 < 41_112_854_242 - planning.weight_bytes(model, "fp16") < 5e6
+    assert 20.5e9 < planning.weight_bytes(model, "int8") < 20.9e9
+    assert planning.weight_bytes(model, "int4") == pytest.approx(11.2e9, rel=0.01)
+    assert planning.kv_bytes_per_token(model) == pytest.approx(1.08e6, rel=0.01)
+    assert planning.kv_bytes_per_token(model, 4) == 2 * 44 * 6144 * 4
 
 
 @pytest.mark.parametrize("name", ["pythia-70m", "gpt-j-6b", "gpt-neo-125m", "neox-125m"])
@@ -189,20 +190,23 @@ def test_weight_bytes_tensor_by_tensor(name, storage):
             expected += weight.numel() + 4 * weight.shape[0]
         else:
             expected += weight.numel() // 2 + 2 * weight.shape[0] * math.ceil(weight.shape[1] / 128)
-    assert estimate.weight_bytes(model, storage) == expected
+    assert planning.weight_bytes(model, storage) == expected
 
 
 def test_training_holds_16_bytes_a_parameter():
     config = load_config("pythia-160m")
-    memory = estimate.train_memory(config)
-    assert memory.weights + memory.gradients + memory.optimizer == 16 * PUBLISHED["pythia-160m"][0]
-    muon = estimate.train_memory(load_config("pythia-160m", overrides=["optim.name=muon"]))
-    assert memory.optimizer - muon.optimizer == 4 * 12 * 12 * 768**2  # one fp32 moment less for 12 C^2 per layer
+    memory = one_device(config)
+    assert sum(memory[kind] for kind in STATE) == 16 * PUBLISHED["pythia-160m"][0]
+    muon = one_device(load_config("pythia-160m", overrides=["optim.name=muon"]))
+    assert memory["optimizer"] - muon["optimizer"] == 4 * 12 * 12 * 768**2  # one fp32 moment less: 12 C^2 per layer
     chunk = config.train.loss_chunk
-    assert memory.logits == 4 * chunk * 50304
+    assert logits_bytes(config, 10**6) == 4 * chunk * 50304
+    assert logits_bytes(config, chunk - 1) == 4 * (chunk - 1) * 50304
     # bf16 products, their fp32 copy, and its gradient in bf16 again
-    bf16 = estimate.train_memory(load_config("pythia-160m", overrides=["train.dtype=bf16"]))
-    assert bf16.logits == (2 + 4 + 2) * chunk * 50304
+    bf16 = load_config("pythia-160m", overrides=["train.dtype=bf16"])
+    assert logits_bytes(bf16, 10**6) == (2 + 4 + 2) * chunk * 50304
+    sharded = load_config("pythia-160m", overrides=["parallel.dp_shard=4", "parallel.zero=3"])
+    assert one_device(sharded) == memory  # whatever the layout
 
 
 @pytest.mark.parametrize("parallel", [True, False])
@@ -239,7 +243,7 @@ def test_activations_are_near_what_autograd_keeps(parallel, monkeypatch):
 
     measured = kept(GPTNeoX(model).initialize(), head=False)
     config = Config(model=model, train={"micro_batch_size": batch}, data={"seq_length": length})
-    assert estimate.train_memory(config).activations == pytest.approx(measured, rel=0.1)
+    assert one_device(config)["activations"] == pytest.approx(measured, rel=0.1)
     theirs = hugging_face(model, attn_implementation="sdpa").to_empty(device="cpu").train()
     assert measured < kept(theirs, use_cache=False)
 
@@ -250,7 +254,7 @@ def test_activations_are_near_what_autograd_keeps(parallel, monkeypatch):
 @pytest.mark.parametrize("name", presets.names())
 def test_show_holds_config_costs_and_notes(name):
     config = load_config(name)
-    text = estimate.show(config)
+    text = planning.show(config)
     assert max(map(len, text.splitlines())) <= 100
     assert f"{flops.parameters(config.model).total:,}" in text
     flat = " ".join(text.split())
@@ -259,6 +263,6 @@ def test_show_holds_config_costs_and_notes(name):
 
 
 def test_table_lists_every_preset_with_its_size():
-    lines = {line.split()[0]: line.split()[1] for line in estimate.table().splitlines()[1:]}
+    lines = {line.split()[0]: line.split()[1] for line in planning.table().splitlines()[1:]}
     assert set(lines) == set(presets.names())
     assert {name: lines[name] for name in PUBLISHED} == {name: f"{total:,}" for name, (total, _) in PUBLISHED.items()}

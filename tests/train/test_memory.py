@@ -119,11 +119,14 @@ class Meshed(Layout):
         return {"dp_shard": 8, "tp": 2}.get(axis, 1)
 
 
-def test_shared_state_is_counted_and_sharing_more_is_advised():
+def test_sharded_state_memory_is_counted_and_more_sharding_is_advised():
+    """fp32: shards of weights and moments, gathered copies of the weights (ZeRO-3: of two blocks and the ends)."""
     layout = Meshed(Processes(0, 16), CUDA, None)
     parameters = 20_554_567_680  # GPT-NeoX-20B's
-    for zero, each in ((1, 8 + 8 / 8), (2, 4 + 12 / 8), (3, 16 / 8)):
+    ends = 2 * 50432 * 6144
+    gathered = (2 * (parameters - ends) / 44 + ends) / parameters
+    for zero, each in ((1, 4 + 4 + 12 / 8), (2, 4 + 16 / 8), (3, 4 * gathered + 16 / 8)):
         config = load_config(overrides=("preset=neox-20b", "parallel.tp=2", f"parallel.zero={zero}"))
-        assert state_bytes(config, layout) == round(parameters / 2 * each)
+        assert state_bytes(config, layout) == pytest.approx(parameters / 2 * each, rel=1e-6)
     config = load_config(overrides=("preset=neox-20b", "parallel.tp=2"))
     assert "parallel.zero=2" in advice(config, layout, 80 * 10**9)
