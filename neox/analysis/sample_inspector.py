@@ -1,4 +1,4 @@
-"""What a run reads, or would read: which samples make up a step, which documents they come from, and in what words.
+"""Samples of a run, step by step: their tokens, the documents they come from, and their text.
 
 Steps count as in the logs: step 1 is the first, and its loss is that of the row with "step": 1.
 """
@@ -27,132 +27,131 @@ from neox.train.blend_history import began_with, blended
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """What a row holds of one document."""
+class Passage:
+    """The part of one document that a row holds, decoded."""
 
-    piece: Piece
+    span: Piece
     file: str
     origin: Origin
     text: str
 
     @property
     def name(self) -> str:
-        """The document's, as `Reading.document` takes it."""
-        return f"{self.file}:{self.piece.document}"
+        """Name of the document, as `SampleInspector.document` takes it."""
+        return f"{self.file}:{self.span.document}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A sample of a step."""
+    """One row of a step's batch."""
 
     row: int
     sample: int
     tokens: npt.NDArray[np.int64]  # [seq_length + 1]
-    stretches: list[Stretch]
+    passages: list[Passage]
 
 
-class Reading:
-    """The samples of a run, step by step."""
+class SampleInspector:
+    """Access to the samples of a run by step, row and document."""
 
     def __init__(self, config: Config, loader: Loader, tokenizer: Tokenizer | None, last: int) -> None:
-        """`last`: the step that the run has come to, or is to come to where there is no run."""
+        """`last`: the newest step of the run, or the last step of a run that does not exist yet."""
         self.config, self.loader, self.tokenizer, self.last = config, loader, tokenizer, last
+
+    @classmethod
+    def of_run(cls, run: Path, tokenizer: str | None = None) -> SampleInspector:
+        """Inspect a run directory, with the data order that its newest checkpoint records.
+
+        Raises ValueError where the directory holds no run, and where its token files have changed since.
+        """
+        steps, state = complete_steps(run), dict[str, Any]()
+        for folder in reversed(steps):
+            with suppress(ValueError, OSError):
+                state = read_step(folder)[1]
+                break
+        configs = [folder / "config.toml" for folder in (run, *steps[-1:])]
+        if not any(file.is_file() for file in configs):
+            raise ValueError(f"{run}: holds no run (no config.toml)")
+        config = load_config(files=[next(file for file in configs if file.is_file())])
+        order = run / "order"
+        datasets = _datasets(config, run, began_with(steps), order if order.is_dir() else None)
+        if state.get("order", "") not in ("", datasets.fingerprint):
+            raise ValueError(f"{run}: its token files are not those that it was trained on: put them back")
+        dataset = blended(datasets.train, state.get("blend", []), datasets.weights, state.get("samples", 0))
+        loader = Loader(dataset, config.train.global_batch_size, map(tuple, state.get("stepped_over", [])))
+        if tokenizer is None and (run / "tokenizer.json").exists():
+            tokenizer = str(run / "tokenizer.json")
+        return cls(config, loader, _tokenizer(config, tokenizer), state.get("step", 0) or config.train.steps)
+
+    @classmethod
+    def of_config(cls, config: Config, tokenizer: str | None = None) -> SampleInspector:
+        """Inspect the samples that a run of this config would read from the token files of data.train.
+
+        Raises ValueError where the config names no token files.
+        """
+        loader = Loader(_datasets(config, Path(), (), None).train, config.train.global_batch_size)
+        return cls(config, loader, _tokenizer(config, tokenizer), config.train.steps)
 
     @property
     def dataset(self) -> Dataset:
+        """Training data in the order of the run."""
         return self.loader.dataset
 
     @cached_property
     def sources(self) -> list[Sources]:
-        """Of each part where its documents come from."""
+        """Provenance of the documents of each token file."""
         return [Sources.of(part.file) for part in self.dataset.parts]
 
     def samples_before(self, step: int) -> int:
-        """The sample number up to which steps 1 to `step` read."""
+        """Number of samples that steps 1 to `step` read."""
         return self.loader.position(step) if step else 0
 
-    def rows(self, step: int, wanted: Sequence[int] | None = None) -> Iterator[Row]:
-        """The rows of a step, or those of these numbers. Raises ValueError for a step or row that is none."""
+    def rows(self, step: int, only: Sequence[int] | None = None) -> Iterator[Row]:
+        """Yield the rows of a step, or `only` those of these numbers. Raises ValueError for a wrong step or row."""
         if step < 1:
             raise ValueError(f"step={step}: steps count from 1")
         numbers = self.loader.samples(step - 1)
-        for row in range(len(numbers)) if wanted is None else wanted:
+        for row in range(len(numbers)) if only is None else only:
             if not 0 <= row < len(numbers):
                 raise ValueError(f"row={row}: rows of a step are 0 to {len(numbers) - 1}")
-            tokens, pieces = self.dataset.sample([numbers[row]])[0], self.dataset.trace([numbers[row]])[0]
-            yield Row(row, int(numbers[row]), tokens, [self.stretch(piece) for piece in pieces])
+            tokens, spans = self.dataset.sample([numbers[row]])[0], self.dataset.trace([numbers[row]])[0]
+            yield Row(row, int(numbers[row]), tokens, [self.passage(span) for span in spans])
 
-    def stretch(self, piece: Piece) -> Stretch:
-        """A piece with its words and where they come from."""
-        part = self.dataset.parts[piece.part]
-        tokens = part.file.document(piece.document)[piece.offset : piece.offset + piece.tokens]
-        return Stretch(piece, part.file.bin.stem, self.sources[piece.part][piece.document], self.text(tokens))
+    def passage(self, span: Piece) -> Passage:
+        """Decode a document span and look up its provenance."""
+        part = self.dataset.parts[span.part]
+        tokens = part.file.document(span.document)[span.offset : span.offset + span.tokens]
+        return Passage(span, part.file.bin.stem, self.sources[span.part][span.document], self.text(tokens))
 
     def text(self, tokens: npt.NDArray[Any]) -> str:
-        """Their words; their numbers where there is no tokenizer."""
+        """Decode tokens; without a tokenizer, list their ids."""
         if self.tokenizer is None:
             return " ".join(map(str, tokens.tolist()))
         known = self.tokenizer.vocab_size
         return self.tokenizer.decode([token for token in tokens.tolist() if token < known])
 
     def document(self, name: str) -> Piece:
-        """A document by its number, or as FILE:NUMBER where several files are read. Raises ValueError."""
+        """Span of a whole document, by NUMBER, or FILE:NUMBER if there are several files. Raises ValueError."""
         file, _, number = name.rpartition(":")
         parts = self.dataset.parts
-        found = [n for n, part in enumerate(parts) if file in ("", part.file.bin.stem, str(part.file.bin)[:-4])]
-        if not number.isdecimal() or len(found) != 1:
+        matching = [n for n, part in enumerate(parts) if file in ("", part.file.bin.stem, str(part.file.bin)[:-4])]
+        if not number.isdecimal() or len(matching) != 1:
             files = ", ".join(part.file.bin.stem for part in parts)
             raise ValueError(f"document={name}: must be a number, of several files FILE:NUMBER; the files: {files}")
-        part = parts[found[0]]
+        part = parts[matching[0]]
         if not part.first <= int(number) < part.last:
             raise ValueError(f"document={name}: {part.file.bin} has documents {part.first} to {part.last - 1} here")
-        return Piece(found[0], int(number), 0, int(part.file.sizes[int(number)]))
+        return Piece(matching[0], int(number), 0, int(part.file.sizes[int(number)]))
 
-    def places(self, piece: Piece, until: int) -> list[tuple[int, int, int]]:
-        """(step, row, epoch) of each sample of steps 1 to `until` that holds any of the piece; epochs count from 1."""
-        seen = self.dataset.seen(piece, self.samples_before(until))
+    def reads(self, span: Piece, until: int) -> list[tuple[int, int, int]]:
+        """(step, row, epoch) of each sample of steps 1 to `until` that holds any token of `span`; epochs from 1."""
+        seen = self.dataset.seen(span, self.samples_before(until))
         where = self.loader.steps(seen[:, 0])
         return [
             (step + 1, row, epoch + 1)
             for (step, row), epoch in zip(where.tolist(), seen[:, 1].tolist(), strict=True)
             if 0 <= step < until
         ]
-
-
-def of_run(run: Path, tokenizer: str | None = None) -> Reading:
-    """What the run in this directory reads, as its newest checkpoint has it.
-
-    Raises ValueError where the directory holds no run, and where its token files have changed since.
-    """
-    done, state = complete_steps(run), dict[str, Any]()
-    for folder in reversed(done):
-        with suppress(ValueError, OSError):
-            state = read_step(folder)[1]
-            break
-    kept = [file for file in (run / "config.toml", *(folder / "config.toml" for folder in done[-1:])) if file.is_file()]
-    if not kept:
-        raise ValueError(f"{run}: holds no run (no config.toml)")
-    config = load_config(files=kept[:1])
-    order = run / "order"
-    datasets = _datasets(config, run, began_with(done), order if order.is_dir() else None)
-    if state.get("order", "") not in ("", datasets.fingerprint):
-        raise ValueError(f"{run}: its token files are not those that it was trained on: put them back")
-    dataset = blended(datasets.train, state.get("blend", []), datasets.weights, state.get("samples", 0))
-    loader = Loader(dataset, config.train.global_batch_size, map(tuple, state.get("stepped_over", [])))
-    if tokenizer is None and (run / "tokenizer.json").exists():
-        tokenizer = str(run / "tokenizer.json")
-    return Reading(config, loader, _tokenizer(config, tokenizer), state.get("step", 0) or config.train.steps)
-
-
-def of_config(config: Config, tokenizer: str | None = None) -> Reading:
-    """What a run of this config would read from the token files that data.train names. Raises ValueError."""
-    datasets = _datasets(config, Path(), (), None)
-    return Reading(
-        config,
-        Loader(datasets.train, config.train.global_batch_size),
-        _tokenizer(config, tokenizer),
-        config.train.steps,
-    )
 
 
 def _datasets(config: Config, run: Path, began: Sequence[float], cache: Path | None) -> Datasets:
@@ -169,6 +168,6 @@ def _datasets(config: Config, run: Path, began: Sequence[float], cache: Path | N
 
 
 def _tokenizer(config: Config, given: str | None) -> Tokenizer | None:
-    beside = Path(f"{config.data.train[0]}-tokenizer.json")  # where `neox prepare` leaves the one it trained
-    path = given or config.tokenizer.path or (beside if beside.exists() else None)
+    trained = Path(f"{config.data.train[0]}-tokenizer.json")  # the one that `neox prepare` trained
+    path = given or config.tokenizer.path or (trained if trained.exists() else None)
     return Tokenizer.from_file(path) if path else None

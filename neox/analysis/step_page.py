@@ -1,4 +1,4 @@
-"""A step's rows as one HTML page without scripts: the text of each row, document by document, and where it is from."""
+"""HTML page of a step without scripts: the text of each row, by document, with its provenance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from neox.analysis.sample_inspector import Row, Stretch
+from neox.analysis.sample_inspector import Passage, Row
 from neox.system.files import write_atomic
 
 STYLE = """
@@ -24,20 +24,20 @@ pre:nth-of-type(3n) { background: #10b9811a; border-color: #10b981; }
 
 
 def write_step_page(path: Path, rows: Iterable[Row], title: str) -> None:
-    """Write the page of these rows of a step; the file is the old one or the new one, never a half."""
+    """Write the page of these rows of a step atomically."""
     body = "\n".join(_row(row) for row in rows)
     head = f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
     write_atomic(path, f"{head}<h1>{escape(title)}</h1>\n{body}\n".encode("utf-8", "replace"))
 
 
 def _row(row: Row) -> str:
-    stretches = "\n".join(_stretch(stretch) for stretch in row.stretches)
+    passages = "\n".join(_passage(passage) for passage in row.passages)
     head = f"<h2><a href=#row-{row.row}>row {row.row}</a>, sample {row.sample:,}</h2>"
-    return f"<section id=row-{row.row}>{head}{stretches}</section>"
+    return f"<section id=row-{row.row}>{head}{passages}</section>"
 
 
-def _stretch(stretch: Stretch) -> str:
-    piece = stretch.piece
-    where = f"{stretch.name}, tokens {piece.offset} to {piece.offset + piece.tokens - 1}"
-    # A line break right behind <pre> is dropped by browsers: hence one of our own.
-    return f"<small>{escape(' · '.join([*stretch.origin.known, where]))}</small><pre>\n{escape(stretch.text)}</pre>"
+def _passage(passage: Passage) -> str:
+    span = passage.span
+    where = f"{passage.name}, tokens {span.offset} to {span.offset + span.tokens - 1}"
+    # Browsers drop a line break right after <pre>: add one.
+    return f"<small>{escape(' · '.join([*passage.origin.known, where]))}</small><pre>\n{escape(passage.text)}</pre>"

@@ -11,7 +11,7 @@ from neox.cli.verb import UsageError, resolve, taken
 from neox.system.console import aligned
 
 if TYPE_CHECKING:
-    from neox.analysis.sample_inspector import Reading
+    from neox.analysis.sample_inspector import SampleInspector
 
 OWN = ("step", "row", "find", "document", "export", "until", "limit", "out", "tokenizer")
 SHOWN = 60  # characters of a text in a table
@@ -55,25 +55,25 @@ def inspect_data(targets: list[str], options: list[str]) -> None:
     if out and out.suffix not in (".html", ".npy"):
         raise ValueError(f"out={out}: must end in .html (a page) or .npy (rows of tokens)")
 
-    from neox.analysis.sample_inspector import of_config, of_run
+    from neox.analysis.sample_inspector import SampleInspector
 
     if len(targets) == 1 and Path(targets[0]).is_dir():
         if rest:
             raise UsageError(f"{rest[0]}: a run keeps its config; options of inspect data are {', '.join(OWN)}")
-        reading = of_run(Path(targets[0]), own.get("tokenizer"))
+        inspector = SampleInspector.of_run(Path(targets[0]), own.get("tokenizer"))
     else:
-        reading = of_config(resolve(targets, rest), own.get("tokenizer"))
-    until = numbers.get("until", reading.last)
+        inspector = SampleInspector.of_config(resolve(targets, rest), own.get("tokenizer"))
+    until = numbers.get("until", inspector.last)
     if "step" in own:
-        _step(reading, numbers["step"], numbers.get("row"), out)
+        _step(inspector, numbers["step"], numbers.get("row"), out)
     elif "find" in own:
-        _find(reading, own["find"], until, numbers.get("limit", 20))
+        _find(inspector, own["find"], until, numbers.get("limit", 20))
     elif "document" in own:
-        _document(reading, own["document"], until)
+        _document(inspector, own["document"], until)
     elif "export" in own:
-        _export(reading, Path(own["export"]), until)
+        _export(inspector, Path(own["export"]), until)
     else:
-        _portions(reading, until)
+        _components(inspector, until)
 
 
 def _number(own: dict[str, str], key: str) -> int:
@@ -82,14 +82,16 @@ def _number(own: dict[str, str], key: str) -> int:
     return int(own[key])
 
 
-def _step(reading: Reading, step: int, row: int | None, out: Path | None) -> None:
+def _step(inspector: SampleInspector, step: int, row: int | None, out: Path | None) -> None:
     import numpy as np
 
     from neox.analysis.step_page import write_step_page
     from neox.system.files import write_whole
 
-    rows = list(reading.rows(step, None if row is None else [row]))
-    title = f"step {step}: {len(rows)} rows of {reading.dataset.seq_length + 1} tokens, from sample {rows[0].sample} on"
+    rows = list(inspector.rows(step, None if row is None else [row]))
+    title = (
+        f"step {step}: {len(rows)} rows of {inspector.dataset.seq_length + 1} tokens, from sample {rows[0].sample} on"
+    )
     if out and out.suffix == ".html":
         write_step_page(out, rows, title)
         print(f"{out}: open it in a browser")
@@ -100,10 +102,10 @@ def _step(reading: Reading, step: int, row: int | None, out: Path | None) -> Non
     elif row is not None:
         print(title)
         for found in rows:
-            for stretch in found.stretches:
-                known = ", ".join([*stretch.origin.known, stretch.name])
-                print(f"\n--- {known}, from token {stretch.piece.offset} on:")
-                print(_plain(stretch.text))
+            for passage in found.passages:
+                known = ", ".join([*passage.origin.known, passage.name])
+                print(f"\n--- {known}, from token {passage.span.offset} on:")
+                print(_plain(passage.text))
     else:
         print(title)
         table = [("row", "sample", "tokens", "document", "component", "source", "text")]
@@ -112,74 +114,74 @@ def _step(reading: Reading, step: int, row: int | None, out: Path | None) -> Non
                 (
                     str(found.row),
                     str(found.sample),
-                    str(stretch.piece.tokens),
-                    stretch.name,
-                    stretch.origin.component or "-",
-                    stretch.origin.source or "-",
-                    _short(stretch.text),
+                    str(passage.span.tokens),
+                    passage.name,
+                    passage.origin.component or "-",
+                    passage.origin.source or "-",
+                    _short(passage.text),
                 )
-                for stretch in found.stretches
+                for passage in found.passages
             ]
         print(*aligned(table, ">>><<<<"), sep="\n")
 
 
-def _find(reading: Reading, text: str, until: int, limit: int) -> None:
+def _find(inspector: SampleInspector, text: str, until: int, limit: int) -> None:
     from neox.analysis.search import Search
     from neox.system.files import byte_progress
 
-    count, search = 0, Search(reading, text, until)
+    count, search = 0, Search(inspector, text, until)
     with byte_progress(sys.stderr.isatty()) as bar:
         task = bar.add_task("find", total=search.size)
         for hit in search.hits(lambda done: bar.advance(task, done)):
             count += 1
-            stretch = reading.stretch(hit.piece)
-            where = ", ".join([f"{stretch.name} at token {hit.piece.offset}", *stretch.origin.known])
-            bar.console.print(where, *_places(hit.places), sep="\n", markup=False, highlight=False, soft_wrap=True)
+            passage = inspector.passage(hit.span)
+            where = ", ".join([f"{passage.name} at token {hit.span.offset}", *passage.origin.known])
+            bar.console.print(where, *_reads(hit.reads), sep="\n", markup=False, highlight=False, soft_wrap=True)
             if count == limit:
                 break
     more = f", the first {limit}: limit=0 finds all" if count == limit and limit else ""
     print(f"{count} places in what steps 1 to {until} read{more}")
 
 
-def _document(reading: Reading, name: str, until: int) -> None:
-    piece = reading.document(name)
-    stretch = reading.stretch(piece)
-    print(", ".join([stretch.name, f"{piece.tokens} tokens", *stretch.origin.known, _short(stretch.text)]))
-    places = reading.places(piece, until)
-    for line in _places(places):
+def _document(inspector: SampleInspector, name: str, until: int) -> None:
+    span = inspector.document(name)
+    passage = inspector.passage(span)
+    print(", ".join([passage.name, f"{span.tokens} tokens", *passage.origin.known, _short(passage.text)]))
+    reads = inspector.reads(span, until)
+    for line in _reads(reads):
         print(line)
-    steps = len({step for step, _, _ in places})
+    steps = len({step for step, _, _ in reads})
     print(f"seen in {steps} of steps 1 to {until}")
 
 
-def _places(places: Sequence[tuple[int, int, int]]) -> list[str]:
-    return [f"  step {step}, row {row}, epoch {epoch}" for step, row, epoch in places]
+def _reads(reads: Sequence[tuple[int, int, int]]) -> list[str]:
+    return [f"  step {step}, row {row}, epoch {epoch}" for step, row, epoch in reads]
 
 
-def _export(reading: Reading, out: Path, until: int) -> None:
+def _export(inspector: SampleInspector, out: Path, until: int) -> None:
     from neox.data.order_files import export_order
 
-    samples = reading.samples_before(until)
-    for path in export_order(reading.dataset, samples, reading.config.train.seed, out):
+    samples = inspector.samples_before(until)
+    for path in export_order(inspector.dataset, samples, inspector.config.train.seed, out):
         print(f"{path}: written")
 
 
-def _portions(reading: Reading, until: int) -> None:
+def _components(inspector: SampleInspector, until: int) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from neox.analysis.search import portions
+    from neox.analysis.search import component_tokens
 
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("steps", total=until)
-        found = portions(reading, until, lambda done: bar.advance(task, done))
-    read = sum(portion.tokens for portion in found) or 1
+        found = component_tokens(inspector, until, lambda done: bar.advance(task, done))
+    read = sum(component.tokens for component in found) or 1
     print(f"steps 1 to {until}:")
     table = [("file", "component", "tokens", "share", "epochs")]
-    for portion in sorted(found, key=lambda portion: -portion.tokens):
-        name = portion.component or "-"
-        share = f"{100 * portion.tokens / read:.2f} %"
-        table.append((portion.file, name, f"{portion.tokens:,}", share, f"{portion.epochs:.3f}"))
+    for component in sorted(found, key=lambda component: -component.tokens):
+        name = component.component or "-"
+        share = f"{100 * component.tokens / read:.2f} %"
+        table.append((component.file, name, f"{component.tokens:,}", share, f"{component.epochs:.3f}"))
     print(*aligned(table, "<<>>>"), sep="\n")
 
 

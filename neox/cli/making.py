@@ -189,7 +189,7 @@ def train(targets: list[str], options: list[str]) -> int:
       neox train resume=runs/first
       neox train resume=runs/first steps=400
     """
-    from neox.analysis.samples import SampleHook
+    from neox.analysis.sample_hook import SampleHook
     from neox.checkpoint import complete_steps, is_sound, step_number
     from neox.cli.launch import launch, processes_here
     from neox.system.runtime import OtherProcessFailed, first_of_host, is_launched
@@ -200,7 +200,7 @@ def train(targets: list[str], options: list[str]) -> int:
         config, resumed = _asked(targets, options)
         hooks: list[Callable[[Trainer, int], None]] = [SampleHook(config)] if config.log.sample_every else []
         if config.eval.tasks_every:
-            from neox.evaluation.during import TaskHook
+            from neox.evaluation.task_hook import TaskHook
 
             hooks.append(TaskHook(config))
         trainer = Trainer(config, resume=resumed, hooks=tuple(hooks))

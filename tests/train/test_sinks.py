@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from neox.analysis.samples import SampleHook
+from neox.analysis.sample_hook import SampleHook
 from neox.config import load_config
 from neox.train import Trainer, run_config
 from neox.train.metrics import read_rows

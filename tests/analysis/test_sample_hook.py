@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from neox import cli
-from neox.analysis.samples import SampleHook
+from neox.analysis.sample_hook import SampleHook
 from neox.config import load_config
 from neox.generate import Engine, Sampling
 from neox.tokenizer import Tokenizer

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from neox import cli
-from neox.analysis.sample_inspector import of_config, of_run
-from neox.analysis.search import Search, portions
+from neox.analysis.sample_inspector import SampleInspector
+from neox.analysis.search import Search, component_tokens
 from neox.config import load_config
 from neox.data import Loader, TokenDataset, TokenWriter
 from neox.tokenizer import train_bpe
@@ -63,17 +63,17 @@ def run(folder: Path) -> Path:
     return run
 
 
-def every_place(reading, wanted: bytes, until: int) -> dict[tuple[int, int, int], set[tuple[int, int]]]:
+def every_place(inspector, wanted: bytes, until: int) -> dict[tuple[int, int, int], set[tuple[int, int]]]:
     """(part, document, first token) of each occurrence, found byte by byte, and the (step, row) that hold any of it."""
-    table, found = reading.tokenizer.bytes_of_tokens, {}
+    table, found = inspector.tokenizer.bytes_of_tokens, {}
     rows = {
         (step, row.row): {
-            (s.piece.part, s.piece.document, s.piece.offset + at) for s in row.stretches for at in range(s.piece.tokens)
+            (s.span.part, s.span.document, s.span.offset + at) for s in row.passages for at in range(s.span.tokens)
         }
         for step in range(1, until + 1)
-        for row in reading.rows(step)
+        for row in inspector.rows(step)
     }
-    for part, documents in enumerate(reading.dataset.parts):
+    for part, documents in enumerate(inspector.dataset.parts):
         for document in range(len(documents)):
             tokens = documents.file.document(document).tolist()
             owner = [n for n, token in enumerate(tokens) for _ in table[token]]
@@ -87,28 +87,28 @@ def every_place(reading, wanted: bytes, until: int) -> dict[tuple[int, int, int]
 
 
 def test_the_rows_of_a_step_are_what_the_run_trained_on(folder: Path, run: Path) -> None:
-    reading = of_run(run)
-    assert reading.last == STEPS
-    assert [phase[0] for phase in reading.dataset.history.phases] == [0, 2 * BATCH]
-    tokenizer = reading.tokenizer
+    inspector = SampleInspector.of_run(run)
+    assert inspector.last == STEPS
+    assert [phase[0] for phase in inspector.dataset.history.phases] == [0, 2 * BATCH]
+    tokenizer = inspector.tokenizer
     for step in range(1, STEPS + 1):
-        batch = reading.loader.batch(step - 1)
-        rows = list(reading.rows(step))
+        batch = inspector.loader.batch(step - 1)
+        rows = list(inspector.rows(step))
         assert [row.tokens[:-1].tolist() for row in rows] == batch.tokens.tolist()
         assert [row.tokens[1:].tolist() for row in rows] == batch.labels.tolist()
         for row in rows:
-            assert sum(s.piece.tokens for s in row.stretches) == 17
+            assert sum(s.span.tokens for s in row.passages) == 17
             at = 0
-            for stretch in row.stretches:
-                own = row.tokens[at : at + stretch.piece.tokens].tolist()
-                assert stretch.text == tokenizer.decode(own)
-                component = None if stretch.piece.part else "ArXiv" if stretch.piece.document < 90 else "Github"
-                assert stretch.origin.component == component
+            for passage in row.passages:
+                own = row.tokens[at : at + passage.span.tokens].tolist()
+                assert passage.text == tokenizer.decode(own)
+                component = None if passage.span.part else "ArXiv" if passage.span.document < 90 else "Github"
+                assert passage.origin.component == component
                 at += len(own)
     noted = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     for part, name in enumerate("ab"):
-        windows = reading.dataset.per_epoch()[part]
-        read = sum(row.stretches[0].piece.part == part for step in range(1, STEPS + 1) for row in reading.rows(step))
+        windows = inspector.dataset.per_epoch()[part]
+        read = sum(row.passages[0].span.part == part for step in range(1, STEPS + 1) for row in inspector.rows(step))
         assert noted[f"epochs/{name}"] == read / windows
 
 
@@ -120,44 +120,44 @@ def test_a_search_finds_what_a_slow_one_finds(
 ) -> None:
     monkeypatch.setattr("neox.analysis.search.CHUNK", chunk)
     monkeypatch.setattr("neox.analysis.search.FEW", few)
-    reading = of_run(run)
+    inspector = SampleInspector.of_run(run)
     until = 3
-    wanted = every_place(reading, text.replace("e\u0301", "é").encode(), until)
+    wanted = every_place(inspector, text.replace("e\u0301", "é").encode(), until)
     assert wanted
-    looking, done = Search(reading, text, until), []
+    looking, done = Search(inspector, text, until), []
     found: dict[tuple[int, int, int], set[tuple[int, int]]] = {}
     for hit in looking.hits(done.append):
-        found.setdefault(hit.piece[:3], set()).update((step, row) for step, row, _ in hit.places)
+        found.setdefault(hit.span[:3], set()).update((step, row) for step, row, _ in hit.reads)
     assert found == wanted
     assert sum(done) == looking.size
-    whole = sum(len(part.tokens) for part in reading.dataset.parts)
-    partly = few and until * BATCH * (17 + 2 * len(looking.wanted)) < whole
+    whole = sum(len(part.tokens) for part in inspector.dataset.parts)
+    partly = few and until * BATCH * (17 + 2 * len(looking.pattern)) < whole
     assert looking.size < 2 * whole if partly else looking.size == 2 * whole
 
 
 def test_portions_are_the_labels_of_the_rows(run: Path) -> None:
-    reading = of_run(run)
+    inspector = SampleInspector.of_run(run)
     counted: dict[tuple[str, str | None], int] = {}
     for step in (1, 2, 3):
-        for row in reading.rows(step):
-            labels = [(s.file, s.origin.component) for s in row.stretches for _ in range(s.piece.tokens)][1:]
+        for row in inspector.rows(step):
+            labels = [(s.file, s.origin.component) for s in row.passages for _ in range(s.span.tokens)][1:]
             for key in labels:
                 counted[key] = counted.get(key, 0) + 1
-    found = portions(reading, 3)
+    found = component_tokens(inspector, 3)
     assert {(p.file, p.component): p.tokens for p in found if p.tokens} == counted
     assert sum(p.tokens for p in found) == 3 * BATCH * 16
-    sizes = [part.file.sizes for part in reading.dataset.parts]
+    sizes = [part.file.sizes for part in inspector.dataset.parts]
     assert [p.whole for p in found] == [sizes[0][:90].sum(), sizes[0][90:].sum(), sizes[1].sum()]
 
 
 @pytest.mark.parametrize("options", [(), ("order=megatron",), ("order=megatron", "weights=[2.0,1.0]")])
 def test_without_a_run(folder: Path, options: tuple[str, ...]) -> None:
-    reading = of_config(settings(folder, folder / "none", *options), str(folder / "tokenizer.json"))
-    rows = {(step, row.row): row for step in range(1, STEPS + 1) for row in reading.rows(step)}
+    inspector = SampleInspector.of_config(settings(folder, folder / "none", *options), str(folder / "tokenizer.json"))
+    rows = {(step, row.row): row for step in range(1, STEPS + 1) for row in inspector.rows(step)}
     for name in ("a:3", "b:20", "a:119"):
-        piece = reading.document(name)
-        places = reading.places(piece, STEPS)
-        holding = [place for place, row in rows.items() if any(s.piece[:2] == piece[:2] for s in row.stretches)]
+        span = inspector.document(name)
+        places = inspector.reads(span, STEPS)
+        holding = [place for place, row in rows.items() if any(s.span[:2] == span[:2] for s in row.passages)]
         assert sorted({place[:2] for place in places}) == sorted(holding)
     assert not (folder / "none").exists()
 
@@ -166,8 +166,8 @@ def test_a_run_over_files_without_weights(folder: Path, tmp_path: Path, neox_) -
     """In megatron's order they are a blend, which the checkpoints note, though no weights are wanted."""
     options = ("order=megatron", "steps=2")
     Trainer(settings(folder, tmp_path / "run", *options), quiet=True).fit()
-    wanted = of_config(settings(folder, tmp_path / "none", *options)).loader.batch(1)
-    assert of_run(tmp_path / "run").loader.batch(1).tokens.tolist() == wanted.tokens.tolist()
+    wanted = SampleInspector.of_config(settings(folder, tmp_path / "none", *options)).loader.batch(1)
+    assert SampleInspector.of_run(tmp_path / "run").loader.batch(1).tokens.tolist() == wanted.tokens.tolist()
     assert neox_("inspect", "data", str(tmp_path / "run"))[0] == 0
 
 
@@ -206,7 +206,10 @@ class Texts(HTMLParser):
 
 def test_the_page_holds_the_text(run: Path, tmp_path: Path, neox_) -> None:
     page = tmp_path / "step.html"
-    steps = {n: [stretch.text for row in of_run(run).rows(n) for stretch in row.stretches] for n in range(1, STEPS + 1)}
+    steps = {
+        n: [passage.text for row in SampleInspector.of_run(run).rows(n) for passage in row.passages]
+        for n in range(1, STEPS + 1)
+    }
     step, texts = next((step, texts) for step, texts in steps.items() if any("<b>" in text for text in texts))
     assert neox_("inspect", "data", str(run), f"step={step}", f"out={page}")[0] == 0
     parser = Texts()
@@ -216,20 +219,20 @@ def test_the_page_holds_the_text(run: Path, tmp_path: Path, neox_) -> None:
 
 
 def test_what_the_verb_prints(run: Path, tmp_path: Path, neox_) -> None:
-    reading = of_run(run)
+    inspector = SampleInspector.of_run(run)
     status, out, _ = neox_("inspect", "data", str(run), "step=3")
     lines = out.splitlines()
     assert status == 0
     assert lines[0] == "step 3: 4 rows of 17 tokens, from sample 8 on"
     assert lines[1].split() == ["row", "sample", "tokens", "document", "component", "source", "text"]
-    assert len(lines) == 2 + sum(len(row.stretches) for row in reading.rows(3))
+    assert len(lines) == 2 + sum(len(row.passages) for row in inspector.rows(3))
     assert "\x1b" not in out
-    piece = reading.document("a:0")
+    span = inspector.document("a:0")
     status, out, _ = neox_("inspect", "data", str(run), "document=a:0")
     assert [line for line in out.splitlines() if line.startswith("  step")] == [
-        f"  step {step}, row {row}, epoch {epoch}" for step, row, epoch in reading.places(piece, STEPS)
+        f"  step {step}, row {row}, epoch {epoch}" for step, row, epoch in inspector.reads(span, STEPS)
     ]
-    hits = list(Search(reading, "cat", STEPS).hits())
+    hits = list(Search(inspector, "cat", STEPS).hits())
     out = neox_("inspect", "data", str(run), "find=cat", "limit=0")[1]
     assert out.endswith(f"{len(hits)} places in what steps 1 to 6 read\n")
     out = neox_("inspect", "data", str(run), "find=cat", "limit=2")[1]
@@ -268,7 +271,7 @@ def test_a_run_whose_text_is_another_now(folder: Path, tmp_path: Path, neox_) ->
     given = settings(folder, tmp_path / "run", f'data.train=["{tmp_path / "a"}","{tmp_path / "b"}"]', "steps=1")
     Trainer(given, quiet=True).fit()
     assert (
-        of_run(tmp_path / "run").loader.batch(0).tokens.tolist()
+        SampleInspector.of_run(tmp_path / "run").loader.batch(0).tokens.tolist()
         == Loader(TokenDataset([tmp_path / "a", tmp_path / "b"], 16, 1234), BATCH).batch(0).tokens.tolist()
     )
     with TokenWriter(tmp_path / "b", np.uint16) as writer:

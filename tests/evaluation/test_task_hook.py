@@ -12,7 +12,7 @@ import neox
 from neox import cli
 from neox.checkpoint import complete_steps
 from neox.config import load_config
-from neox.evaluation.during import TaskHook
+from neox.evaluation.task_hook import TaskHook
 from neox.train import Trainer
 from neox.train.metrics import read_rows
 from tests.evaluation.helpers import write_tasks
