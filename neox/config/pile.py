@@ -36,11 +36,6 @@ class Component:
     """Bits per byte of the smallest GPT-2 (124M) on a tenth of the test set."""
     rights: Rights
 
-    @property
-    def effective_gib(self) -> float:
-        """Size after epochs, GiB."""
-        return self.raw_gib * self.epochs
-
 
 # fmt: off
 PILE = tuple(Component(*row) for row in (

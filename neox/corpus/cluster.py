@@ -19,7 +19,7 @@ from neox.corpus.encode import Backend
 from neox.corpus.plan import Parts, Plan
 from neox.corpus.preparation import settings_of
 from neox.corpus.readers import Faults, OnError, find_sources
-from neox.corpus.readers.faults import optional
+from neox.corpus.readers.errors import optional
 from neox.corpus.worker import Work, make_part
 from neox.tokenizer import Tokenizer
 

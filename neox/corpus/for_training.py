@@ -1,17 +1,15 @@
 """From what `data.train` and `data.valid` name to token files: prefixes as they are, text tokenized into the run."""
 
-import json
 import sys
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from neox.config import Config
 from neox.corpus import prepare, read_documents
-from neox.corpus.readers import find_sources
+from neox.corpus.readers import Name, Source, find_sources
 from neox.data.datasets import check_named
-from neox.data.token_file import pair
+from neox.data.manifest import Manifest
 from neox.tokenizer import Tokenizer, train_bpe
 
 
@@ -51,11 +49,13 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
     check_named(config)
     data, wanted = config.data, named_files(config, run)
     text = {name for _, name, _ in wanted if not _is_prefix(name)}
+    sources: dict[Path, Source] = {}
     for kind in ("train", "valid"):
-        absent = [name for k, name, prefix in wanted if (k, name in text) == (kind, True) and not _whole(prefix)]
+        absent = {prefix: name for k, name, prefix in wanted if k == kind and name in text and not _whole(prefix)}
         if absent:  # reads no text yet: a file that is missing is missed at once
-            find_sources(absent, data.text_key, data.on_error)
-    tokenizer = _tokenizer(config, run, bool(text), quiet)
+            sources |= zip(absent, find_sources(list(absent.values()), data.text_key, data.on_error), strict=True)
+    to_train_on = [sources.get(prefix, name) for kind, name, prefix in wanted if kind == "train"]
+    tokenizer = _tokenizer(config, run, to_train_on, bool(text), quiet)
     if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}: "
@@ -66,43 +66,37 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
         if name in text and not _whole(prefix):
             assert tokenizer is not None
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            report = prepare(name, prefix, tokenizer, data, progress=not quiet)
+            report = prepare(sources[prefix], prefix, tokenizer, data, progress=not quiet)
             for line in report.left_out():
                 print(f"{name}: {line}", file=sys.stderr)
-        noted = _manifest(prefix)
-        sources = [source["path"] for source in noted.get("sources", [])]
-        if name in text and sources not in ([], [name]):
+        manifest = Manifest.read_sound(prefix)
+        if not manifest or not manifest.of_prepare:
+            manifest = Manifest()
+        paths = [source["path"] for source in manifest.sources]
+        if name in text and paths not in ([], [name]):
             raise ValueError(
-                f"{prefix}: holds the tokens of {sources[0]}, data.{kind} names {name}: a run keeps its text, "
+                f"{prefix}: holds the tokens of {paths[0]}, data.{kind} names {name}: a run keeps its text, "
                 "choose another out="
             )
-        if tokenizer and noted and noted["tokenizer_sha256"] != tokenizer.sha256:
+        if tokenizer and manifest.of_prepare and manifest.tokenizer_sha256 != tokenizer.sha256:
             raise ValueError(
                 f"{prefix}: made with another tokenizer than {run / 'tokenizer.json'}: "
                 "set tokenizer.path to the one it was made with, or prepare it again"
             )
-        if noted.get("vocab_size", 0) > config.model.vocab_size:
+        if (manifest.vocab_size or 0) > config.model.vocab_size:
             raise ValueError(
-                f"{prefix}: made with {noted['vocab_size']} tokens, model.vocab_size is {config.model.vocab_size}: "
-                f"set model.vocab_size={noted['vocab_size']} or more"
+                f"{prefix}: made with {manifest.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}: "
+                f"set model.vocab_size={manifest.vocab_size} or more"
             )
         found[kind].append(prefix)
     return TokenFiles(found["train"], found["valid"])
 
 
-def _manifest(prefix: Path) -> dict[str, Any]:
-    """What `prepare` noted beside a pair; empty where another program wrote it."""
-    with suppress(OSError, ValueError):
-        noted = json.loads(pair(prefix)[0].with_suffix(".json").read_bytes())
-        if isinstance(noted, dict) and "tokenizer_sha256" in noted:
-            return noted
-    return {}
-
-
-def _tokenizer(config: Config, run: Path, needed: bool, quiet: bool) -> Tokenizer | None:
-    kept = run / "tokenizer.json"
-    if kept.exists():
-        return Tokenizer.from_file(kept)
+def _tokenizer(config: Config, run: Path, train: Sequence[Name], needed: bool, quiet: bool) -> Tokenizer | None:
+    """The run's tokenizer: its own, the configured one, or one trained on the sources `train`; None if not `needed`."""
+    saved = run / "tokenizer.json"
+    if saved.exists():
+        return Tokenizer.from_file(saved)
     beside = Path(f"{config.data.train[0]}-tokenizer.json")  # where `neox prepare` leaves the one it trained
     if config.tokenizer.path:
         tokenizer = Tokenizer.from_file(config.tokenizer.path)
@@ -113,9 +107,9 @@ def _tokenizer(config: Config, run: Path, needed: bool, quiet: bool) -> Tokenize
             raise ValueError(
                 f"{made}: is tokens already, and the text beside it needs the same tokenizer: set tokenizer.path"
             )
-        documents = read_documents(config.data.train, config.data.text_key, config.data.on_error)
+        documents = read_documents(train, config.data.text_key, config.data.on_error)
         tokenizer = train_bpe(documents, progress=not quiet, **config.tokenizer.training)
     else:
         return None
-    tokenizer.save(kept)
+    tokenizer.save(saved)
     return tokenizer

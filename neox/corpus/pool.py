@@ -50,7 +50,7 @@ def each(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | quiet,
-            pass_fds=(lock,) if os.name == "posix" else (),
+            pass_fds=(lock,),
         )
         for _ in range(workers)
     ]

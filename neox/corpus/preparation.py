@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -17,10 +16,10 @@ from neox.corpus.clean.cleaning import Cleaning, removed_lines
 from neox.corpus.encode import Backend
 from neox.corpus.plan import Parts, Plan
 from neox.corpus.pool import each
-from neox.corpus.readers import Faults, OnError, Skipped, Source, find_sources
-from neox.corpus.readers.faults import SHOWN
-from neox.corpus.skipped import SkipReport
+from neox.corpus.readers import Faults, Name, OnError, Skipped, Source, find_sources
+from neox.corpus.readers.errors import SHOWN, SkipReport
 from neox.corpus.worker import Counts, Work, make_part, tokenize
+from neox.data.manifest import Manifest, manifest_file
 from neox.data.token_file import TokenFile, TokenWriter, pair, token_dtype
 from neox.system.files import byte_progress
 from neox.system.machine import available_cores
@@ -61,7 +60,7 @@ class PrepareReport:
 
 
 def prepare(
-    sources: str | Path | Sequence[str | Path],
+    sources: Name | Sequence[Name],
     out_prefix: str | Path,
     tokenizer: Tokenizer,
     options: PrepareConfig | None = None,
@@ -72,9 +71,9 @@ def prepare(
     """Encode the documents of `sources`, in order, into `<out_prefix>.bin`/`.idx`, plus `<out_prefix>.json`.
 
     Options come as a section, such as a config's `data`, or as keywords of `PrepareConfig`; ConfigError on a wrong one.
-    A source is a file, a folder, a saved data set or one of the hub: see `find_sources`. What cannot be read raises,
-    or with `on_error="skip"` is left out, counted by reason in the report and the manifest, with the first places, and
-    listed in `<out_prefix>.skipped.jsonl`.
+    A source is a file, a folder, a saved data set or one of the hub, by name or as `find_sources` gave it. A document
+    that cannot be read raises, or with `on_error="skip"` is left out, counted by reason in the report and the manifest,
+    with the first places, and listed in `<out_prefix>.skipped.jsonl`.
 
     With `append_eod` each document ends in `<|endoftext|>`. Where its text spells out a special token, that becomes the
     token, or with `special_in_text="text"` text like any other.
@@ -97,16 +96,15 @@ def prepare(
     options = options or PrepareConfig(**keywords)
     on_error = options.on_error
     settings = settings_of(tokenizer, options)
-    manifest_file = pair(out_prefix)[0].with_suffix(".json")
-    _check_manifest(manifest_file)
+    _check_foreign(out_prefix)
     # All of them before the first is read: the tenth file's typing error should not cost an hour.
     found = find_sources(sources, options.text_key, on_error)
     if components:
-        settings["components"] = str(manifest_file.with_suffix(".components"))
+        settings["components"] = str(pair(out_prefix)[0].with_suffix(".components"))
     plan = Plan.of(found, settings)
     cleaning = None
     if options.dedup or options.decontaminate:
-        folder = manifest_file.with_suffix(".cleaning")
+        folder = pair(out_prefix)[0].with_suffix(".cleaning")
         cleaning = Cleaning.of(plan, folder, options.dedup, options.decontaminate, on_error)
         plan = replace(plan, settings={**settings, "cleaning": cleaning.settings})
     if done := _finished(out_prefix, plan, on_error):
@@ -132,10 +130,10 @@ def prepare(
             cleaning,
         )
         alone = len(plan.shards) == 1 and not Parts(out_prefix).plan_file.exists()
-        noted = job.at_once() if alone else job.by_parts()
+        manifest = job.at_once() if alone else job.by_parts()
         if cleaning:
             cleaning.forget()
-    return _report(out_prefix, noted, started)
+    return _report(out_prefix, manifest, started)
 
 
 def settings_of(tokenizer: Tokenizer, options: PrepareConfig) -> dict[str, Any]:
@@ -171,7 +169,7 @@ class _Job:
         sizes = [source.size for source in self.sources if source.size is not None]
         return sum(sizes) if len(sizes) == len(self.sources) else None
 
-    def at_once(self) -> dict[str, Any]:
+    def at_once(self) -> Manifest:
         """One shard, straight into the output. Returns the manifest."""
         work = Work.of(self.plan, self.tokenizer, self.backend)
         with self.writer() as writer, byte_progress(self.progress) as bar:
@@ -181,20 +179,20 @@ class _Job:
                 bar.update(task, completed=self.total)
             return self.finish(writer, counts)
 
-    def by_parts(self) -> dict[str, Any]:
+    def by_parts(self) -> Manifest:
         """Several shards: make the parts that are missing, and join all. Returns the manifest."""
         parts = Parts(self.out)
         with parts.locked() as lock:
             try:
                 parts.begin(self.plan, self.tokenizer, self.faults)
                 self.make(parts, lock.fileno())
-                noted = self.join(parts)
+                manifest = self.join(parts)
             except BaseException:
                 if parts.ours and not parts.any_done():
                     parts.remove()
                 raise
             parts.remove()
-        return noted
+        return manifest
 
     def make(self, parts: Parts, lock: int) -> None:
         """Make the parts that are missing."""
@@ -219,7 +217,7 @@ class _Job:
             if self.total is not None:
                 bar.update(task, completed=self.total)
 
-    def join(self, parts: Parts) -> dict[str, Any]:
+    def join(self, parts: Parts) -> Manifest:
         """All parts, one after another, into the output. Returns the manifest."""
         self.plan.check_unchanged(list(self.plan.versions), self.faults)
         counts = Counts()
@@ -243,28 +241,28 @@ class _Job:
     def writer(self) -> TokenWriter:
         return TokenWriter(self.out, token_dtype(self.tokenizer.vocab_size))
 
-    def finish(self, writer: TokenWriter, counts: Counts) -> dict[str, Any]:
+    def finish(self, writer: TokenWriter, counts: Counts) -> Manifest:
         """Give the writer its manifest. Raises ValueError where there is no text at all."""
         if not writer.documents:
             raise ValueError(_no_text(self.sources, self.faults.skipped))
         self.report.place()
-        writer.manifest = {
-            "format": 1,
-            "sources": [source.noted for source in self.sources],
+        removed = self.cleaning.finish(pair(self.out)[0].with_suffix(".removed.jsonl")) if self.cleaning else None
+        manifest = Manifest(
+            sources=[source.noted for source in self.sources],
             **self.plan.settings,
-            "dtype": writer.dtype.name,
-            "documents": writer.documents,
-            "bytes": counts.bytes,
-            "tokens": writer.tokens,
-            "empty": counts.empty,
-            "origins": counts.origins,
-            "skipped": {reason: vars(one) for reason, one in self.faults.skipped.items()},
-            "sha256": writer.sha256,
-            "plan": self.plan.key(),
-        }
-        if self.cleaning:
-            writer.manifest["removed"] = self.cleaning.finish(pair(self.out)[0].with_suffix(".removed.jsonl"))
-        return writer.manifest
+            dtype=writer.dtype.name,
+            documents=writer.documents,
+            bytes=counts.bytes,
+            tokens=writer.tokens,
+            empty=counts.empty,
+            origins=counts.origins,
+            skipped={reason: vars(one) for reason, one in self.faults.skipped.items()},
+            sha256=writer.sha256,
+            plan=self.plan.key(),
+            removed=removed,
+        )
+        writer.manifest = manifest.content()
+        return manifest
 
 
 def _append(writer: TokenWriter, prefix: Path, sha256: str, advance: Callable[[float], object]) -> None:
@@ -282,24 +280,29 @@ def _append(writer: TokenWriter, prefix: Path, sha256: str, advance: Callable[[f
         writer.add_sizes(part.sizes[start : start + JOINED])
 
 
-def _finished(out_prefix: str | Path, plan: Plan, on_error: OnError) -> dict[str, Any] | None:
+def _finished(out_prefix: str | Path, plan: Plan, on_error: OnError) -> Manifest | None:
     """The manifest of the output, if it is whole and what `plan` would give once more."""
     with suppress(OSError, ValueError):
-        noted = json.loads(pair(out_prefix)[0].with_suffix(".json").read_bytes())
-        if noted.get("plan") == plan.key() and not (noted["skipped"] and on_error == "fail"):
+        manifest = Manifest.read(out_prefix)
+        if manifest and manifest.plan == plan.key() and not (manifest.skipped and on_error == "fail"):
             file = TokenFile(out_prefix)
-            if (len(file), len(file.tokens)) == (noted["documents"], noted["tokens"]):
-                return dict(noted)
+            if (len(file), len(file.tokens)) == (manifest.documents, manifest.tokens):
+                return manifest
     return None
 
 
-def _report(out_prefix: str | Path, noted: dict[str, Any], started: float, done_before: bool = False) -> PrepareReport:
-    prefix = str(pair(out_prefix)[0].with_suffix(""))
-    skipped = {reason: Skipped(**one) for reason, one in noted["skipped"].items()}
-    counts = {key: noted[key] for key in ("documents", "bytes", "tokens", "empty")}
-    seconds = time.monotonic() - started
-    removed = noted.get("removed", {})
-    return PrepareReport(prefix, **counts, skipped=skipped, removed=removed, seconds=seconds, done_before=done_before)
+def _report(out_prefix: str | Path, manifest: Manifest, started: float, done_before: bool = False) -> PrepareReport:
+    return PrepareReport(
+        str(pair(out_prefix)[0].with_suffix("")),
+        documents=manifest.documents or 0,
+        bytes=manifest.bytes or 0,
+        tokens=manifest.tokens or 0,
+        empty=manifest.empty or 0,
+        skipped={reason: Skipped(**one) for reason, one in (manifest.skipped or {}).items()},
+        removed=manifest.removed or {},
+        seconds=time.monotonic() - started,
+        done_before=done_before,
+    )
 
 
 def _no_text(sources: Sequence[Source], skipped: dict[str, Skipped]) -> str:
@@ -310,13 +313,13 @@ def _no_text(sources: Sequence[Source], skipped: dict[str, Skipped]) -> str:
     return f"no text in {names}: every document is empty or was left out ({reasons})"
 
 
-def _check_manifest(path: Path) -> None:
-    """Refuse an output name whose `.json` is something else, a corpus perhaps: it would be overwritten."""
-    if not path.exists():
-        return
+def _check_foreign(out_prefix: str | Path) -> None:
+    """Refuse an output name whose `.json` another program wrote: it may be a corpus, and would be overwritten."""
+    path = manifest_file(out_prefix)
     try:
-        known = "tokenizer_sha256" in json.loads(path.read_bytes())
-    except (ValueError, TypeError):
-        known = False
-    if not known:
+        manifest = Manifest.read(out_prefix)
+        foreign = manifest is not None and not manifest.of_prepare
+    except ValueError:
+        foreign = True
+    if foreign:
         raise ValueError(f"{path}: exists and is no manifest of prepare; choose another output name or move it away")

@@ -1,13 +1,15 @@
-"""Corpora cut into shards: the same ones whoever asks, each of them work for one process."""
+"""Corpora cut into shards, each the work of one process, and documents into batches, each the work of one call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from neox.corpus.readers import Document, Faults, Piece, Source, read_piece
-from neox.corpus.readers.pieces import PIECE_BYTES
+from neox.corpus.readers.chunks import PIECE_BYTES
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,21 @@ def documents(
     for piece in shard.pieces:
         for document in read_piece(piece, text_key, faults, meta_key):
             yield document._replace(source=piece.name)
+
+
+def batches(items: Iterable[T], size: Callable[[T], int], characters: int, documents: int) -> Iterator[list[T]]:
+    """Group items in order: large enough for all cores, small enough for memory.
+
+    A batch has at most `documents` items of `characters` in all; an item that is longer comes alone.
+    """
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        more = size(item)
+        if batch and (total + more > characters or len(batch) == documents):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += more
+    if batch:
+        yield batch

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from neox.corpus.plan import Plan
-from neox.corpus.readers import OnError, find_sources, read_documents
+from neox.corpus.readers import Name, OnError, find_sources, read_documents
 from neox.system.files import write_atomic
 from neox.tokenizer import Tokenizer, train_bpe
 
 
 def trained_tokenizer(
-    sources: Sequence[str],
+    sources: Sequence[Name],
     out_prefix: str,
     training: dict[str, Any],
     text_key: str = "text",
@@ -28,12 +28,13 @@ def trained_tokenizer(
     """
     path, origin = Path(f"{out_prefix}-tokenizer.json"), Path(f"{out_prefix}-tokenizer.from.json")
     options = json.loads(json.dumps(training)) | {"text_key": text_key, "on_error": on_error}
-    made_from = {"options": options, "text": Plan.of(find_sources(sources, text_key, on_error), options).key()}
+    found = find_sources(sources, text_key, on_error)
+    made_from = {"options": options, "text": Plan.of(found, options).key()}
     with suppress(OSError, ValueError):
         tokenizer = Tokenizer.from_file(path)
         if json.loads(origin.read_bytes()) == made_from | {"tokenizer_sha256": tokenizer.sha256}:
             return tokenizer
-    tokenizer = train_bpe(read_documents(sources, text_key, on_error), **training)
+    tokenizer = train_bpe(read_documents(found, text_key, on_error), **training)
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
     made_from["tokenizer_sha256"] = tokenizer.sha256

@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from neox.corpus.batching import batches
+from neox.corpus.clean.cleaning import Cleaning
 from neox.corpus.encode import Backend, Difference, Encoder
-from neox.corpus.pile.components import Read
+from neox.corpus.pile.components import Components, Read
 from neox.corpus.plan import Parts, Plan
 from neox.corpus.pool import Task, serve
 from neox.corpus.readers import Faults, OnError
+from neox.corpus.readers.errors import SkipReport
 from neox.corpus.readers.places import ends_digest
-from neox.corpus.shards import Shard
-from neox.corpus.skipped import SkipReport
-from neox.corpus.stages import reader
+from neox.corpus.shards import Shard, batches, documents
 from neox.data.token_file import TokenWriter, token_dtype
 from neox.tokenizer import Tokenizer
 
@@ -60,6 +59,16 @@ class Work:
         return cls(plan, reader(plan), Encoder(tokenizer, backend, plan.settings["special_in_text"] == "token"))
 
 
+def reader(plan: Plan) -> Read:
+    """The function that reads a shard: all of its documents, or those that the plan's cleaning keeps."""
+    read: Read = documents
+    if "cleaning" in plan.settings:
+        read = Cleaning.again(plan).documents
+    if folder := plan.settings.get("components"):
+        read = Components(Path(folder), read).documents
+    return read
+
+
 def tokenize(
     work: Work, shard: Shard, writer: TokenWriter, faults: Faults, advance: Callable[[float], object]
 ) -> Counts:
@@ -71,8 +80,8 @@ def tokenize(
     counts = Counts()
     settings, encoder = work.plan.settings, work.encoder
     end = np.array([encoder.tokenizer.eod_id] if settings["append_eod"] else [], dtype=np.int64)
-    documents = enumerate(work.read(shard, settings["text_key"], faults, None))
-    for batch in batches(documents, lambda row: len(row[1].text), BATCH_CHARACTERS, BATCH_DOCUMENTS):
+    numbered = enumerate(work.read(shard, settings["text_key"], faults, None))
+    for batch in batches(numbered, lambda row: len(row[1].text), BATCH_CHARACTERS, BATCH_DOCUMENTS):
         texts = [document.text for _, document in batch if document.text]
         counts.add_origins((document.source, 1) for _, document in batch if document.text)
         counts.bytes += sum(len(text.encode("utf-8")) for text in texts)

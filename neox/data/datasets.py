@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from neox.config import Config, DataConfig
 from neox.data.blend import BlendedDataset, shares
+from neox.data.manifest import Manifest
 from neox.data.megatron import MegatronDataset
 from neox.data.split import Documents, split, whole
 from neox.data.weights import blend_weights
@@ -139,16 +139,16 @@ def _fingerprint(
         "seq_length": data.seq_length,
         "weights": weights,
         "files": [
-            [part.first, part.last, len(part.file), len(part.file.tokens), _manifest(part.file.bin)] for part in parts
+            [part.first, part.last, len(part.file), len(part.file.tokens), _text_identity(part.file.bin)]
+            for part in parts
         ],
     }
     return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _manifest(bin_file: Path) -> list[Any]:
-    """What `prepare` noted of the tokenizer and the text; empty where another program wrote the pair."""
-    with suppress(OSError, ValueError):
-        noted = json.loads(bin_file.with_suffix(".json").read_bytes())
-        if isinstance(noted, dict):
-            return [noted.get(key) for key in ("tokenizer_sha256", "append_eod", "special_in_text", "bytes")]
-    return []
+def _text_identity(bin_file: Path) -> list[Any]:
+    """Tokenizer and text of a token file by its manifest; empty where another program wrote the pair."""
+    manifest = Manifest.read_sound(bin_file)
+    if manifest is None:
+        return []
+    return [manifest.tokenizer_sha256, manifest.append_eod, manifest.special_in_text, manifest.bytes]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from neox.data.manifest import Manifest, manifest_file
 from neox.data.token_file import TokenFile
 
 BLOCK = 1 << 20  # documents looked at at once
@@ -50,17 +51,17 @@ class Sources:
     @classmethod
     def of(cls, file: TokenFile) -> Sources:
         """What is noted beside a token file. Raises ValueError, naming the file, where that does not fit it."""
-        manifest, names, numbers = (
-            file.bin.with_suffix(f".{end}") for end in ("json", "components.json", "components.npy")
-        )
+        names, numbers = (file.bin.with_suffix(f".components.{end}") for end in ("json", "npy"))
         counts = [len(file)]
         paths: list[str | None] = [None]
         listed: list[str] = []
         places: npt.NDArray[np.uint16] | None = None
-        path = manifest
+        path = manifest_file(file.bin)
         try:
-            if manifest.exists() and (origins := json.loads(manifest.read_bytes()).get("origins")):
-                counts, paths = [int(count) for _, count in origins], [str(source) for source, _ in origins]
+            manifest = Manifest.read(file.bin)
+            if manifest and manifest.origins:
+                counts = [int(count) for _, count in manifest.origins]
+                paths = [str(source) for source, _ in manifest.origins]
             if sum(counts) != len(file):
                 raise ValueError(f"it tells of {sum(counts)} documents, there are {len(file)}")
             path = names

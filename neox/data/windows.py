@@ -116,11 +116,6 @@ class TokenDataset:
             )
         self.order = PermutedOrder(self.num_windows, seed) if order == "permuted" else SequentialOrder(self.num_windows)
 
-    @property
-    def num_tokens(self) -> int:
-        """Labels in one epoch: num_windows * seq_length."""
-        return self.num_windows * self.seq_length
-
     def sample(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Tokens [n, seq_length + 1] of n sample numbers, which count on over epochs without end."""
         return self.sequential(self.order(np.asarray(samples, dtype=np.int64)))

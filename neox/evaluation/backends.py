@@ -8,7 +8,7 @@ from lm_eval.api.registry import get_model, model_registry
 from lm_eval.utils import simple_parse_args_string
 
 from neox.config.spelling import did_you_mean
-from neox.corpus.readers.faults import one_line
+from neox.corpus.readers.errors import one_line
 from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import fingerprint
 from neox.generate import Engine

@@ -10,7 +10,7 @@ import lm_eval
 from lm_eval.loggers.evaluation_tracker import GeneralConfigTracker
 
 from neox.config import EvalConfig
-from neox.corpus.readers.faults import one_line
+from neox.corpus.readers.errors import one_line
 from neox.evaluation import report
 from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import Answers, remembered

@@ -23,7 +23,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for module in ("readers.pieces", "readers.streams", "readers.text", "readers.columns", "shards"):
+    for module in ("readers.chunks", "readers.streams", "readers.text", "readers.columns", "shards"):
         monkeypatch.setattr(f"neox.corpus.{module}.PIECE_BYTES", 3000)
     monkeypatch.setattr("neox.corpus.plan.PATIENCE", 0.3)
     path = tmp_path / "a.jsonl"

@@ -33,7 +33,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("readers.pieces", "readers.streams", "readers.text", "readers.columns", "shards"):
+    for module in ("readers.chunks", "readers.streams", "readers.text", "readers.columns", "shards"):
         monkeypatch.setattr(f"neox.corpus.{module}.PIECE_BYTES", 9000)
     monkeypatch.setattr("neox.corpus.plan.PATIENCE", 0.3)
 
@@ -97,7 +97,7 @@ KILLED = """
 import sys
 from neox.corpus import prepare
 from neox.tokenizer import Tokenizer
-for module in ("pieces", "streams", "text", "columns"):
+for module in ("chunks", "streams", "text", "columns"):
     __import__(f"neox.corpus.readers.{module}")
     setattr(sys.modules[f"neox.corpus.readers.{module}"], "PIECE_BYTES", 9000)
 import neox.corpus.shards

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import fsspec
@@ -14,13 +15,13 @@ from hypothesis import strategies as st
 
 from neox.corpus.readers import Faults, find_sources, read_documents
 from neox.corpus.readers.streams import frame_starts
-from neox.corpus.shards import documents, shards
+from neox.corpus.shards import batches, documents, shards
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    for module in ("pieces", "streams", "text", "columns", "hub_datasets"):
+    for module in ("chunks", "streams", "text", "columns", "hub_datasets"):
         monkeypatch.setattr(f"neox.corpus.readers.{module}.PIECE_BYTES", size)
     monkeypatch.setattr("neox.corpus.shards.PIECE_BYTES", size)
 
@@ -132,3 +133,13 @@ def test_urls_globs_and_folders_of_a_store(bucket: str, tmp_path: Path, monkeypa
     assert list(read_documents(f"{tmp_path}/*.jsonl")) == ["a", "b"]
     (tmp_path / "[1].jsonl").write_text('{"text": "of that name"}')
     assert list(read_documents(tmp_path / "[1].jsonl")) == ["of that name"]
+
+
+@given(st.lists(st.text("x", max_size=9)), st.integers(1, 20), st.integers(1, 5))
+def test_batches_keep_order_and_limits(texts: list[str], characters: int, documents: int) -> None:
+    found = list(batches(texts, len, characters, documents))
+    assert [text for batch in found for text in batch] == texts
+    for batch in found:
+        assert len(batch) == 1 or (sum(map(len, batch)) <= characters and len(batch) <= documents)
+    for batch, after in pairwise(found):  # the next one did not fit
+        assert len(batch) == documents or sum(map(len, batch)) + len(after[0]) > characters

@@ -23,8 +23,8 @@ from neox.corpus.clean.dedup import PARAMETERS, Method
 from neox.corpus.clean.overlap import RUN, Overlaps, cut, evaluation_texts
 from neox.corpus.clean.repeats import Search, read_counts, read_repeats
 from neox.corpus.plan import Plan, locked
-from neox.corpus.readers import Document, Faults, OnError, read_piece
-from neox.corpus.shards import Shard
+from neox.corpus.readers import Document, Faults, OnError
+from neox.corpus.shards import Shard, documents
 from neox.system.files import write_atomic, write_whole
 
 REASONS: Mapping[Method, str] = {"exact": "duplicate", "minhash": "near-duplicate"}
@@ -107,28 +107,26 @@ class Cleaning:
         When it has come to its end, what was left out is on the disk for `finish`.
         Raises ValueError where the shard no longer holds the documents that were compared, Fault as the readers do.
         """
-        faults = faults or Faults("fail")
         repeats = read_repeats(self.folder, shard.number) if self.dedup else {}
         removed: list[dict[str, Any]] = []
-        place, taken = 0, 0.0
-        for piece in shard.pieces:
-            for document in read_piece(piece, text_key, faults, meta_key):
-                row = {"source": piece.name, "shard": shard.number, "document": place}
-                taken += document.taken
-                texts = [document.text]
-                if self.dedup and (kept := repeats.get(place)):
-                    texts = []
-                    removed.append({**row, "reason": REASONS[self.dedup], "kept": self._place(*kept)})
-                elif found := self.overlaps.find(document.text):
-                    texts = cut(document.text, found)
-                    sizes = {"characters": len(document.text), "left": sum(map(len, texts)), "pieces": len(texts)}
-                    overlaps = [asdict(overlap) for overlap in found]
-                    removed.append({**row, "reason": OVERLAP, **sizes, "overlaps": overlaps})
-                place += 1
-                for text in texts:
-                    yield document._replace(text=text, taken=taken, source=piece.name)
-                    taken = 0.0
-        if self.dedup and place != sum(self._counts[shard.number]):
+        count, taken = 0, 0.0
+        for number, document in enumerate(documents(shard, text_key, faults, meta_key)):
+            count = number + 1
+            row = {"source": document.source, "shard": shard.number, "document": number}
+            taken += document.taken
+            texts = [document.text]
+            if self.dedup and (first := repeats.get(number)):
+                texts = []
+                removed.append({**row, "reason": REASONS[self.dedup], "kept": self._name(*first)})
+            elif overlaps := self.overlaps.find(document.text):
+                texts = cut(document.text, overlaps)
+                sizes = {"characters": len(document.text), "left": sum(map(len, texts)), "pieces": len(texts)}
+                rows = [asdict(overlap) for overlap in overlaps]
+                removed.append({**row, "reason": OVERLAP, **sizes, "overlaps": rows})
+            for text in texts:
+                yield document._replace(text=text, taken=taken)
+                taken = 0.0
+        if self.dedup and count != sum(self._counts[shard.number]):
             raise ValueError(f"{shard.pieces[0].name}: changed while it was read; prepare it again")
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in removed)
         write_atomic(self._removed(shard.number), lines.encode())
@@ -163,12 +161,12 @@ class Cleaning:
         """Remove the folder, once what it led to is whole."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _place(self, number: int, place: int) -> dict[str, Any]:
-        """The names of a document of any shard."""
-        ends = accumulate(self._counts[number])
-        pieces = zip(self.shards[number].pieces, ends, strict=True)
-        source = next(piece.name for piece, end in pieces if place < end)
-        return {"source": source, "shard": number, "document": place}
+    def _name(self, shard: int, document: int) -> dict[str, Any]:
+        """The source and the numbers of a document of any shard."""
+        ends = accumulate(self._counts[shard])
+        pieces = zip(self.shards[shard].pieces, ends, strict=True)
+        source = next(piece.name for piece, end in pieces if document < end)
+        return {"source": source, "shard": shard, "document": document}
 
     def _removed(self, number: int) -> Path:
         return self.folder / "removed" / f"{number:05d}.jsonl"

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from neox.corpus.batching import batches
 from neox.corpus.clean.shingles import Numbers, folded, shingles, words
-from neox.corpus.readers.faults import optional
+from neox.corpus.readers.errors import optional
+from neox.corpus.shards import batches
 from neox.system.files import write_whole
 
 Method = Literal["exact", "minhash"]

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neox.corpus.clean.shingles import Numbers, placed, shingles, words
-from neox.corpus.readers.faults import optional
+from neox.corpus.readers.errors import optional
 from neox.corpus.readers.streams import COMPRESSED, FileStream
 from neox.system.files import write_whole
 

@@ -20,6 +20,7 @@ from neox.corpus.pile.statistics import Counts
 from neox.corpus.readers import Document, Faults
 from neox.corpus.shards import Shard, documents
 from neox.data.arrays import write_npy
+from neox.data.manifest import Manifest
 from neox.data.token_file import TokenFile
 from neox.system.files import write_atomic, write_whole
 
@@ -72,10 +73,11 @@ def count_components(prefix: Path) -> dict[str, Counts]:
     `<prefix>.components.json` lists, with the counts. Called again, it reads that.
     """
     notes, listed = prefix.with_name(prefix.name + ".components"), prefix.with_name(prefix.name + ".components.json")
-    manifest = json.loads(prefix.with_name(prefix.name + ".json").read_bytes())
+    manifest = Manifest.read(prefix)
+    assert manifest, "a pair that was prepared has a manifest"
     known = json.loads(listed.read_bytes()) if listed.exists() else {}
-    if known.get("sha256") != manifest["sha256"]:
-        known = {"sha256": manifest["sha256"], **_merged(notes, prefix, manifest["append_eod"])}
+    if known.get("sha256") != manifest.sha256:
+        known = {"sha256": manifest.sha256, **_merged(notes, prefix, bool(manifest.append_eod))}
         write_atomic(listed, json.dumps(known).encode())
     shutil.rmtree(notes, ignore_errors=True)
     return {name: Counts(*counts) for name, counts in zip(known["names"], known["counts"], strict=True)}

@@ -7,16 +7,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from neox.corpus.readers.faults import Fault, Faults, OnError, Skipped
-from neox.corpus.readers.pieces import Document, Piece
-from neox.corpus.readers.sources import Source, find_sources, read_piece, read_source
+from neox.corpus.readers.chunks import Document, Piece
+from neox.corpus.readers.errors import Fault, Faults, OnError, Skipped
+from neox.corpus.readers.sources import Name, Source, find_sources, read_piece, read_source
 
 __all__ = [
     "Document",
     "Fault",
     "Faults",
+    "Name",
     "OnError",
     "Piece",
     "Skipped",
@@ -28,9 +28,7 @@ __all__ = [
 ]
 
 
-def read_documents(
-    sources: str | Path | Sequence[str | Path], text_key: str = "text", on_error: OnError = "fail"
-) -> Iterator[str]:
+def read_documents(sources: Name | Sequence[Name], text_key: str = "text", on_error: OnError = "fail") -> Iterator[str]:
     """The documents of all `sources`, in order, none of them empty. What a source may be: `find_sources`.
 
     `text_key` names the member or the column that holds the text. With `on_error="skip"` what cannot be read is left

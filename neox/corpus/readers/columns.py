@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import IO, Any
 
-from neox.corpus.readers.faults import Fault, Faults, missing_key, one_line, optional, text_of
-from neox.corpus.readers.pieces import PIECE_BYTES, Document, Piece
+from neox.corpus.readers.chunks import PIECE_BYTES, Document, Piece
+from neox.corpus.readers.errors import Fault, Faults, missing_key, one_line, optional, text_of
 from neox.corpus.readers.places import is_url, open_place, size_of
 
 ROWS = 1024  # decoded at a time

@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from neox.corpus.readers.chunks import PIECE_BYTES, Document, Piece
 from neox.corpus.readers.columns import ROWS, check_column, column_documents
-from neox.corpus.readers.faults import Fault, Faults, one_line, optional
-from neox.corpus.readers.pieces import PIECE_BYTES, Document, Piece
+from neox.corpus.readers.errors import Fault, Faults, one_line, optional
 
 HUB = "hf:"
 HUB_NAME = re.compile(

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import IO, Any, cast
 
-from neox.corpus.readers.faults import one_line, optional
+from neox.corpus.readers.errors import one_line, optional
 
 SAMPLE = 1 << 16  # bytes at a file's head and tail that tell it from another version of itself
 # Whatever of these a file system states changes when the file does; the rest of what it says may change at any time.

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from neox.corpus.readers.chunks import Document, Piece
 from neox.corpus.readers.columns import check_arrow, check_parquet, read_arrow, read_parquet, split_parquet
-from neox.corpus.readers.faults import Fault, Faults, OnError, optional
+from neox.corpus.readers.errors import Fault, Faults, OnError, optional
 from neox.corpus.readers.hub_datasets import HUB, HubDataset, SavedDataset, is_saved, read_dataset
-from neox.corpus.readers.pieces import Document, Piece
 from neox.corpus.readers.places import below_url, is_pattern, is_url, matching, open_place, size_of
 from neox.corpus.readers.streams import COMPRESSED
 from neox.corpus.readers.text import read_jsonl, read_txt, split_jsonl
 
-Place = tuple[int, int] | str
-"""Which file this is on the disk, by whatever name; or which data set of the hub."""
+FileId = tuple[int, int] | str
+"""Device and inode of a file, whatever its name; or the identity of a data set of the hub."""
 
 
 class Source(Protocol):
@@ -38,6 +38,10 @@ class Source(Protocol):
     def strangers(self) -> Iterator[Fault]:
         """A fault for each file that is of no known kind."""
         ...
+
+
+Name = str | Path | Source
+"""What a user names: see `find_sources`; or a source that was found already, which stands as it is."""
 
 
 class Format(NamedTuple):
@@ -85,10 +89,8 @@ def read_source(source: Source, text_key: str, faults: Faults) -> Iterator[Docum
         yield from read_piece(piece, text_key, faults)
 
 
-def find_sources(
-    names: str | Path | Sequence[str | Path], text_key: str = "text", on_error: OnError = "fail"
-) -> list[Source]:
-    """What the names stand for, before any of it is read.
+def find_sources(names: Name | Sequence[Name], text_key: str = "text", on_error: OnError = "fail") -> list[Source]:
+    """Find the source of each name, before any text is read.
 
     A name is a file whose suffix FORMATS knows; a glob; a folder of such files, read recursively in the order of their
     paths within it, hidden files (`.name`) passed over; the URL of a file, a folder or a glob that fsspec reads; a
@@ -98,12 +100,12 @@ def find_sources(
     without a file that can be read, a package that is missing; OSError on a file that cannot be opened. Unless faults
     are skipped also Fault on a Parquet file or a saved data set that is damaged or has no column of texts `text_key`.
     """
-    if not (listed := [names] if isinstance(names, str | Path) else list(names)):
+    if not (listed := list(names) if isinstance(names, Sequence) and not isinstance(names, str) else [names]):
         raise ValueError("no input files given")
-    seen: dict[Place, str] = {}
-    sources = [_source(str(name), seen) for name in listed]
+    seen: dict[FileId, str] = {}
+    sources = [_source(str(name), seen) if isinstance(name, str | Path) else name for name in listed]
     if on_error == "fail":
-        for source in sources:
+        for source in (source for source, name in zip(sources, listed, strict=True) if source is not name):
             try:
                 source.check(text_key)
             except Fault as fault:
@@ -111,7 +113,7 @@ def find_sources(
     return sources
 
 
-def _source(name: str, seen: dict[Place, str]) -> Source:
+def _source(name: str, seen: dict[FileId, str]) -> Source:
     if name.startswith(HUB):
         hub = HubDataset(name)
         _once(hub.identity, name, seen)
@@ -139,7 +141,7 @@ def _source(name: str, seen: dict[Place, str]) -> Source:
     return Files(name, [name])
 
 
-def _below(folder: Path, seen: dict[Place, str]) -> Iterator[Path]:
+def _below(folder: Path, seen: dict[FileId, str]) -> Iterator[Path]:
     """Every file below `folder`, through links too, in no order. Unlike os.walk it hides no folder that is closed."""
     _meet(folder, seen)
     for path in folder.iterdir():
@@ -152,7 +154,7 @@ def _below(folder: Path, seen: dict[Place, str]) -> Iterator[Path]:
             yield path
 
 
-def _meet(path: Path, seen: dict[Place, str]) -> None:
+def _meet(path: Path, seen: dict[FileId, str]) -> None:
     """Note a file or a folder by its place on the disk.
 
     Raises ValueError where it was met already, by any name, and where it is a pipe or the like.
@@ -171,7 +173,7 @@ def _meet(path: Path, seen: dict[Place, str]) -> None:
     _once((status.st_dev, status.st_ino), str(path), seen)
 
 
-def _once(place: Place, name: str, seen: dict[Place, str]) -> None:
+def _once(place: FileId, name: str, seen: dict[FileId, str]) -> None:
     if place in seen:
         raise ValueError(f"{name}: is the same as {seen[place]}; its text would come twice: name it once")
     seen[place] = name

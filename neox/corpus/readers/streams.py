@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from neox.corpus.readers.faults import optional
-from neox.corpus.readers.pieces import PIECE_BYTES
+from neox.corpus.readers.chunks import PIECE_BYTES
+from neox.corpus.readers.errors import optional
 from neox.corpus.readers.places import open_place
 
 CHUNK = 1 << 17

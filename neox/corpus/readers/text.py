@@ -14,8 +14,8 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from neox.corpus.readers.faults import Fault, Faults, kind, missing_key, text_of
-from neox.corpus.readers.pieces import PIECE_BYTES, Document, Piece
+from neox.corpus.readers.chunks import PIECE_BYTES, Document, Piece
+from neox.corpus.readers.errors import Fault, Faults, kind, missing_key, text_of
 from neox.corpus.readers.places import open_place, size_of
 from neox.corpus.readers.streams import CHUNK, COMPRESSED, FileStream, frame_starts, is_compressed
 

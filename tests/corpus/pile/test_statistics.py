@@ -37,7 +37,7 @@ def test_the_whole_is_what_the_paper_says_from_its_components(model: str):
     figures, whole = PUBLISHED[model]
     components = {}
     for component, bits in zip(PILE, map(float, figures.split()), strict=True):
-        size = round(component.effective_gib * 2**30)
+        size = round(component.raw_gib * component.epochs * 2**30)
         tokens = round(size * component.tokens_per_byte)
         components[component.name] = Likelihood(-bits * math.log(2) * size, size, tokens)
     # The paper's whole is of a tenth of the test set, whose shares are near those of all text. (Its columns for GPT-3
