@@ -194,7 +194,11 @@ def test_much_is_read_of_a_file_that_is_cut_late(tmp_path: Path, suffix: str) ->
         (".gz", RAW, "damaged gzip data: Not a gzipped file"),
         (".zst", RAW, "damaged zstd data: .*Unknown frame descriptor"),
         (".gz", gzip.compress(RAW, mtime=0)[:-8] + bytes(8), "damaged gzip data: CRC check failed"),
-        (".gz", gzip.compress(RAW, mtime=0)[:20] + b"\xff" * 50 + gzip.compress(RAW, mtime=0)[70:], "damaged gzip data: Error -3"),
+        (
+            ".gz",
+            gzip.compress(RAW, mtime=0)[:20] + b"\xff" * 50 + gzip.compress(RAW, mtime=0)[70:],
+            "damaged gzip data: Error -3",
+        ),
         (".gz", gzip.compress(RAW, mtime=0) + b"more", "damaged gzip data: Not a gzipped file"),
         (".zst", zst(RAW) + b"more", "damaged zstd data: .*Unknown frame descriptor"),
         (".gz", b"", "it is empty"),
