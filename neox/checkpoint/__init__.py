@@ -5,69 +5,57 @@ from pathlib import Path
 import torch
 
 from neox.checkpoint.checksums import DamagedCheckpoint
-from neox.checkpoint.export import convert
-from neox.checkpoint.huggingface import (
-    CheckpointError,
-    Transform,
-    find,
-    load_huggingface,
-    save_huggingface,
-    stored_dtype,
-)
+from neox.checkpoint.export import convert, save
+from neox.checkpoint.formats import use_weights
 from neox.checkpoint.initial import load_initial
+from neox.checkpoint.model_loader import load_model
 from neox.checkpoint.retention import expired, is_due, prune
+from neox.checkpoint.step_weights import load_latest, load_tensors
 from neox.checkpoint.steps import (
     complete_steps,
-    fill_state,
-    is_sound,
-    is_step,
-    load_native,
-    load_newest,
-    load_tensors,
-    newest_sound,
+    invalidate_after,
+    is_valid,
+    latest_valid,
     read_step,
-    set_aside_after,
     step_folder,
     step_number,
-    step_tokenizer,
 )
+from neox.checkpoint.weight_source import CheckpointError, Transform, WeightSource
 from neox.checkpoint.writer import Saver, save_step
 from neox.model.decoder import GPTNeoX
-from neox.system.runtime import resolve_device, resolve_dtype
 from neox.tokenizer import Tokenizer
 
 __all__ = [
     "CheckpointError",
     "DamagedCheckpoint",
     "Saver",
+    "WeightSource",
     "complete_steps",
     "convert",
     "expired",
-    "fill_state",
+    "invalidate_after",
     "is_due",
-    "is_sound",
+    "is_valid",
+    "latest_valid",
     "load",
     "load_initial",
-    "load_newest",
+    "load_latest",
     "load_tensors",
-    "newest_sound",
     "prune",
     "read_step",
     "save",
     "save_step",
-    "set_aside_after",
     "step_folder",
     "step_number",
+    "use_weights",
     "weights_dtype",
 ]
 
-save = save_huggingface
-
 
 def weights_dtype(source: str | Path) -> torch.dtype:
-    """The type that the weights of what `load` reads are stored in; a run's own are float32."""
-    folder = find(source)
-    return stored_dtype(folder) if (folder / "config.json").exists() else torch.float32
+    """Type that the weights of a source, all that `load` takes, are stored in. Raises CheckpointError."""
+    # `load` says it, of the same source, where a damaged step is passed over.
+    return use_weights(source, lambda weights: weights.dtype, warn=False)
 
 
 def load(
@@ -76,21 +64,15 @@ def load(
     dtype: str | torch.dtype | None = None,
     transform: Transform | None = None,
 ) -> tuple[GPTNeoX, Tokenizer | None]:
-    """Model and tokenizer from a Hugging Face folder, a run directory (its newest step), a step folder or a hub id.
+    """Load model and tokenizer of a Hugging Face folder, a hub id, a run directory (its latest step) or a step folder.
 
-    `source` may end in @REVISION for a hub id. `transform(name, layer)` gives what takes the place of each linear
-    layer and embedding; it is called while the next ones are still on the disk. The tokenizer is None where the folder
-    has none. dtype None: float32 on a CPU, the stored type elsewhere. A run's damaged steps are passed over, each with
-    a line on stderr. Raises CheckpointError (a ValueError) that says what is wrong with which file.
+    `source` may end in @REVISION for a hub id. `transform(name, layer)` returns the replacement of each linear layer
+    and embedding, and is called while the next ones are still on the disk. The tokenizer is None where the folder has
+    none. dtype None: float32 on a CPU, the stored type elsewhere. Damaged steps of a run are passed over, each with a
+    line on stderr. Raises CheckpointError (a ValueError) that names the file and its fault.
     """
-    folder = find(source)
-    if (folder / "config.json").exists():
-        model = load_huggingface(folder, device, dtype, transform)
-        there = (folder / "tokenizer.json").exists()
-        return model, Tokenizer.from_file(folder / "tokenizer.json") if there else None
 
-    def use(step: Path) -> tuple[GPTNeoX, Tokenizer | None]:
-        model = load_native(step, resolve_device(device), resolve_dtype(dtype or torch.float32), transform)
-        return model, step_tokenizer(step)
+    def use(weights: WeightSource) -> tuple[GPTNeoX, Tokenizer | None]:
+        return load_model(weights, device, dtype, transform), weights.tokenizer()
 
-    return use(folder) if is_step(folder) else newest_sound(folder, use)
+    return use_weights(source, use)

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.huggingface import CheckpointError
+from neox.checkpoint.weight_source import CheckpointError
 from neox.system.files import byte_progress
 
 NAME = "checksums.json"

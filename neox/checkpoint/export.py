@@ -1,57 +1,46 @@
-"""A model from wherever it lies into a Hugging Face folder; a run's checkpoint without ever being whole in memory."""
+"""Models into Hugging Face folders: one in memory, or one of any format without ever being whole in memory."""
 
 import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from neox.checkpoint.huggingface import SHARD_BYTES, find, load_huggingface, save_huggingface, write_huggingface
-from neox.checkpoint.steps import fitting_reader, is_step, newest_sound, read_step, step_tokenizer
+from neox.checkpoint.formats import use_weights
+from neox.checkpoint.huggingface_writer import SHARD_BYTES, write_huggingface
+from neox.checkpoint.weight_source import ModelWeights, WeightSource
 from neox.model.decoder import GPTNeoX
 from neox.system.runtime import resolve_dtype
 from neox.tokenizer import Tokenizer
 
 
+def save(model: GPTNeoX, path: str | Path, tokenizer: Tokenizer | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model as the folder `path` that transformers loads, whole or not at all: see `write_huggingface`.
+
+    Raises ValueError where the folder holds anything else, where the family's format cannot express the config, and for
+    a quantized model; OSError for a failed write.
+    """
+    write_huggingface(ModelWeights(model, tokenizer), path, shard_bytes=shard_bytes)
+
+
 def convert(source: str | Path, out: str | Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> int:
     """Write the model of `source` (as `load` takes it) as a Hugging Face folder, and return its number of parameters.
 
-    A run's checkpoint goes tensor by tensor: memory holds one shard. Raises CheckpointError and OSError as `load` and
-    `save` do; what is under `out` is replaced only by a whole folder.
+    It goes tensor by tensor: memory holds one shard. dtype None writes float32. Raises CheckpointError and OSError as
+    `load` and `save` do; what is under `out` is replaced only by a whole folder.
     """
-    folder = find(source)
-    if (folder / "config.json").exists():
-        model = load_huggingface(folder, "cpu", dtype)
-        there = folder / "tokenizer.json"
-        save_huggingface(model, out, Tokenizer.from_file(there) if there.exists() else None, shard_bytes)
-        return sum(parameter.numel() for parameter in model.parameters())
 
-    def use(step: Path) -> int:
-        return _convert_step(step, out, resolve_dtype(dtype or torch.float32), shard_bytes)
+    def use(weights: WeightSource) -> int:
+        write_huggingface(weights, out, resolve_dtype(dtype or torch.float32), shard_bytes)
+        return sum(shape.numel() for shape in weights.shapes.values())
 
-    return use(folder) if is_step(folder) else newest_sound(folder, use)
-
-
-def _convert_step(folder: Path, out: str | Path, dtype: torch.dtype, shard_bytes: int) -> int:
-    config, _ = read_step(folder)
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in GPTNeoX(config.model).named_parameters()}
-    reader = fitting_reader(folder, config.model, {}, False)
-
-    def read(name: str) -> Tensor:
-        tensor = torch.empty(shapes[name])
-        reader.read({f"model.{name}": tensor})
-        return tensor.to(dtype)
-
-    write_huggingface(config.model, dtype, shapes, read, out, step_tokenizer(folder), shard_bytes)
-    return sum(shape.numel() for shape in shapes.values())
+    return use_weights(source, use)
 
 
 def parse_bytes(text: str) -> int:
-    """5GB, 500MB, 2.5e9: the number of bytes. Raises ValueError."""
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kMGT]?)B?", text.strip())
+    """Parse a size such as 5GB, 500MB or 2.5e9 into bytes. Raises ValueError."""
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kMGT]?)B?", text.strip())
     try:
-        size = int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " ")) if found else 0
+        size = int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")) if match else 0
     except ValueError:
         size = 0
     if size < 1:

@@ -31,9 +31,9 @@ from neox.checkpoint.steps import (
     ALONE,
     FAILURES,
     FORMAT_VERSION,
-    inside,
+    find_cause,
     named_state,
-    pass_interrupt_on,
+    reraise_interrupt,
     step_folder,
 )
 from neox.config import CheckpointConfig, Config
@@ -170,13 +170,13 @@ class Saver:
         except BaseException as error:
             # Rank 0 alone knows whether it is whole: another may have been killed right after .metadata was written,
             # and is missed only in the call by which all learn of that.
-            whole = (folder / ".metadata").is_file() and not inside(error, OSError)
+            whole = (folder / ".metadata").is_file() and not find_cause(error, OSError)
             if not self.processes.rank and not whole:
                 with suppress(OSError):
                     (folder / ".metadata").unlink()  # first: what is half removed must not read as complete
                 shutil.rmtree(folder, ignore_errors=True)
-            pass_interrupt_on(error)
-            if isinstance(error, FAILURES) and (cause := inside(error, OSError)):
+            reraise_interrupt(error)
+            if isinstance(error, FAILURES) and (cause := find_cause(error, OSError)):
                 reason = os.strerror(cause.errno) if cause.errno else cause
                 raise OSError(
                     cause.errno or errno.EIO,

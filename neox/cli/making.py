@@ -190,7 +190,7 @@ def train(targets: list[str], options: list[str]) -> int:
       neox train resume=runs/first steps=400
     """
     from neox.analysis.sample_hook import SampleHook
-    from neox.checkpoint import complete_steps, is_sound, step_number
+    from neox.checkpoint import complete_steps, is_valid, step_number
     from neox.cli.launch import launch, processes_here
     from neox.system.runtime import OtherProcessFailed, first_of_host, is_launched
     from neox.train import Trainer
@@ -212,7 +212,7 @@ def train(targets: list[str], options: list[str]) -> int:
     again = f"neox train resume={shlex.quote(str(run))}"
     if resumed and (kept := complete_steps(run)):
         done = step_number(kept[-1])
-        if done >= steps and is_sound(kept[-1]):  # a damaged one is made again
+        if done >= steps and is_valid(kept[-1]):  # a damaged one is made again
             if first_of_host():
                 print(f"{run}: finished at step {done}; train on: {again} steps={2 * done}")
             return 0

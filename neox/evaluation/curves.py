@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neox.checkpoint import complete_steps, step_number
-from neox.checkpoint.huggingface import CheckpointError
+from neox.checkpoint import CheckpointError, complete_steps, step_number
 from neox.config import load_config
 from neox.evaluation.evaluate import ALONE, evaluate
 from neox.evaluation.report import scores, table_page

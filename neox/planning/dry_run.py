@@ -103,7 +103,6 @@ def _step(config: Config, mesh: "Layout", count: int) -> StepCost:
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
     from torch.utils._python_dispatch import _disable_current_modes
 
-    from neox.checkpoint import fill_state
     from neox.data import Batch
     from neox.model.decoder import GPTNeoX
     from neox.parallel import build
@@ -143,7 +142,6 @@ def _step(config: Config, mesh: "Layout", count: int) -> StepCost:
         parts, forward_backward = build(config, mesh)
         with tracker.during("optimizer"):
             optimizers = build_optimizers(parts, config.optim)
-            fill_state(optimizers)
         parameters = [parameter for part in parts for parameter in part.parameters()]
         with tracker.during("activations"):
             batches = [

@@ -54,11 +54,9 @@ def names(dataset: Dataset) -> list[str]:
 class Account:
     """Samples that were read of each entry of data.train, up to a step."""
 
-    def __init__(self, step: int = 0, read: Sequence[int] | None = None, names: Sequence[str] = ()) -> None:
-        """`read`: after `step` steps; None where it is not known and is counted from the beginning. `names` of the
-        entries, where they are known."""
-        self.step, self.read = (step, list(map(int, read))) if read is not None else (0, [])
-        self.names = names
+    def __init__(self, step: int = 0, read: Sequence[int] = (), names: Sequence[str] = ()) -> None:
+        """`read`: samples after `step` steps, empty at the beginning. `names` of the entries, where they are known."""
+        self.step, self.read, self.names = step, list(map(int, read)), names
 
     def up_to(self, step: int, loader: Loader) -> list[int]:
         """After `step` steps, as `loader` reads them."""

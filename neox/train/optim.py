@@ -21,7 +21,8 @@ def build_optimizers(parts: Iterable[GPTNeoX], config: OptimConfig) -> list[torc
 
     Weight decay is decoupled and spares layer norms and biases, as in gpt-neox; embeddings and the head do decay.
     Under muP, AdamW's rate, decay and eps follow the width (`neox.model.mup`); Muon's do so by themselves.
-    Every group carries `peak_lr`, which `set_lr` scales.
+    Every group carries `peak_lr`, which `set_lr` scales. Their state is there from the beginning, zeros: a checkpoint
+    holds the same tensors at every step, the first and a skipped one too.
     """
     muon: list[Tensor] = []
     adamw: dict[tuple[float, float, float], list[Tensor]] = defaultdict(list)  # by peak rate, decay and eps
@@ -42,7 +43,20 @@ def build_optimizers(parts: Iterable[GPTNeoX], config: OptimConfig) -> list[torc
     if muon:
         group = {"params": muon, "peak_lr": config.muon_lr}
         built.append(Muon([group], lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay))
+    for optimizer in built:
+        for options in optimizer.param_groups:
+            for parameter in options["params"]:
+                optimizer.state[parameter] = _zero_state(optimizer, options, parameter)
     return built
+
+
+def _zero_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+    """State that an optimizer begins its first update with."""
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    # torch's fused kernel wants the step counter beside the parameter, the others on the CPU.
+    step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
 def clip_gradients(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint import complete_steps, newest_sound, read_step
+from neox.checkpoint import complete_steps, latest_valid, read_step
 from neox.config import Config, load_config
 from neox.system.files import read_rows
 from neox.system.runtime import Processes, launched
@@ -29,7 +29,7 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
             read_step(step)
             return step / "config.toml"
 
-        kept = newest_sound(run, use)
+        kept = latest_valid(run, use)
     config = load_config(files=[kept], overrides=overrides)
     # The run may have been moved: it is where it was found.
     return config.model_copy(update={"log": config.log.model_copy(update={"out": str(run)})})

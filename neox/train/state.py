@@ -60,8 +60,8 @@ class Progress:
             guard = Guard(self.config.train, state["guard"])
             over = [(int(first), int(last)) for first, last in state["stepped_over"]]
             seconds = dict(state["seconds"])
-            dataset = blended(self.loader.dataset, state.get("blend", []), self.weights, samples)
-            account = Account(step, state.get("read"), self.account.names)
+            dataset = blended(self.loader.dataset, state["blend"], self.weights, samples)
+            account = Account(step, state["read"], self.account.names)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder / 'state.json'}: cannot be read ({error}): remove the folder, and the run resumes at the "

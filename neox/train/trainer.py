@@ -18,11 +18,10 @@ import torch
 from neox.checkpoint import (
     Saver,
     complete_steps,
-    fill_state,
+    invalidate_after,
     is_due,
     load_initial,
-    load_newest,
-    set_aside_after,
+    load_latest,
     step_folder,
     step_number,
 )
@@ -301,11 +300,11 @@ class Trainer:
         loader, rewinds = progress.loader.step_over(first, left), progress.guard.rewinds
         with self.processes.first_alone():
             if not self.processes.rank:
-                set_aside_after(self.run, step_folder(self.run, to))
+                invalidate_after(self.run, step_folder(self.run, to), "superseded")
         self.sinks.close()
-        folder, state = load_newest(self.run, self.parts, self.optimizers, self.processes)
+        folder, state = load_latest(self.run, self.parts, self.optimizers, self.processes)
         if not self.processes.rank:
-            set_aside_after(self.run, folder)  # what turned out to be damaged
+            invalidate_after(self.run, folder, "damaged")
         progress.move(folder, state)
         # All that is kept of the way that led astray.
         progress.loader, progress.guard.rewinds = loader, [*rewinds, (left, self.step)]
@@ -389,17 +388,16 @@ class Trainer:
         self.prefetch = Prefetch(lambda step: self.batches(self.progress.loader, step), config.train.steps, self.device)
         self.parts, self.forward_backward = build(config, self.layout, self.tp_plan)
         self.optimizers = build_optimizers(self.parts, config.optim)
-        fill_state(self.optimizers)
         self.saver = Saver(self.run, config.checkpoint, processes)
         if not done:
             if config.train.init:
                 load_initial(config.train.init, self.parts, processes)
             return
-        folder, state = load_newest(self.run, self.parts, self.optimizers, processes)
+        folder, state = load_latest(self.run, self.parts, self.optimizers, processes)
         self.progress.move(folder, state)
         self.goodput.resume(state["seconds"])
         if not processes.rank:
-            set_aside_after(self.run, folder)
+            invalidate_after(self.run, folder, "damaged")
         self._write_config()  # with what was changed for this call, now that it is known to fit
 
     def _write_config(self) -> None:

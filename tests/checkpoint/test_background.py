@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from neox import cli
-from neox.checkpoint import Saver, complete_steps, is_sound, load_tensors
+from neox.checkpoint import Saver, complete_steps, is_valid, load_tensors
 from neox.checkpoint import writer as writer_module
 from neox.config import CheckpointConfig, Config, ModelConfig, load_config
 from neox.model.decoder import GPTNeoX
@@ -92,7 +92,7 @@ def test_what_is_changed_after_the_call_is_not_saved(tmp_path, model, gate):
             for name, parameter in model.named_parameters():
                 assert torch.equal(parameter, expected[name])
                 assert torch.equal(optimizers[0].state[parameter]["exp_avg"], moments[name])
-    assert all(is_sound(step) for step in complete_steps(tmp_path))
+    assert all(is_valid(step) for step in complete_steps(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_every_step_is_that_of_a_run_that_waits(each_step, tmp_path):
     assert_same_run(run, each_step, tmp_path)
     assert len(complete(run)) == 6
     for mine, theirs in zip(complete(run), complete(each_step), strict=True):
-        assert is_sound(mine)
+        assert is_valid(mine)
         assert_same_step(mine, theirs, tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_an_error_of_the_run_does_not_lose_what_was_saved_before_it(tmp_path, mo
     threading.Timer(0.1, gate.set).start()
     with pytest.raises(ValueError, match="elsewhere"):
         save_and_raise(tmp_path, model, ValueError("elsewhere"))
-    assert is_sound(complete_steps(tmp_path)[0])
+    assert is_valid(complete_steps(tmp_path)[0])
 
 
 def test_an_interrupt_does_not_wait(tmp_path, model, gate):
@@ -182,7 +182,7 @@ def test_a_signal_ends_the_run_with_its_last_save_done(each_step, tmp_path, numb
     assert status == 128 + number, err
     last = complete(run)[-1]
     assert f"saved at step {int(last.name[5:])} of" in out
-    assert is_sound(last)
+    assert is_valid(last)
     assert rows(run)[-1]["step"] == int(last.name[5:])
     assert not incomplete(run)
 
@@ -210,7 +210,7 @@ def test_a_failed_write_is_said_at_the_next_step(tmp_path, model, monkeypatch):
     background.poll()  # it is said once
     background.save([model], [], CONFIG, state(2))
     background.wait()
-    assert is_sound(complete_steps(tmp_path)[0])
+    assert is_valid(complete_steps(tmp_path)[0])
 
 
 @pytest.mark.parametrize(("call", "name", "words"), [case for case in FULL if "step_" in case[1]])
@@ -223,7 +223,7 @@ def test_a_full_disk_at_each_place(each_step, tmp_path, call, name, words):
     one_line(err, words)
     assert [path.name for path in complete(run)][3:] == ["step_00000004", "step_00000005"]
     assert not incomplete(run)
-    assert all(is_sound(path) for path in complete(run))
+    assert all(is_valid(path) for path in complete(run))
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_several_processes(tmp_path):
     now, later = (complete_steps(tmp_path / name) for name in RUNS)
     assert len(now) == len(later) == 3
     for mine, theirs in zip(later, now, strict=True):
-        assert is_sound(mine)
+        assert is_valid(mine)
         assert_same_step(mine, theirs, tmp_path)
 
 

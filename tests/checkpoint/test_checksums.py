@@ -11,7 +11,7 @@ import torch
 
 import neox
 from neox import cli
-from neox.checkpoint import CheckpointError, DamagedCheckpoint, complete_steps, is_sound, load_tensors, read_step
+from neox.checkpoint import CheckpointError, DamagedCheckpoint, complete_steps, is_valid, load_tensors, read_step
 from neox.checkpoint.checksums import Checksums
 from neox.config import load_config
 from neox.model.decoder import GPTNeoX
@@ -84,9 +84,9 @@ def test_every_flipped_byte_is_noticed(whole, tmp_path):
         assert str(caught.value).startswith(f"{path}: "), number
         assert "it is damaged: remove the folder" in str(caught.value)
         assert ("(in tensor " in str(caught.value)) == (path.suffix == ".distcp")
-        assert not is_sound(step)
+        assert not is_valid(step)
         path.write_bytes(good)
-    assert is_sound(step)
+    assert is_valid(step)
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {".metadata"}))  # without it, it is no checkpoint
@@ -128,7 +128,7 @@ def test_a_resumed_run_takes_the_one_before(run, whole, tmp_path, capsys, name):
     assert line.startswith(f"neox: warning: {run / 'step_00000004' / name}: ")
     assert line.endswith(": damaged, using the checkpoint before it")
     assert [path.name for path in complete_steps(run)] == ["step_00000004", "step_00000006"]
-    assert all(is_sound(path) for path in complete_steps(run))  # step 4 was written again
+    assert all(is_valid(path) for path in complete_steps(run))  # step 4 was written again
     assert_same_run(run, whole, tmp_path)
 
 

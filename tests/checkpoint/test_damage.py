@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import neox
 from neox.checkpoint import CheckpointError, families, save_step
-from neox.checkpoint.huggingface import save_huggingface
 from neox.config import Config, ModelConfig
 from neox.model.decoder import GPTNeoX
 from tests.checkpoint import released
+from tests.checkpoint.sealing import seal
 from tests.tiny import GPT_J, ours, rewrite_config, theirs, tokens
 
 SHARD = "model-00002-of-00005.safetensors"  # the first of three layers
@@ -82,12 +82,12 @@ def test_a_misshapen_tensor(model, change, shape):
 
 
 def test_misshapen_thirds_whose_rows_add_up(tmp_path):
-    save_huggingface(ours(**GPT_J), tmp_path / "model")
+    neox.save(ours(**GPT_J), tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     for which, rows in (("k", 16), ("q", 48)):
         tensors[f"transformer.h.0.attn.{which}_proj.weight"] = torch.ones(rows, 32)
     save_file(tensors, tmp_path / "model" / "model.safetensors")
-    assert "k_proj.weight has shape [16, 32], config.json says [32, 32]" in refused(tmp_path / "model")
+    assert "q_proj.weight has shape [48, 32], config.json says [32, 32]" in refused(tmp_path / "model")
 
 
 def test_a_missing_shard(model):
@@ -132,18 +132,11 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, error):
         assert "no such folder" in refused(no_id)
 
 
-def run_directory(folder, **state):
-    """A run with one complete step."""
+def run_directory(folder):
+    """A run with one complete step: its folder."""
     network = GPTNeoX(ModelConfig(vocab_size=97, hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
     config = Config(model=network.config)
-    return save_step(folder, [network.initialize()], [], config, {"step": 3, "samples": 48, **state})
-
-
-def unsealed_run(folder):
-    """The same as format 2 wrote it: without checksums, which would find any change first."""
-    step = run_directory(folder, format_version=2)
-    (step / "checksums.json").unlink()
-    return step
+    return save_step(folder, [network.initialize()], [], config, {"step": 3, "samples": 48})
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -265,13 +258,14 @@ def test_a_pickle_of_something_else_is_no_weight_file(model):
 
 @pytest.mark.parametrize("place", ["whole", "planner_data", "storage_data"])
 def test_a_runs_metadata_executes_nothing(tmp_path, place):
-    folder, sign = unsealed_run(tmp_path / "run"), tmp_path / "executed"
+    folder, sign = run_directory(tmp_path / "run"), tmp_path / "executed"
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     if place == "whole":
         metadata = Malice(sign)
     else:
         setattr(metadata, place, Malice(sign))
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    seal(folder)
     assert f"{folder / '.metadata'}: cannot be read" in refused(tmp_path / "run")
     assert not sign.exists()
     pickle.loads((folder / ".metadata").read_bytes())
@@ -280,13 +274,14 @@ def test_a_runs_metadata_executes_nothing(tmp_path, place):
 
 def test_a_runs_tensors_execute_nothing(tmp_path):
     """A .distcp file is unpickled too; its place and size are taken from the metadata."""
-    folder, sign = unsealed_run(tmp_path / "run"), tmp_path / "executed"
+    folder, sign = run_directory(tmp_path / "run"), tmp_path / "executed"
     (data,) = folder.glob("*.distcp")
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     torch.save(Malice(sign), data)
     for info in metadata.storage_data.values():
         info.offset, info.length = 0, data.stat().st_size
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    seal(folder)
     assert str(folder) in refused(tmp_path / "run")
     assert not sign.exists()
 
@@ -320,7 +315,7 @@ def test_a_run_directory_and_a_step_folder_load_as_the_model_that_was_trained(tm
 
 
 def test_a_step_of_another_model_is_refused(tmp_path):
-    folder = unsealed_run(tmp_path / "run")
+    folder = run_directory(tmp_path / "run")
     text = (folder / "config.toml").read_text()
     for old, new, complaint in (
         ("num_hidden_layers = 1", "num_hidden_layers = 2", "is missing"),
@@ -330,11 +325,13 @@ def test_a_step_of_another_model_is_refused(tmp_path):
     ):
         assert text.count(old) == 1
         (folder / "config.toml").write_text(text.replace(old, new))
+        seal(folder)
         assert complaint in refused(tmp_path / "run")
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    folder = unsealed_run(tmp_path / "run")
+    folder = run_directory(tmp_path / "run")
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format_version": 99}))
-    assert "format version 99" in refused(tmp_path / "run")
+    seal(folder)
+    assert "format version 99, this neox reads 1: upgrade neox" in refused(tmp_path / "run")

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import neox
 from neox.checkpoint import families
-from neox.checkpoint.huggingface import save_huggingface
 from neox.config import load_config
 from neox.config.presets import names
 from neox.tokenizer import Tokenizer
@@ -96,7 +95,7 @@ def test_what_we_write_transformers_reads(tmp_path, capfd, tokenizer, shard_byte
     from transformers import AutoTokenizer
 
     model = ours(vocab_size=384)
-    save_huggingface(model, tmp_path / "model", tokenizer, shard_bytes)
+    neox.save(model, tmp_path / "model", tokenizer, shard_bytes)
     assert (shard_bytes > 10**8) == (tmp_path / "model" / "model.safetensors").exists()
     assert relative(read_by_transformers(tmp_path / "model")(tokens()).logits, model(tokens())) <= 1e-5
     again, own = neox.load(tmp_path / "model")
@@ -144,7 +143,7 @@ def test_a_tokenizer_without_an_end_token_gains_no_id_in_transformers(tmp_path, 
 @torch.no_grad()
 def test_shards_keep_to_their_size_and_the_index_is_exact(tmp_path):
     model = ours(num_hidden_layers=5)
-    save_huggingface(model, tmp_path / "model", shard_bytes=30_000)
+    neox.save(model, tmp_path / "model", shard_bytes=30_000)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
     files = sorted(tmp_path.glob("model/model-*.safetensors"))
@@ -156,7 +155,7 @@ def test_shards_keep_to_their_size_and_the_index_is_exact(tmp_path):
 @torch.no_grad()
 def test_saving_again_replaces_our_own_checkpoint_whole(tmp_path, tokenizer):
     path = tmp_path / "model"
-    save_huggingface(ours(num_hidden_layers=5), path, tokenizer, shard_bytes=30_000)
+    neox.save(ours(num_hidden_layers=5), path, tokenizer, shard_bytes=30_000)
     small = ours(seed=3)
     neox.save(small, path)
     assert sorted(p.name for p in path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
@@ -275,7 +274,7 @@ MEASURE = """
 import sys, threading, time
 import torch, neox
 from pathlib import Path
-from neox.checkpoint import huggingface
+from neox.checkpoint import model_loader
 
 def anonymous():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
@@ -291,12 +290,12 @@ def watch():
         time.sleep(0.0005)
 watcher = threading.Thread(target=watch)
 watcher.start()
-real = huggingface._assign
+real = model_loader._assign
 def assign(*args):
     global peak
     peak = max(peak, anonymous())  # when a tensor has been read, and its parts are still held
-    real(*args)
-huggingface._assign = assign
+    return real(*args)
+model_loader._assign = assign
 model, _ = neox.load(folder, dtype=dtype)
 stop = True
 watcher.join()

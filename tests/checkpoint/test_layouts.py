@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 import neox
 from neox import cli
-from neox.checkpoint import CheckpointError, initial
+from neox.checkpoint import CheckpointError, huggingface, load_initial
 from neox.config import Config, load_config
 from neox.system.runtime import Processes
 from neox.train import Trainer
@@ -82,7 +82,7 @@ def test_the_matrix_of_saving_and_resuming(tmp_path, names):
 def weights(config: Config) -> tuple[dict[str, torch.Tensor], int, int]:
     """The whole weights that a run begins with; the elements that this rank read, and those that it holds."""
     read = 0
-    plain = initial._Weights._slice
+    plain = huggingface.HuggingFaceFolder._slice
 
     def counted(*arguments):
         nonlocal read
@@ -90,7 +90,7 @@ def weights(config: Config) -> tuple[dict[str, torch.Tensor], int, int]:
         read += found.numel()
         return found
 
-    initial._Weights._slice = counted
+    huggingface.HuggingFaceFolder._slice = counted
     found, held = {}, 0
 
     def look(trainer: Trainer, step: int) -> None:
@@ -105,7 +105,7 @@ def weights(config: Config) -> tuple[dict[str, torch.Tensor], int, int]:
     try:
         Trainer(config, hooks=(look,), quiet=True).fit()
     finally:
-        initial._Weights._slice = plain
+        huggingface.HuggingFaceFolder._slice = plain
     return found, read, held
 
 
@@ -195,4 +195,4 @@ def test_a_damaged_shard(tmp_path, tokenizer):
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=f"{shard.name}: cannot be read"):
-        initial.load_initial(str(folder), [model], Processes())
+        load_initial(str(folder), [model], Processes())

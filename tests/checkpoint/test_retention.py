@@ -1,12 +1,10 @@
 """Which steps are saved and which stay, against lists written by hand."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neox.checkpoint import complete_steps, expired, is_due, read_step
+from neox.checkpoint import complete_steps, expired, is_due
 from neox.config import CheckpointConfig, ConfigError, load_config
 from neox.train import Trainer
 from tests.train.helpers import TINY, token_pair
@@ -58,14 +56,3 @@ def test_keep_every_alone_says_nothing():
         ConfigError, match=r"checkpoint.keep_every: says which older ones stay where .*keep_last is set"
     ):
         load_config(overrides=["checkpoint.keep_every=4"])
-
-
-def test_a_checkpoint_of_format_version_1(tmp_path):
-    """It had neither updates nor a loss scaler nor the data's order: every step was an update. Nor checksums."""
-    options = (*TINY, f"data.train={token_pair(tmp_path / 'train')}", f"out={tmp_path / 'run'}", "checkpoint.every=2")
-    Trainer(load_config(overrides=(*options, "steps=4")), quiet=True).fit()
-    folder = complete_steps(tmp_path / "run")[-1]
-    (folder / "checksums.json").unlink()
-    (folder / "state.json").write_text(json.dumps({"format_version": 1, "step": 4, "samples": 16}))
-    assert read_step(folder)[1]["updates"] == 4
-    assert Trainer(load_config(overrides=(*options, "steps=6")), resume=True, quiet=True).fit().finished

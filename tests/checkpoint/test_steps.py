@@ -19,6 +19,7 @@ from neox.checkpoint import CheckpointError, complete_steps, load_tensors, read_
 from neox.config import load_config
 from neox.model.decoder import GPTNeoX
 from neox.train import build_optimizers
+from tests.checkpoint.sealing import seal
 from tests.train.helpers import (
     TINY,
     Forked,
@@ -60,19 +61,10 @@ def run(whole, tmp_path):
     return cut_back(whole, tmp_path / "run", 4)
 
 
-def unsealed(step: Path) -> Path:
-    """The checkpoint as format 2 left it, before there were checksums: what they hide shows."""
-    (step / "checksums.json").unlink(missing_ok=True)
-    state = json.loads((step / "state.json").read_text())
-    (step / "state.json").write_text(json.dumps(state | {"format_version": 2}))
-    return step
-
-
 @pytest.fixture
 def only(run):
-    """The run with step 4 alone, unsealed."""
+    """The run with step 4 alone."""
     shutil.rmtree(run / "step_00000002")
-    unsealed(run / "step_00000004")
     return run
 
 
@@ -143,12 +135,14 @@ def test_cut_tensors(only, capsys, keep):
     file = only / "step_00000004" / "__0_0.distcp"
     content = file.read_bytes()
     file.write_bytes(content[: int(keep * len(content))])
-    refused(capsys, only, "no checkpoint can be used, 1 damaged", "step_00000004: cannot be read", "begin the run anew")
+    refused(capsys, only, "no checkpoint can be used, 1 damaged", "has .* bytes, .* were written", "begin the run anew")
+    seal(only / "step_00000004")
+    refused(capsys, only, "step_00000004: cannot be read")
 
 
 def test_missing_tensor_file(only, capsys):
     (only / "step_00000004" / "__0_0.distcp").unlink()
-    refused(capsys, only, "step_00000004: cannot be read", "restore one from a copy")
+    refused(capsys, only, "__0_0.distcp: is missing", "restore one from a copy")
 
 
 class Runs:
@@ -173,7 +167,8 @@ def test_hostile_metadata_executes_nothing(only, capsys, tmp_path, where):
         metadata = pickle.loads((step / ".metadata").read_bytes())
         metadata.planner_data = hostile
         (step / ".metadata").write_bytes(pickle.dumps(hostile if where == "top" else metadata))
-    refused(capsys, only, "step_00000004.*cannot be read", "restore one from a copy")
+    seal(step)
+    refused(capsys, only, "step_00000004.*cannot be read")
     assert not planted.exists()
     os.system(f"touch {planted}")
     assert planted.exists(), "the trap itself works"
@@ -183,6 +178,7 @@ def test_metadata_that_describes_something_else(only, capsys):
     metadata = only / "step_00000004" / ".metadata"
     for content in (pickle.dumps({"a": 1}), pickle.dumps(None), b"", b"no pickle", b"\x80\x04."):
         metadata.write_bytes(content)
+        seal(metadata.parent)
         refused(capsys, only, "step_00000004/.metadata: cannot be read", "restore one from a copy")
 
 
@@ -192,12 +188,13 @@ def test_a_tensor_with_a_part_missing(only, capsys):
     metadata = pickle.loads(path.read_bytes())
     metadata.state_dict_metadata["model.embed_in.weight"].chunks.clear()
     path.write_bytes(pickle.dumps(metadata))
+    seal(path.parent)
     refused(capsys, only, "tensor model.embed_in.weight is not whole", "restore one from a copy")
 
 
 def test_flipped_bytes_of_metadata_are_refused_or_harmless(whole, tmp_path):
     """No flip of a byte lets through tensors that are not those that were saved, or an error that is not ours."""
-    step = unsealed(shutil.copytree(whole / "step_00000006", tmp_path / "step_00000006"))
+    step = Path(shutil.copytree(whole / "step_00000006", tmp_path / "step_00000006"))
     saved = {name: tensor for name, tensor in tensors(step, tmp_path).items() if name.startswith("model.")}
     good = (step / ".metadata").read_bytes()
     config, _ = read_step(step)
@@ -207,6 +204,7 @@ def test_flipped_bytes_of_metadata_are_refused_or_harmless(whole, tmp_path):
         damaged = bytearray(good)
         damaged[draw.randrange(len(good))] ^= draw.randrange(1, 256)
         (step / ".metadata").write_bytes(damaged)
+        seal(step)
         model = GPTNeoX(config.model)
         try:
             load_tensors(step, [model], build_optimizers([model], config.optim))
@@ -220,7 +218,7 @@ def test_flipped_bytes_of_metadata_are_refused_or_harmless(whole, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 9}, ("format version 9, this neox reads 1 to 4: upgrade neox",)),
+        ({"format_version": 9}, ("format version 9, this neox reads 1: upgrade neox",)),
         ({"step": "four"}, ("state.json: step or samples is no number",)),
         ({"samples": 17}, ("a step: a run keeps its train.global_batch_size",)),
     ],
@@ -228,12 +226,14 @@ def test_flipped_bytes_of_metadata_are_refused_or_harmless(whole, tmp_path):
 def test_state(only, capsys, change, words):
     file = only / "step_00000004" / "state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    seal(file.parent)
     refused(capsys, only, *words)
 
 
 def test_state_that_is_cut(only, capsys):
     file = only / "step_00000004" / "state.json"
     file.write_text(file.read_text()[:20])
+    seal(file.parent)
     refused(capsys, only, "state.json: not valid JSON")
 
 
@@ -242,6 +242,7 @@ def test_config_with_an_unknown_key_names_file_and_line(only, capsys):
         lines = file.read_text().splitlines()
         number = lines.index("[train]") + 1
         file.write_text("\n".join([*lines[:number], "stepz = 3", *lines[number:]]))
+        seal(only / "step_00000004")
         refused(capsys, only, f"{file}:{number + 1}", "did you mean train.steps?")
 
 
@@ -276,6 +277,8 @@ def test_optimizer_state_must_be_whole(only, capsys, tmp_path, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(stored, checkpoint_id=step, no_dist=True)
+    (step / "checksums.json").unlink()
+    seal(step)
     words = {"missing": f"{name} is missing", "misshapen": r"has shape \[3\]", "extra": "is not part of"}
     refused(capsys, only, "step_00000004: tensor optim", words.get(kind, "is missing"))
 

@@ -147,18 +147,3 @@ def test_a_change_of_weights_can_be_taken_back_at_its_step():
     assert phases(once, (1.0, 2.0), 9) == [*once, (9, (1.0, 2.0))]
     assert phases(once, (5.0, 2.0), 4) == once  # a rewind went back behind the change, which stays where it was
     assert phases([[0, [1, 2]]], (2.0, 2.0), 0) == [(0, (1.0, 2.0)), (0, (2.0, 2.0))]
-
-
-def test_samples_are_counted_where_no_checkpoint_told(tmp_path):
-    """State of an earlier neox: what was read is counted from the beginning."""
-    both = f'data.train=["{documents(tmp_path / "a")}","{documents(tmp_path / "b", seed=2)}"]'
-    fit(tmp_path, both, "steps=6", out="run")
-    cut_back(tmp_path / "run", tmp_path / "again", 3)
-    from neox.data import Loader, build_datasets
-    from neox.train.blend_history import Account
-
-    settings = config(tmp_path, both)
-    loader = Loader(build_datasets(settings.data, settings.data.train, [], settings.train.seed, 24).train, 4)
-    state = json.loads((tmp_path / "run" / "step_00000006" / "state.json").read_bytes())
-    assert Account(3, None).up_to(6, loader) == state["read"]
-    assert sum(state["read"]) == 24

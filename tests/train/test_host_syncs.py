@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from neox.checkpoint import fill_state
 from neox.config import load_config
 from neox.data import Batch
 from neox.model.decoder import GPTNeoX
@@ -45,7 +44,6 @@ def trainer_without_values(monkeypatch, *options: str) -> Trainer:
     trainer.device, trainer.layout = CPU, Layout(Processes(), CPU, None)
     trainer.parts, trainer.forward_backward = build(config, trainer.layout)
     trainer.optimizers = build_optimizers(trainer.parts, config.optim)
-    fill_state(trainer.optimizers)
     trainer.progress = Progress(config, None, "", Goodput())
     trainer.progress.step = trainer.progress.updates = 1
 

@@ -1,0 +1,60 @@
+"""A model out of a `WeightSource`: parameter by parameter, each layer transformed before the next one is read."""
+
+import torch
+
+from neox.checkpoint.weight_source import Transform, WeightSource
+from neox.model.decoder import GPTNeoX
+from neox.system.files import byte_progress
+from neox.system.machine import return_freed_memory
+from neox.system.runtime import resolve_device, resolve_dtype
+
+SHOWN = 10**9
+"""From this many parameters there is a progress bar."""
+
+
+def load_model(
+    weights: WeightSource,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    transform: Transform | None = None,
+) -> GPTNeoX:
+    """Load a model in evaluation mode; peak memory is the model plus one tensor.
+
+    With `transform` memory holds the transformed layers and one layer as it was stored. dtype None keeps the stored one
+    on an accelerator and takes float32 on a CPU, where 16-bit products are slow. Raises CheckpointError, and ValueError
+    for an unknown device or dtype.
+    """
+    target = resolve_device(device)
+    dtype = resolve_dtype(dtype or (torch.float32 if target.type == "cpu" else weights.dtype))
+    with torch.device("meta"):
+        model = GPTNeoX(weights.config)
+    total = sum(shape.numel() for shape in weights.shapes.values())
+    with byte_progress(total > SHOWN) as bar:
+        task = bar.add_task("loading weights", total=total * dtype.itemsize)
+        for name in weights.names():
+            # A copy, so that no parameter keeps a whole memory-mapped file alive.
+            value = weights.read(name).to(target, dtype, copy=weights.shares_memory)
+            bar.advance(task, value.nbytes)
+            module = _assign(model, name, value)
+            del value
+            if transform:
+                _transform_layer(model, module, transform)
+    model.tie()
+    return model.eval()
+
+
+def _assign(model: GPTNeoX, name: str, value: torch.Tensor) -> str:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value))
+    return module
+
+
+def _transform_layer(model: GPTNeoX, name: str, transform: Transform) -> None:
+    """Replace a complete linear layer or embedding by its transformed one; leave any other module alone."""
+    module = model.get_submodule(name)
+    tied = model.config.tie_word_embeddings and name in ("embed_in", "embed_out")
+    replaceable = isinstance(module, torch.nn.Linear | torch.nn.Embedding) and not tied
+    if replaceable and not any(parameter.is_meta for parameter in module.parameters()):
+        model.set_submodule(name, transform(name, module))
+        del module
+        return_freed_memory()

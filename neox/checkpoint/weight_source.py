@@ -1,0 +1,111 @@
+"""The weights of one model in any format: names, shapes, stored dtype, and slices that are read on demand.
+
+A format costs one module with a subclass of `WeightSource` and one line in `formats.FORMATS`. Loading, the start of a
+new run and export are written against this class alone. A format that is only written takes a `WeightSource` as
+`huggingface_writer` does.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neox.config import ModelConfig
+from neox.model.decoder import GPTNeoX
+from neox.tokenizer import Tokenizer
+
+Transform = Callable[[str, torch.nn.Module], torch.nn.Module]
+"""(name, nn.Linear or nn.Embedding) -> the module to use instead, or the layer itself. Called while weights are loaded,
+so that a layer can be packed before the next one is read. A tied head and embedding are left alone."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, the fault and the remedy."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path}: not valid JSON ({error}); it may be truncated, fetch or write it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+class WeightSource(ABC):
+    """Weights of one model under NeoX's parameter names, read slice by slice.
+
+    Opening one reads the model's config and the table of tensors, and checks that they belong together; weights are
+    read by `read` alone. Raises CheckpointError.
+    """
+
+    shares_memory = True
+    """`read` may return memory of the file or of another model: copy it before it is kept or changed."""
+
+    def __init__(self, config_file: Path, config: ModelConfig) -> None:
+        self.config_file, self.config = config_file, config  # the file is for messages
+        with torch.device("meta"):
+            self.shapes = {name: parameter.shape for name, parameter in GPTNeoX(config).named_parameters()}
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, folder: Path) -> bool:
+        """Tell from the names of its files that a folder is of this format."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Type that the weights are stored in."""
+
+    def names(self) -> Iterable[str]:
+        """Names of all parameters, in the order in which they are fastest to read."""
+        return self.shapes
+
+    @abstractmethod
+    def read(self, name: str, shape: Sequence[int] | None = None, offsets: Sequence[int] | None = None) -> Tensor:
+        """Return a parameter, or its slice of `shape` that begins at `offsets`, in the stored dtype on the CPU."""
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Tokenizer that is stored beside the weights, None where there is none."""
+        return None
+
+
+class ModelWeights(WeightSource):
+    """The weights of a model in memory: the source of `save`."""
+
+    def __init__(self, model: GPTNeoX, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(Path(), model.config)
+        self._parameters = dict(model.named_parameters())
+        self._tokenizer = tokenizer
+        if absent := [name for name in self.shapes if name not in self._parameters]:
+            raise ValueError(
+                f"{absent[0]} is not there as it was trained, but packed: save the model before quantizing it"
+            )
+
+    @classmethod
+    def matches(cls, folder: Path) -> bool:
+        return False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self._parameters.values())).dtype
+
+    def read(self, name: str, shape: Sequence[int] | None = None, offsets: Sequence[int] | None = None) -> Tensor:
+        return self._parameters[name].detach()[slices(self.shapes[name], shape, offsets)]
+
+    def tokenizer(self) -> Tokenizer | None:
+        return self._tokenizer
+
+
+def slices(whole: Sequence[int], shape: Sequence[int] | None, offsets: Sequence[int] | None) -> tuple[slice, ...]:
+    """Index of the part of a tensor of shape `whole` that `WeightSource.read` is asked for."""
+    shape, offsets = whole if shape is None else shape, offsets or [0] * len(whole)
+    return tuple(slice(begin, begin + size) for begin, size in zip(offsets, shape, strict=True))
