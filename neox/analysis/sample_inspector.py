@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from neox.checkpoint import complete_steps
-from neox.checkpoint.steps import read_step
+from neox.checkpoint import complete_steps, read_step
 from neox.config import Config, load_config
 from neox.corpus.for_training import named_files
 from neox.data import Datasets, Loader, build_datasets
