@@ -172,7 +172,15 @@ def flip(step: int, again: bool = False):
 def test_a_weight_that_turns_nan_sends_the_run_back(tmp_path):
     """Hooks come before the save: the checkpoint of step 10 has the NaN too, and the one before it is used."""
     poisoned(tmp_path / "train")
-    Trainer(settings(tmp_path, "run", "steps=20", "rewind_after=3"), hooks=(flip(10),), quiet=True).fit()
+    superseded = tmp_path / "run" / "step_00000010" / ".metadata.superseded"
+    seen = set()
+
+    def look(trainer, now):
+        if superseded.exists():
+            seen.add(now)
+
+    Trainer(settings(tmp_path, "run", "steps=20", "rewind_after=3"), hooks=(flip(10), look), quiet=True).fit()
+    assert seen == {6, 7, 8, 9, 10}, "a valid checkpoint that the rewind passed over, until it is written again"
     found = [row for row in rows(tmp_path / "run") if "rewound_from" in row]
     # Steps 11 to 13 are bad at first; from step 10 on again; so back to 5, and past all that was read.
     assert [(row["step"], row["rewound_from"]) for row in found] == [(6, 13)]
