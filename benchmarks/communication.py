@@ -27,7 +27,7 @@ from neox.data import Batch
 from neox.model.decoder import GPTNeoX
 from neox.parallel import build, layout
 from neox.planning.traffic import Traffic, TrafficCounter
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 
 B, T, C, L, V, MICROBATCHES = 2, 64, 64, 4, 256, 3
 SHAPE = (

@@ -42,7 +42,7 @@ def measure(job):
     """One variant on one shape: rates, bytes, and the card's own speed."""
     import torch
 
-    from neox.system.runtime import peak_memory
+    from neox.system.device import peak_memory
 
     device = torch.device(job["device"])
     read = read_speed(device)
@@ -78,7 +78,7 @@ def ours(job, device):
     from neox.generate.rate import bytes_read
     from neox.model.decoder import GPTNeoX
     from neox.quantization import torchao_weights
-    from neox.system.runtime import resolve_dtype
+    from neox.system.device import resolve_dtype
 
     kind, options = job["kind"], job["options"]
     fewer = kind in torchao_weights.KINDS
@@ -115,7 +115,7 @@ def peer(job, device):
     """The same of transformers."""
     import torch
 
-    from neox.system.runtime import resolve_dtype
+    from neox.system.device import resolve_dtype
 
     torch.set_default_dtype(resolve_dtype(job["kind"]))
     with torch.device(device):

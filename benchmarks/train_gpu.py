@@ -71,7 +71,7 @@ def ours(config, job, device):
     import torch
 
     from neox.parallel import Layout, build
-    from neox.system.runtime import Processes
+    from neox.system.processes import Processes
     from neox.train import build_optimizers, clip_gradients
 
     layout = Layout(Processes(), device, None)
@@ -187,7 +187,7 @@ def matmul_rate(device):
 
 def used(device):
     """Bytes at the peak that torch had from the card, reserved included; of a CPU the process's resident memory."""
-    from neox.system.runtime import peak_memory
+    from neox.system.device import peak_memory
 
     if device.type == "cuda":
         import torch

@@ -117,7 +117,7 @@ def test_a_planted_violation_is_caught(path, source):
         ("model/decoder.py", "import torch\nfrom neox.model.cache import KVCache"),
         (
             "parallel/mesh.py",
-            "import torch.distributed\nfrom neox.system.runtime import rank\nfrom .tp_plan import p",
+            "import torch.distributed\nfrom neox.system.processes import rank\nfrom .tp_plan import p",
         ),
         (
             "data/__init__.py",

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from neox.analysis.run_picture import COLOURS, GRID, INK, PAPER, SOFT
 from neox.config import Config, ModelConfig
 from neox.model.decoder import GPTNeoX
+from neox.system.device import resolve_device
 from neox.system.files import write_atomic
-from neox.system.runtime import resolve_device
 from neox.train import build_optimizers, clip_gradients
 
 if TYPE_CHECKING:

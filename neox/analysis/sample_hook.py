@@ -31,7 +31,7 @@ class SampleHook:
             return
         if self.tokenizer is None:
             self._begin(trainer)
-            if step and trainer.processes.largest(_is_sampled(trainer.run, step)):
+            if step and trainer.processes.all_reduce_max(_is_sampled(trainer.run, step)):
                 return  # a resumed run: its samples up to here are kept
         if step % self.every and step != self.last:
             return

@@ -9,7 +9,7 @@ from neox.checkpoint.formats import use_weights
 from neox.checkpoint.huggingface_writer import SHARD_BYTES, write_huggingface
 from neox.checkpoint.weight_source import ModelWeights, WeightSource
 from neox.model.decoder import GPTNeoX
-from neox.system.runtime import resolve_dtype
+from neox.system.device import resolve_dtype
 from neox.tokenizer import Tokenizer
 
 

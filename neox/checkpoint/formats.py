@@ -9,7 +9,7 @@ from neox.checkpoint.huggingface import HuggingFaceFolder
 from neox.checkpoint.step_weights import StepWeights
 from neox.checkpoint.steps import ALONE, all_ranks_or_raise, latest_valid
 from neox.checkpoint.weight_source import WeightSource
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 
 FORMATS: tuple[type[WeightSource], ...] = (
     HuggingFaceFolder,
@@ -26,7 +26,7 @@ def use_weights(
     A step is passed over where opening or using it raises DamagedCheckpoint, with a line on stderr if `warn`. All
     processes call this together; `use` makes no collective calls. Raises CheckpointError.
     """
-    with processes.first_alone():  # it may have to be fetched
+    with processes.rank_zero_first():  # it may have to be fetched
         folder = local_folder(source)
     for source_type in FORMATS:
         if source_type.matches(folder):

@@ -12,7 +12,7 @@ from neox.checkpoint.weight_source import CheckpointError, WeightSource
 from neox.config import ModelConfig
 from neox.config.spelling import spell
 from neox.model.decoder import GPTNeoX
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 
 # Options without influence on the computed function; sizes are compared by their resolved values.
 _FREE = {

@@ -4,9 +4,9 @@ import torch
 
 from neox.checkpoint.weight_source import Transform, WeightSource
 from neox.model.decoder import GPTNeoX
+from neox.system.device import resolve_device, resolve_dtype
 from neox.system.files import byte_progress
 from neox.system.machine import return_freed_memory
-from neox.system.runtime import resolve_device, resolve_dtype
 
 SHOWN = 10**9
 """From this many parameters there is a progress bar."""

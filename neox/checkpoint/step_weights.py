@@ -39,7 +39,7 @@ from neox.checkpoint.steps import (
 from neox.checkpoint.weight_source import CheckpointError, WeightSource
 from neox.config import ModelConfig
 from neox.model.decoder import GPTNeoX
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 from neox.tokenizer import Tokenizer
 
 

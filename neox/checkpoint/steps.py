@@ -24,7 +24,7 @@ from neox.checkpoint.checksums import Checksums, DamagedCheckpoint
 from neox.checkpoint.weight_source import CheckpointError, read_json
 from neox.config import Config, load_config
 from neox.model.decoder import GPTNeoX
-from neox.system.runtime import OtherProcessFailed, Processes
+from neox.system.processes import OtherProcessFailed, Processes
 from neox.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1

@@ -39,7 +39,7 @@ from neox.checkpoint.steps import (
 from neox.config import CheckpointConfig, Config
 from neox.model.decoder import GPTNeoX
 from neox.system.files import sync_folder, write_synced
-from neox.system.runtime import OtherProcessFailed, Processes
+from neox.system.processes import OtherProcessFailed, Processes
 
 # That one process saves without a process group is intended. (For good: catch_warnings is not safe beside threads.)
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -111,7 +111,7 @@ class Saver:
 
     def poll(self) -> None:
         """Look after the write in flight, without waiting for it."""
-        if self._flight and self.processes.sum(int(not self._flight.is_alive())) == self.processes.world:
+        if self._flight and self.processes.all_reduce_sum(int(not self._flight.is_alive())) == self.processes.world:
             self.wait()
 
     def wait(self) -> None:

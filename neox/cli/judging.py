@@ -99,7 +99,8 @@ def eval_(targets: list[str], options: list[str]) -> None:
     from neox.evaluation import evaluate
     from neox.evaluation.curves import checkpoints, coming, evaluate_steps
     from neox.evaluation.report import markdown
-    from neox.system.runtime import joined_processes, local_device
+    from neox.system.device import local_device
+    from neox.system.processes import joined_processes
 
     try:
         with joined_processes(own.get("device", "auto")) as processes:

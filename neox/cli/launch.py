@@ -20,7 +20,7 @@ def processes_here(config: Config) -> int:
     """
     import torch
 
-    from neox.system.runtime import resolve_device
+    from neox.system.device import resolve_device
 
     parallel = config.parallel
     named = parallel.pp * parallel.dp_replicate * max(1, parallel.dp_shard) * parallel.cp * parallel.tp

@@ -192,7 +192,7 @@ def train(targets: list[str], options: list[str]) -> int:
     from neox.analysis.sample_hook import SampleHook
     from neox.checkpoint import complete_steps, is_valid, step_number
     from neox.cli.launch import launch, processes_here
-    from neox.system.runtime import OtherProcessFailed, first_of_host, is_launched
+    from neox.system.processes import OtherProcessFailed, first_of_host, is_launched
     from neox.train import Trainer
     from neox.train.run_directory import refuse_existing
 

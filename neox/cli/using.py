@@ -111,7 +111,7 @@ def generate(targets: list[str], options: list[str]) -> int | None:
     from neox.generate.batch import refuse_existing
     from neox.generate.loading import shared_engine
     from neox.generate.prompts import read_prompts
-    from neox.system.runtime import is_first, is_launched
+    from neox.system.processes import is_first, is_launched
 
     # Loading may take minutes: what is wrong with the files is said before.
     sampling = Sampling.of(config)

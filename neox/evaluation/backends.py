@@ -13,7 +13,7 @@ from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import fingerprint
 from neox.generate import Engine
 from neox.generate.loading import load_engine
-from neox.system.runtime import resolve_device, resolve_dtype
+from neox.system.device import resolve_device, resolve_dtype
 
 # These say how a backend is asked, never what it answers; some are secret.
 MANNERS = ("auth_token", "batch_size", "header", "max_retries", "num_concurrent", "timeout")

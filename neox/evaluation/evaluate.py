@@ -18,7 +18,7 @@ from neox.evaluation.backends import load_model
 from neox.evaluation.sharing import shared
 from neox.evaluation.tasks import load_tasks
 from neox.generate import Engine
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 
 ANSWERS = "answers.jsonl"
 ALONE = Processes()

@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from neox.evaluation.answers import Ask, is_drawn, wrapped
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 
 EACH = 16  # what a request costs beside its text, in characters: a pass, a row of logits
 

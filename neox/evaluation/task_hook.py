@@ -45,7 +45,7 @@ class TaskHook:
         if step % self.config.eval.tasks_every and step != self.config.train.steps:
             return
         folder = trainer.run / "evals" / f"step_{step:08d}"
-        if not begun and step and trainer.processes.largest((folder / "results.json").exists()):
+        if not begun and step and trainer.processes.all_reduce_max((folder / "results.json").exists()):
             return  # a resumed run: its results up to here are kept
         with trainer.watch.paused():
             model = trainer.whole_model()
@@ -53,7 +53,7 @@ class TaskHook:
                 with _unnoticed(model):
                     trainer.sinks.write({"step": step, **self._scores(trainer, model, folder)})
                 write(folder.parent)
-            trainer.processes.largest(0)  # the others wait here: a pause of theirs ends with this one's
+            trainer.processes.all_reduce_max(0)  # the others wait here: a pause of theirs ends with this one's
 
     def _scores(self, trainer: Trainer, model: GPTNeoX, folder: Path) -> dict[str, float]:
         engine = Engine(model, Tokenizer.from_file(trainer.run / "tokenizer.json"))

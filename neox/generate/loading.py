@@ -19,7 +19,8 @@ from neox.quantization import torchao_weights
 from neox.quantization.kernels import FLOATS, Kind
 from neox.quantization.kinds import KINDS
 from neox.quantization.packed import lossless, packing, quantize
-from neox.system.runtime import DTYPES, OtherProcessFailed, Processes, joined_processes, local_device, resolve_device
+from neox.system.device import DTYPES, local_device, resolve_device
+from neox.system.processes import OtherProcessFailed, Processes, joined_processes
 from neox.tokenizer import Tokenizer
 
 WEIGHTS = ("auto", "torch", *KINDS, "float8")

@@ -12,7 +12,7 @@ from torch import Tensor
 from neox.config import Config
 from neox.model.decoder import GPTNeoX
 from neox.parallel.loss import LossHead
-from neox.system.runtime import resolve_dtype
+from neox.system.device import resolve_dtype
 
 
 class Forward:

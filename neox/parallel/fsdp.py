@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from neox.config import Config
 from neox.model.decoder import GPTNeoX
 from neox.parallel.mesh import Layout
-from neox.system.runtime import resolve_dtype
+from neox.system.device import resolve_dtype
 
 
 def shard(model: GPTNeoX, config: Config, layout: Layout) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from neox.model import IGNORED
 from neox.model.decoder import GPTNeoX
 from neox.parallel.collectives import gather
-from neox.system.runtime import readable
+from neox.system.device import readable
 
 
 class LossHead(torch.nn.Linear):

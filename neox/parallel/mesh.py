@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from neox.config import ParallelConfig
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Outermost first, as gpt-neox orders its ranks: what talks most, tensor parallelism, is among neighbours."""
@@ -52,7 +52,7 @@ class Layout:
 
     def sum_over_data(self, value: int) -> int:
         """The sum over the ranks that read different samples."""
-        return self.processes.sum(value) // (self.processes.world // self.dp_size)
+        return self.processes.all_reduce_sum(value) // (self.processes.world // self.dp_size)
 
 
 def layout(config: ParallelConfig, processes: Processes, device: torch.device) -> Layout:

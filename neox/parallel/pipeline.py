@@ -19,7 +19,7 @@ from neox.model.flops import forward_flops, parameters
 from neox.parallel.forward import Forward
 from neox.parallel.fsdp import reshard
 from neox.parallel.mesh import Layout
-from neox.system.runtime import resolve_dtype
+from neox.system.device import resolve_dtype
 
 SCHEDULES: dict[str, Any] = {
     "1f1b": pipelining.Schedule1F1B,

@@ -77,7 +77,7 @@ def dry_run_here(config: Config, rank: int) -> StepCost:
     import torch.distributed as dist
 
     from neox.parallel import layout
-    from neox.system.runtime import Processes
+    from neox.system.processes import Processes
 
     world = processes(config)
     if world > 1:

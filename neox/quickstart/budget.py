@@ -85,7 +85,7 @@ def measure_machine(seconds: float = 3.0) -> Machine:
     """Measure for about `seconds`."""
     import torch
 
-    from neox.system.runtime import matmul_flops
+    from neox.system.device import matmul_flops
 
     with torch.inference_mode():
         flops = matmul_flops(torch.device("cpu"), "fp32", seconds / 2)

@@ -179,7 +179,7 @@ def _instructions() -> Finding:
 def _threads() -> Finding:
     import torch
 
-    from neox.system.runtime import asked_threads
+    from neox.system.machine import asked_threads
 
     cores, threads, asked = machine.available_cores(), torch.get_num_threads(), asked_threads()
     text = f"{threads} on {cores} core{'s' * (cores != 1)}, OMP_NUM_THREADS {f'= {asked}' if asked else 'not set'}"
@@ -197,7 +197,7 @@ def _matmuls(device: str) -> Iterator[Check]:
 def _matmul(device: str, dtype: str, speeds: dict[str, float]) -> Finding:
     import torch
 
-    from neox.system.runtime import matmul_flops
+    from neox.system.device import matmul_flops
 
     with torch.inference_mode():
         speeds[dtype] = matmul_flops(torch.device(device), dtype, SECONDS)

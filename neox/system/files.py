@@ -21,6 +21,11 @@ from rich.progress import (
 )
 
 
+def cache_folder() -> Path:
+    """Folder for files that can be made again: ~/.cache/neox, or below XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neox"
+
+
 def sync_folder(folder: Path) -> None:
     """Make the renames done in `folder` survive a power cut (POSIX only; elsewhere the system orders them itself)."""
     if os.name != "posix":

@@ -34,6 +34,11 @@ BLOCK = 8 << 20  # bytes written between two fsyncs
 MOST_WRITTEN = 512 << 20  # bytes
 
 
+def asked_threads() -> str | None:
+    """Value of OMP_NUM_THREADS, the number of threads that torch uses on a CPU; None if unset."""
+    return os.environ.get("OMP_NUM_THREADS")
+
+
 def available_cores() -> int:
     """Cores that this process may use: its affinity, and no more than its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

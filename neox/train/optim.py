@@ -13,7 +13,7 @@ from neox.config import OptimConfig
 from neox.model.decoder import GPTNeoX
 from neox.model.mup import scaling
 from neox.parallel import Layout
-from neox.system.runtime import readable
+from neox.system.device import readable
 
 
 def build_optimizers(parts: Iterable[GPTNeoX], config: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -11,7 +11,7 @@ from typing import Any
 from neox.checkpoint import complete_steps, latest_valid, read_step
 from neox.config import Config, load_config
 from neox.system.files import read_rows
-from neox.system.runtime import Processes, launched
+from neox.system.processes import Processes, launched
 
 
 def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
@@ -51,7 +51,7 @@ def only_writer(run: Path, processes: Processes) -> Iterator[None]:
 
     handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with processes.first_alone():
+        with processes.rank_zero_first():
             if not processes.rank:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -32,8 +32,9 @@ from neox.data.prefetch import Prefetch
 from neox.model.decoder import GPTNeoX
 from neox.model.flops import recomputed_share
 from neox.parallel import Layout, Plan, build, layout, whole_model
+from neox.system.device import local_device, matmul_flops, peak_memory
 from neox.system.files import write_atomic
-from neox.system.runtime import OtherProcessFailed, Processes, joined_processes, local_device, matmul_flops, peak_memory
+from neox.system.processes import OtherProcessFailed, Processes, joined_processes
 from neox.train.batches import Batches
 from neox.train.blend_history import began_with
 from neox.train.goodput import Goodput
@@ -113,7 +114,7 @@ class Trainer:
             self.quiet = self.quiet or processes.rank > 0
             self.run.mkdir(parents=True, exist_ok=True)
             with only_writer(self.run, processes):
-                self.resume = bool(processes.largest(self.resume or begun_by_this_launch(self.run)))
+                self.resume = bool(processes.all_reduce_max(self.resume or begun_by_this_launch(self.run)))
                 # Looked at under the lock: a run that another process has just finished must not be begun again.
                 if not self.resume:
                     refuse_existing(self.run)
@@ -159,7 +160,7 @@ class Trainer:
         try:
             with self.goodput.spending("evaluating"):
                 # SIGTERM leaves out what was due after the last step; hooks see for themselves.
-                if self.processes.largest(self.step > 0 and not is_evaluated(self.run, self.step)):
+                if self.processes.all_reduce_max(self.step > 0 and not is_evaluated(self.run, self.step)):
                     self._evaluate()
                 self._call_hooks()
             if not self.step and is_due(config.checkpoint, 0):
@@ -217,7 +218,7 @@ class Trainer:
 
     def _ask(self, signals: StopSignals) -> None:
         """Whether any process has had a signal to stop; all of them ask together."""
-        self.stop_signal = self.processes.largest(max(self.stop_signal, signals.number))
+        self.stop_signal = self.processes.all_reduce_max(max(self.stop_signal, signals.number))
 
     def _look(self, signals: StopSignals) -> None:
         """What is done between two steps to see how the model does."""
@@ -281,7 +282,7 @@ class Trainer:
         mean, total = torch.stack((loss.float(), norm.float())).tolist()
         bad = progress.guard.judge(mean, total, scaled=progress.scaler is not None)
         # Rounding may differ from one process to the next, and they must all do the same.
-        if self.processes.largest(bad is not None):
+        if self.processes.all_reduce_max(bad is not None):
             bad = bad or "another process found the step bad"
         progress.guard.count(mean, total, bad is not None)
         return mean, total, bad
@@ -298,7 +299,7 @@ class Trainer:
                 raise OtherProcessFailed("no way back") from None  # rank 0 says so
             raise ValueError(f"{self.run}: {error}") from None
         loader, rewinds = progress.loader.step_over(first, left), progress.guard.rewinds
-        with self.processes.first_alone():
+        with self.processes.rank_zero_first():
             if not self.processes.rank:
                 invalidate_after(self.run, step_folder(self.run, to), "superseded")
         self.sinks.close()
@@ -363,14 +364,14 @@ class Trainer:
             data = config.data.model_copy(update={"num_samples": samples})
             self.config = config = config.model_copy(update={"data": data})
         # Tokenizing may take any time, for those who wait for it too.
-        with self.watch.paused(), processes.first_alone():
+        with self.watch.paused(), processes.rank_zero_first():
             if not self.resume and not processes.rank:
                 discard(config, self.run)
             if not done:  # before the text is tokenized, which may take long: from now on `resume=` continues
                 self._write_config()
             files = _token_files(config, self.run, self.quiet)
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
-        with self.watch.paused(), processes.first_alone():  # rank 0 writes a large order down, the others map it
+        with self.watch.paused(), processes.rank_zero_first():  # rank 0 writes a large order down, the others map it
             datasets = build_datasets(
                 config.data,
                 files.train,

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from neox.checkpoint import complete_steps
 from neox.config import TrainConfig
 from neox.system.files import write_atomic
-from neox.system.runtime import Processes, flight_record
+from neox.system.processes import Processes, flight_record
 
 STATUS_HUNG = 124  # as timeout(1) has it
 OTHERS = 5.0  # seconds that a process which hangs waits for what the others write of it

@@ -15,7 +15,7 @@ from neox.checkpoint import Saver, complete_steps, is_valid, load_tensors
 from neox.checkpoint import writer as writer_module
 from neox.config import CheckpointConfig, Config, ModelConfig, load_config
 from neox.model.decoder import GPTNeoX
-from neox.system.runtime import OtherProcessFailed, Processes
+from neox.system.processes import OtherProcessFailed, Processes
 from neox.train import Trainer, build_optimizers
 from tests.checkpoint.test_steps import FULL, fill
 from tests.parallel.helpers import together

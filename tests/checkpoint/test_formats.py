@@ -8,7 +8,7 @@ import torch
 import neox
 from neox.checkpoint import convert, formats, load_initial, weights_dtype
 from neox.checkpoint.weight_source import WeightSource, slices
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 from tests.tiny import GPT_J, ours
 
 

@@ -12,7 +12,7 @@ import neox
 from neox import cli
 from neox.checkpoint import CheckpointError, huggingface, load_initial
 from neox.config import Config, load_config
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 from neox.train import Trainer
 from tests.checkpoint import released
 from tests.parallel.helpers import together

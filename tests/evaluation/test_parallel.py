@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import neox
 from neox.evaluation import sharing
 from neox.evaluation.sharing import shares
-from neox.system.runtime import Processes, joined_processes
+from neox.system.processes import Processes, joined_processes
 from tests.evaluation.helpers import ALL, write_tasks
 from tests.parallel.helpers import together
 

@@ -197,7 +197,7 @@ def test_half_precision_stays_half_and_near(tmp_path):
     for dtype, unit in (("bf16", 2**-8), ("fp16", 2**-11)):
         model, _ = neox.load(tmp_path / "model", dtype=dtype)
         logits = model(tokens())
-        assert {p.dtype for p in model.parameters()} == {logits.dtype} == {neox.system.runtime.resolve_dtype(dtype)}
+        assert {p.dtype for p in model.parameters()} == {logits.dtype} == {neox.system.device.resolve_dtype(dtype)}
         assert 0 < relative(logits.float(), exact) < 16 * unit
 
 

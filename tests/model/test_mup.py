@@ -226,7 +226,7 @@ def test_what_it_makes_transformers_reads(tmp_path):
             assert relative(model(tokens()), read_by_transformers(tmp_path / family)(tokens()).logits) < 1e-5
         # A run goes on from it, with or without muP: it is no part of what the weights compute.
         part = GPTNeoX(wide(**flags))
-        initial.load_initial(str(tmp_path / family), [part], neox.system.runtime.Processes())
+        initial.load_initial(str(tmp_path / family), [part], neox.system.processes.Processes())
         assert all(torch.equal(a, b) for a, b in zip(part.parameters(), model.parameters(), strict=True))
 
 

@@ -15,7 +15,7 @@ from neox.data import Batch
 from neox.generate import Engine, Sampling
 from neox.model.decoder import Block
 from neox.parallel import Layout, build, compiles, layout
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 from neox.train import Trainer
 from tests.parallel.helpers import config
 from tests.train.helpers import TINY
@@ -65,7 +65,7 @@ def test_names_stay_as_they_are():
 PEAK = """
 import sys, torch
 torch.set_num_threads(1)
-from neox.system.runtime import peak_memory
+from neox.system.device import peak_memory
 from tests.parallel.test_blocks import CPU, gradients
 shape = ["hidden_size=256", "num_hidden_layers=8", "num_attention_heads=4", "model.max_position_embeddings=512"]
 gradients()

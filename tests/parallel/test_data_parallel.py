@@ -5,7 +5,7 @@ import torch
 
 from neox.checkpoint import complete_steps
 from neox.parallel import layout
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 from tests.parallel.helpers import compare, config, cut, fit, together
 from tests.train.helpers import rows, tensors, token_pair
 

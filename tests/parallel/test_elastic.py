@@ -236,7 +236,7 @@ def test_neox_train_starts_its_processes_and_starts_them_again(tmp_path):
     assert status == 0, err
     assert f"{run}: 40 steps done" in out
     assert "Traceback" not in err
-    assert re.search(r"neox: error: rank 0: another process of the run has gone, after step \d+ \(Connection", err)
+    assert re.search(r"neox: error: rank 0: another process of the run was lost, after step \d+ \(Connection", err)
     assert_same_run(run, tmp_path / "reference", tmp_path)
 
 

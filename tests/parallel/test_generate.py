@@ -13,7 +13,7 @@ import neox
 from neox.generate import Engine, Sampling, prompt_lookup
 from neox.generate.loading import shared_engine
 from neox.model.cache import BLOCK, KVPool
-from neox.system.runtime import OtherProcessFailed
+from neox.system.processes import OtherProcessFailed
 from tests.generate.conftest import random_model, small_tokenizer
 from tests.parallel.helpers import together
 from tests.tiny import GPT_J, GPT_NEO

@@ -11,7 +11,7 @@ from neox.config import Config, load_config
 from neox.model.flops import forward_flops, parameters
 from neox.parallel import Layout
 from neox.parallel.pipeline import check_pipeline, layers_of_stages, rank_of_stage, stages_of_rank
-from neox.system.runtime import OtherProcessFailed, Processes
+from neox.system.processes import OtherProcessFailed, Processes
 from neox.train import Trainer
 from tests.parallel.helpers import compare, config, cut, fit, together
 from tests.train.helpers import TINY, rows, tensors, token_pair

@@ -17,7 +17,7 @@ from neox.parallel import build, layout
 from neox.parallel.tensor import RowParallel
 from neox.parallel.tp_plan import plan
 from neox.planning.traffic import TrafficCounter
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 from neox.train import Trainer, cross_entropy
 from tests.parallel.helpers import compare, config, cut, fit, together
 from tests.train.helpers import TINY, complete, rows, tensors

@@ -14,7 +14,7 @@ from neox.config import load_config
 from neox.model.flops import parameters
 from neox.parallel import build, layout
 from neox.parallel.fsdp import shard
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 from tests.train.helpers import ROOT
 
 pytestmark = pytest.mark.slow

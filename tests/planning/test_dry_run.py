@@ -17,7 +17,7 @@ from neox.planning import formulas
 from neox.planning.dry_run import StepCost, dry_run, dry_run_here
 from neox.planning.layouts import microbatches, processes, rows
 from neox.planning.traffic import TrafficCounter
-from neox.system.runtime import joined_processes
+from neox.system.processes import joined_processes
 from neox.train import Trainer
 from tests.parallel.helpers import _forks, together
 from tests.train.helpers import ROOT, token_pair

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from neox import cli
+from neox.system import device, machine
 from neox.system import diagnosis as doctor
-from neox.system import machine, runtime
 from neox.system.diagnosis import SECTIONS, Check, Finding, examine
 
 BASE = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "tomli-w", "rich", "matplotlib")
@@ -23,7 +23,7 @@ BASE = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "tomli-w", "r
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements that take no time."""
-    monkeypatch.setattr(runtime, "matmul_flops", lambda device, dtype, seconds: 5e10)
+    monkeypatch.setattr(device, "matmul_flops", lambda device, dtype, seconds: 5e10)
     monkeypatch.setattr(machine, "read_speed", lambda seconds: 1.25e10)
     monkeypatch.setattr(machine, "write_speed", lambda folder, seconds: 2.5e8)
 
@@ -219,12 +219,12 @@ def test_run_from_source_without_an_installation(examined: Examine, monkeypatch:
 
 def test_slow_16_bit_products(examined: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"fp32": 8e10, "bf16": 2e8, "fp16": 1.6e11}
-    monkeypatch.setattr(runtime, "matmul_flops", lambda device, dtype, seconds: speeds[dtype])
+    monkeypatch.setattr(device, "matmul_flops", lambda device, dtype, seconds: speeds[dtype])
     status, lines, rest = examined({"Processor": SECTIONS["Processor"]})
     assert (status, lines["matmul bf16"]) == (0, "0.2 GFLOP/s")
     assert "matmul bf16: 400.0 times slower than fp32 here; keep to dtype=fp32 on cpu" in rest
     assert "matmul fp16:" not in rest
-    monkeypatch.setattr(runtime, "matmul_flops", lambda device, dtype, seconds: 7.9e14)
+    monkeypatch.setattr(device, "matmul_flops", lambda device, dtype, seconds: 7.9e14)
     assert examined({"Processor": SECTIONS["Processor"]})[1]["matmul fp16"] == "790 TFLOP/s"
 
 

@@ -15,7 +15,7 @@ from neox.config import load_config
 from neox.data import Batch
 from neox.model.decoder import GPTNeoX
 from neox.parallel import Layout, build
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 from neox.train import Trainer, build_optimizers
 from neox.train.goodput import Goodput
 from neox.train.metrics import Meter

@@ -9,7 +9,7 @@ from neox.cli import main
 from neox.config import load_config
 from neox.model.decoder import GPTNeoX
 from neox.parallel import Layout
-from neox.system.runtime import Processes
+from neox.system.processes import Processes
 from neox.train.memory import advice, out_of_memory_explained, remembered_allocations, state_bytes
 from tests.train.helpers import TINY, assert_same_run, one_line, token_pair
 

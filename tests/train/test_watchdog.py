@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from neox.config import TrainConfig
-from neox.system.runtime import Processes, agreed_attempt
+from neox.system.processes import Processes, agreed_attempt
 from neox.train.watchdog import Watch
 from tests.train.helpers import TINY, Forked, assert_same_run, complete, rows, token_pair, wait_for
 from tests.train.test_signals import slow_steps, stuck_after

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neox.quantization.kernels.layout import CANDIDATES, Packed
 from neox.quantization.kinds import KINDS
-from neox.system import machine, runtime
+from neox.system import files, machine
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("panels.c", "decoder.c", "panels.h", "vectors.h"))
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
@@ -65,7 +65,7 @@ def load(flags: tuple[str, ...], folder: Path | None = None) -> ctypes.CDLL:
         raise NoKernels("no C compiler was found (cc, gcc or clang)")
     identity = [*(source.read_text() for source in SOURCES), _run([compiler, "--version"]), *FLAGS, *flags]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
-    path = (folder or runtime.cache_folder()) / f"kernels-{name}.so"
+    path = (folder or files.cache_folder()) / f"kernels-{name}.so"
     if not _is_whole(path):
         _compile(compiler, flags, path)
     # torch has loaded an OpenMP runtime by now, and its symbols come first: its threads work here too.

@@ -1,9 +1,9 @@
-"""The ground a run stands on: how much time a measurement may take."""
+"""Devices: the time that a measurement of FLOP/s may take."""
 
 import pytest
 import torch
 
-from neox.system import runtime
+from neox.system import device
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ def test_measuring_a_product_takes_its_time_however_slow_it_is(
             now += 2 * self.n**3 / rate
             return torch.zeros(1, 1)
 
-    monkeypatch.setattr(runtime.torch, "randn", Matrix)
-    monkeypatch.setattr(runtime.time, "perf_counter", lambda: now)
-    assert runtime.matmul_flops.__wrapped__(torch.device("cpu"), "fp32", 0.5) == pytest.approx(rate)
+    monkeypatch.setattr(device.torch, "randn", Matrix)
+    monkeypatch.setattr(device.time, "perf_counter", lambda: now)
+    assert device.matmul_flops.__wrapped__(torch.device("cpu"), "fp32", 0.5) == pytest.approx(rate)
     assert sorted(set(seen)) == sizes
     assert now <= 0.5 * 1.3
