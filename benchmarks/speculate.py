@@ -65,7 +65,7 @@ def main(folder, width, steps, turns, tokens, prompts, limit):
                 rates[way].append(len(drawn[way]) / spent[way])
         for way, engine in engines.items():
             stats, rate = engine.stats, statistics.median(rates[way])
-            accepted = f"{stats.accepted / stats.guessed:.0%}" if stats.guessed else ""
+            accepted = f"{stats.accepted / stats.drafted:.0%}" if stats.drafted else ""
             print(
                 f"| {temperature} | {way} | {rate:.1f} | {rate / statistics.median(rates['none']):.2f} | {accepted} | "
                 f"{len(drawn[way]) / steps_taken[way]:.2f} | {'yes' if drawn[way] == drawn['none'] else 'no'} |",

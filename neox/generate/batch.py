@@ -26,8 +26,8 @@ def complete(
 ) -> Iterator[Record]:
     """`n` records a prompt, in order: index, sample, prompt, text, tokens, finish_reason, seed, logprobs if asked for.
 
-    `prompts` are (prompt, where it stands) as `read_prompts` gives them. Record k (from 0) draws with seed + k. Raises
-    ValueError naming the place of a prompt that leaves no room in the context, before anything is computed.
+    `prompts` are (prompt, where it stands) as `read_prompts` gives them. Record k (from 0) samples with seed + k.
+    Raises ValueError naming the place of a prompt that leaves no room in the context, before anything is computed.
     """
     return _records(engine, prompts, _encoded(engine, prompts), sampling, n, 0, progress)
 
@@ -57,18 +57,18 @@ def _records(
     context = engine.model.config.max_position_embeddings
     rooms = [min(sampling.max_tokens, context - len(encoded[k // n])) for k in numbers]
     waiting: dict[int, Record] = {}
-    following, drawn, started = 0, 0, time.monotonic()
+    following, sampled, started = 0, 0, time.monotonic()
     with _token_progress(progress) as bar:
         # In tokens, so that the time left is known before the first prompt is through.
         task = bar.add_task("", total=sum(rooms), done=skip, all=len(prompts) * n, rate=0.0)
         for event in engine.events([encoded[k // n] for k in numbers], samplings, stream=False):
             new = event.token is not None
-            drawn, advance = drawn + new, int(new)
+            sampled, advance = sampled + new, int(new)
             if event.done:
                 i = event.number
                 waiting[i] = _record(engine, numbers[i], n, prompts[numbers[i] // n][0], samplings[i], event.done)
                 advance += rooms[i] - len(event.done.tokens)
-            rate = drawn / max(time.monotonic() - started, 1e-9)
+            rate = sampled / max(time.monotonic() - started, 1e-9)
             bar.update(task, advance=advance, rate=rate, done=skip + following + len(waiting))
             while following in waiting:
                 yield waiting.pop(following)

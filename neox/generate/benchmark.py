@@ -36,7 +36,7 @@ def measure(source: str | Path, kinds: Sequence[str], prompt: int = 128, tokens:
         engine = load_engine(source, "cpu", weights=kind, slots=1)
         room = engine.model.config.max_position_embeddings
         length = max(1, min(prompt, room - tokens - 1))
-        ids = [number % engine.usable for number in range(1, length + 1)]
+        ids = [number % engine.num_real_tokens for number in range(1, length + 1)]
         sampling = Sampling(max_tokens=min(tokens, room - length), temperature=0, stop_at_eod=False)
         engine.generate(
             [ids[:1]], Sampling(max_tokens=2, temperature=0, stop_at_eod=False)

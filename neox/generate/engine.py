@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neox.generate.prefix import PrefixTree, Stats
-from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, record, token_logprob
+from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, check_tokens, token_logprob
 from neox.generate.sampling import NOT_FINITE, Sampler, Sampling
 from neox.generate.scheduler import Scheduler
 from neox.generate.static_decode import StaticDecoder
@@ -24,7 +24,7 @@ from neox.system import machine
 from neox.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-Guess = Callable[[Sequence[list[int]], int], list[list[int]]]  # from sequences, at most so many tokens after each
+Drafter = Callable[[Sequence[list[int]], int], list[list[int]]]  # (sequences, limit) -> draft tokens after each
 
 
 class Engine:
@@ -38,11 +38,11 @@ class Engine:
     bit-identical whatever its batch, the cache's contents and the chunks of its prompt (design D16). With torch's own
     layers, and on other devices, they agree up to rounding.
 
-    `guess` proposes up to `guess_tokens` draft tokens after a sequence (`speculate.py`); a step verifies them along
-    with the last token. The output is that without drafts, several tokens a step where they are right: see `stats`.
+    Speculative decoding: `drafter` proposes up to `draft_tokens` tokens after a sequence (`speculate.py`), and a step
+    verifies them along with the last token. The output is that without drafts; `stats` counts what was accepted.
 
     With `static`, steps in which all requests decode, and are sampled from on the device, are passes of fixed shape
-    (`static_decode.py`), and events come a step late. Default: on CUDA, without `guess`.
+    (`static_decode.py`), and events come a step late. Default: on CUDA, without `drafter`.
     """
 
     def __init__(
@@ -52,17 +52,19 @@ class Engine:
         slots: int = 8,
         cache_bytes: int | None = None,
         budget: int = 256,
-        guess: Guess | None = None,
-        guess_tokens: int = 7,
+        drafter: Drafter | None = None,
+        draft_tokens: int = 7,
         static: bool | None = None,
     ) -> None:
-        self.guess, self.guess_tokens = guess, guess_tokens
+        self.drafter, self.draft_tokens = drafter, draft_tokens
         self.model, self.tokenizer, self.slots = model.eval(), tokenizer, slots
         config, self.weight = model.config, next(model.parameters())
         one = KVPool.block_bytes(config, self.weight.dtype, model.heads)
         if cache_bytes is None:
             full = slots * -(-config.max_position_embeddings // BLOCK)
-            cache_bytes = min(full * one, self._memory() // 2)
+            on_cuda = self.weight.device.type == "cuda"
+            free = torch.cuda.mem_get_info(self.weight.device)[0] if on_cuda else machine.available_ram()
+            cache_bytes = min(full * one, free // 2)
         blocks = cache_bytes // one
         if blocks < 1:
             raise ValueError(f"{BLOCK} positions of cache take {one:,} bytes: raise cache_bytes")
@@ -72,33 +74,33 @@ class Engine:
         self._scheduler = Scheduler(self._pool, PrefixTree(blocks), slots, budget)
         self._requests: dict[int, Generation] = {}
         self._submitted = 0
-        self._static: StaticDecoder | None = None
         self._events: list[Event] = []  # not handed out yet
         self.eod = tokenizer.eod_id if tokenizer else None
-        self.usable = min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size
-        if (self.weight.device.type == "cuda" if static is None else static) and guess is None:
-            self._static = StaticDecoder(model, self._pool, slots, self.usable, self._window)
+        self.num_real_tokens = min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size
+        fixed = (self.weight.device.type == "cuda" if static is None else static) and drafter is None
+        self._static = StaticDecoder(model, self._pool, slots, self.num_real_tokens, self._window) if fixed else None
 
     @property
     def stats(self) -> Stats:
-        """What the cache saved and what it had to give up, since the engine was made."""
+        """Counters of the prefix cache and of speculative decoding."""
         return self._scheduler.tree.stats
 
     @property
     def busy(self) -> bool:
-        """Whether a step has anything to do."""
+        """True while a step has anything to do."""
         return bool(self._scheduler.waiting or self._scheduler.running or self._events)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
     ) -> list[Completion]:
         """Continue each prompt (text, or token ids); arguments and errors as in `events`."""
-        many: Sequence[Prompt] = [prompts] if _is_one(prompts) else prompts  # type: ignore[assignment,list-item]
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[assignment,list-item]
         done = {event.number: event.done for event in self.events(many, sampling, stream=False) if event.done}
         return [done[number] for number in range(len(many))]
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-        """The text of one completion as it is made, in whole characters; needs a byte-level tokenizer."""
+        """Stream the text of one completion in whole characters; needs a byte-level tokenizer."""
         if self.tokenizer is None:
             raise ValueError("streaming text needs a tokenizer: this model was loaded without one")
         return (event.text for event in self.events([prompt], sampling) if event.text)
@@ -106,10 +108,10 @@ class Engine:
     def events(
         self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, stream: bool = True
     ) -> Iterator[Event]:
-        """Every step of every sequence, as it happens; what is not waited for to its end is cancelled.
+        """Iterate over the steps of all sequences as they happen; closing the iterator cancels the rest.
 
-        One `sampling` is for all prompts, and the i-th draws with seed + i; a list has one for each. Without `stream`
-        the events carry no text (their completions do), which any tokenizer can be decoded with.
+        One `sampling` is for all prompts, the i-th sampling with seed + i; a list has one for each. Without `stream`
+        the events carry no text (their completions do), and any tokenizer will do.
         Raises ValueError, before anything is computed, for a prompt that leaves no room in the context or the cache.
         """
         if isinstance(sampling, Sampling) or sampling is None:
@@ -119,69 +121,69 @@ class Engine:
         return self._run({request.number: number for number, request in enumerate(requests)}, requests)
 
     def submit(self, prompt: Prompt, sampling: Sampling | None = None, stream: bool = True) -> int:
-        """Queue a prompt; returns the number that its events will have. Errors as in `events`."""
+        """Queue a prompt; returns the number of its events. Errors as in `events`."""
         request = self._generation(prompt, sampling or Sampling(), stream)
         self._start(request)
         return request.number
 
     def cancel(self, number: int) -> None:
-        """Forget a request, wherever it stands; it has no more events. Nothing happens if it has ended."""
+        """Remove a request, waiting or running; it has no more events. Nothing happens if it has ended."""
         if request := self._requests.pop(number, None):
             self._scheduler.remove(request)
         self._events = [event for event in self._events if event.number != number]
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One forward pass, and what came of it."""
+        """Run one forward pass; returns its events."""
         try:
-            if not self._decode():
-                self._guess()
-                if plan := self._scheduler.plan():
-                    self._advance(plan)
+            if not self._static_step():
+                self._draft()
+                if batch := self._scheduler.next_batch():
+                    self._run_batch(batch)
         except BaseException:
-            # Wherever it came from, the cache may be half written: what runs is computed anew.
+            # The cache may be half written: all running requests are computed anew.
             self._scheduler.reset()
             if self._static:
-                self._static.drop()
+                self._static.reset()
             raise
         events, self._events = self._events, []
         return events
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-        """How likely each (context, continuation) is, in their order; what contexts have in common is computed once.
+        """Score each (context, continuation), in their order; common prefixes are computed once.
 
-        Log-probabilities are float32 over the full padded vocabulary; the head runs at the continuation's places only.
+        Log-probabilities are float32 over the full padded vocabulary; the head runs at the continuation only.
         Raises ValueError, before anything is computed, for an empty context or continuation, for both together if
         longer than the context and one, and for ids that the model does not have.
         """
         scorings: dict[tuple[int, tuple[int, ...]], Scoring] = {}
-        places = []  # of each request: what scores it, and the number of its last token there
+        members = []  # for each request: its scoring, and the number of its last token there
         for number, (context, continuation) in enumerate(requests):
             try:
                 scoring = self._scoring(list(context), list(continuation))
             except ValueError as error:
                 raise ValueError(f"request {number}: {error}") from None
-            # Answers of one token after the same question, as of multiple choice, are one computation.
-            same = scorings.setdefault((scoring.wanted, tuple(scoring.tokens)), scoring)
+            # Requests that differ in their last token only, as in multiple choice, are one computation.
+            same = scorings.setdefault((scoring.logits_from, tuple(scoring.tokens)), scoring)
             if same is not scoring:
-                same.lasts += scoring.lasts
-            places.append((same, len(same.lasts) - 1))
-        # Neighbours in the alphabet of tokens share the most, while it is still in the cache.
+                same.last_tokens += scoring.last_tokens
+            members.append((same, len(same.last_tokens) - 1))
+        # Sorted by tokens, so that requests with a common prefix follow each other while it is in the cache.
         order = sorted(scorings.values(), key=lambda scoring: scoring.tokens)
         try:
             for scoring in order:
                 self._scheduler.add(scoring)
             for scoring in order:
-                while not scoring.ends:
+                while not scoring.results:
                     self._events = self.step()
         except BaseException:
             for scoring in order:
                 self._scheduler.remove(scoring)
             raise
-        return [scoring.score(number) for scoring, number in places]
+        return [scoring.score(number) for scoring, number in members]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The tokens that a prompt begins with: an empty one is the start of a document.
+        """Token ids of a prompt; an empty one becomes the end-of-document token.
 
         Raises ValueError for a prompt that leaves no room in the context, and for ids that the model does not have.
         """
@@ -196,22 +198,12 @@ class Engine:
         context = self.model.config.max_position_embeddings
         if len(tokens) >= context:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the context {context}: shorten the prompt")
-        self._check(tokens, "the prompt")
+        check_tokens(tokens, self.model.config.vocab_size, "the prompt")
         return tokens
-
-    def _check(self, tokens: list[int], what: str) -> None:
-        vocab = self.model.config.vocab_size
-        if wrong := [token for token in tokens if not 0 <= token < vocab]:
-            raise ValueError(f"{what} holds token {wrong[0]}, the model has {vocab} rows: another tokenizer's ids?")
 
     def _new_pool(self, blocks: int) -> KVPool:
         """Allocate the key-value cache; `ShardedEngine` shares it with other processes."""
         return KVPool(self.model.config, blocks, self.weight.device, self.weight.dtype, self.model.heads)
-
-    def _memory(self) -> int:
-        if self.weight.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.weight.device)[0]
-        return machine.available_ram()
 
     def _generation(self, prompt: Prompt, sampling: Sampling, stream: bool) -> Generation:
         if sampling.stop and self.tokenizer is None:
@@ -219,10 +211,9 @@ class Engine:
         tokens = self.encode(prompt)
         limit = min(len(tokens) + sampling.max_tokens, self.model.config.max_position_embeddings)
         before = self.tokenizer.decode(tokens) if self.tokenizer and sampling.echo else ""
-        text = None
-        if self.tokenizer and (stream or sampling.stop):
-            text = TextStream(self.tokenizer, sampling.stop, before)
-        sampler = Sampler(sampling, self.usable, tokens, self.tokenizer)
+        streams = self.tokenizer and (stream or sampling.stop)
+        text = TextStream(self.tokenizer, sampling.stop, before) if self.tokenizer and streams else None
+        sampler = Sampler(sampling, self.num_real_tokens, tokens, self.tokenizer)
         request = Generation(self._submitted, tokens, limit, sampler, text, before)
         self._scheduler.check(request)
         self._submitted += 1
@@ -234,7 +225,7 @@ class Engine:
             raise ValueError("a context and a continuation have at least one token each")
         if (length := len(context) + len(continuation)) > limit:
             raise ValueError(f"{length} tokens, at most {limit} can be scored: cut the context's beginning off")
-        self._check(context + continuation, "it")
+        check_tokens(context + continuation, self.model.config.vocab_size, "it")
         request = Scoring(context, continuation)
         self._scheduler.check(request)
         return request
@@ -258,68 +249,70 @@ class Engine:
             for number in numbers:
                 self.cancel(number)
 
-    def _decode(self) -> bool:
-        """A pass of fixed shape, where all that runs can take it; what the one before drew is accepted. False where an
-        ordinary step comes next: nothing is under way then."""
+    def _static_step(self) -> bool:
+        """Submit a pass of fixed shape where all requests can take it, and accept the tokens of the pass before.
+
+        False where an ordinary step comes next: no pass is in flight then.
+        """
         static, scheduler = self._static, self._scheduler
         if static is None:
             return False
         running = [request for request in scheduler.running if isinstance(request, Generation)]
-        static.keep(running)
-        going = [request for request in running if len(request.tokens) + static.ahead(request) < request.limit]
-        able = len(running) == len(scheduler.running) and not scheduler.admits and static.takes(running)
-        able = able and all(scheduler.reserve(request, 1 + static.ahead(request)) for request in going)
+        static.retain(running)
+        going = [request for request in running if len(request.tokens) + static.num_in_flight(request) < request.limit]
+        able = len(running) == len(scheduler.running) and not scheduler.can_admit and static.can_run(running)
+        able = able and all(scheduler.reserve(request, 1 + static.num_in_flight(request)) for request in going)
         if able and going:
-            static.launch(going)
-        while len(static.flying) > int(able and bool(going)):
-            for request, token in static.land():
+            static.submit(going)
+        while len(static.in_flight) > int(able and bool(going)):
+            for request, token in static.collect():
                 if request.number in self._requests:
-                    self._accept_drawn(request, token, static)
+                    self._accept_sampled(request, token, static)
         if not able:
             for request in running:
-                static.hand_back(request, request.computed)
+                static.write_back(request, request.computed)
         return able
 
-    def _accept_drawn(self, request: Generation, token: int, static: StaticDecoder) -> None:
-        """The device drew `token` after computing a request's last one."""
+    def _accept_sampled(self, request: Generation, token: int, static: StaticDecoder) -> None:
+        """Accept a token that the device sampled."""
         if (request.computed + 1) % BLOCK == 0:
-            static.hand_back(request, request.computed + 1)  # the tree gets the block
+            static.write_back(request, request.computed + 1)  # the prefix cache gets the block
         self._scheduler.advance(request, 1)
-        request.wanted += 1
+        request.logits_from += 1
         if token < 0:
             self.cancel(request.number)
             raise ValueError(NOT_FINITE)
-        self._go_on(request, token)
+        self._append(request, token)
 
-    def _advance(self, plan: list[tuple[Request, int]]) -> None:
-        """Compute what is planned, and draw or record where logits are wanted."""
-        hidden = self._forward(plan)
-        first, places = 0, []
-        for request, count in plan:
-            skipped = max(0, request.wanted - request.computed)
-            places.append(list(range(first + skipped, first + count)))
+    def _run_batch(self, batch: list[tuple[Request, int]]) -> None:
+        """Compute a batch, then sample from its logits or record log-probabilities."""
+        hidden = self._forward(batch)
+        rows: list[int] = []  # of hidden states whose logits are needed
+        logit_rows, first = [], 0  # of each request
+        for request, count in batch:
+            needed = range(first + max(0, request.logits_from - request.computed), first + count)
+            logit_rows.append(range(len(rows), len(rows) + len(needed)))
+            rows += needed
             first += count
-        rows = [place for own in places for place in own]
         logits = hidden.new_empty(0, self.model.config.vocab_size)
         if rows:
             logits = self._logits(hidden if len(rows) == len(hidden) else hidden[rows])
-        scored, first = [], 0
-        for (request, count), own in zip(plan, places, strict=True):
+        scored = []
+        for (request, count), own in zip(batch, logit_rows, strict=True):
             self._scheduler.advance(request, count - len(request.draft))
             if isinstance(request, Scoring):
-                scored.append((request, range(first, first + len(own))))
+                scored.append((request, own))
             elif isinstance(request, Generation):
-                self._accept(request, logits[first : first + len(own)])
-            first += len(own)
-        record(scored, logits)
+                self._accept(request, logits[own.start : own.stop])
+        Scoring.record(scored, logits)
         for one, _ in scored:
-            if one.ends:
+            if one.results:
                 self._scheduler.remove(one)
 
-    def _forward(self, plan: list[tuple[Request, int]]) -> Tensor:
-        """The final hidden states [N, C] of the planned tokens of each request, one after the other."""
-        spans = [Span(request.table, request.computed, count) for request, count in plan]
-        tokens = [t for request, count in plan for t in (request.tokens[request.computed :] + request.draft)[:count]]
+    def _forward(self, batch: list[tuple[Request, int]]) -> Tensor:
+        """The final hidden states [N, C] of a batch's tokens, request by request."""
+        spans = [Span(request.table, request.computed, count) for request, count in batch]
+        tokens = [t for request, count in batch for t in (request.tokens[request.computed :] + request.draft)[:count]]
         return self._decoder(tokens, spans, self._pool) if self._decoder else self._hidden(tokens, spans)
 
     def _hidden(self, tokens: list[int], spans: list[Span]) -> Tensor:
@@ -334,69 +327,69 @@ class Engine:
         logits: Tensor = self._decoder.logits(hidden) if self._decoder else self.model.embed_out(hidden)
         return logits
 
-    def _guess(self) -> None:
-        """Give those that decode, and have room for it, a draft to verify."""
-        if self.guess is None:
+    def _draft(self) -> None:
+        """Give each decoding request with room for it a draft to verify."""
+        if self.drafter is None:
             return
         running = [one for one in self._scheduler.running if isinstance(one, Generation) and one.pending == 1]
-        rooms = [min(self.guess_tokens, one.limit - 1 - len(one.tokens)) for one in running]
+        rooms = [min(self.draft_tokens, one.limit - 1 - len(one.tokens)) for one in running]
         able = [(one, room) for one, room in zip(running, rooms, strict=True) if room > 0]
         if able:
-            drafts = self.guess([one.tokens for one, _ in able], max(room for _, room in able))
+            drafts = self.drafter([one.tokens for one, _ in able], max(room for _, room in able))
             for (one, room), draft in zip(able, drafts, strict=True):
-                known = itertools.takewhile(lambda token: token < self.usable, draft[:room])
+                known = itertools.takewhile(lambda token: token < self.num_real_tokens, draft[:room])
                 one.draft = list(known)
 
     def _accept(self, request: Generation, logits: Tensor) -> None:
-        """Record the prompt's log-probabilities, and draw after its last token and after each guess that was drawn.
+        """Record the prompt's log-probabilities; sample after its last token and after each accepted draft token.
 
-        Logits [R, V] are those from `wanted` on.
+        Logits [R, V] are those from position `logits_from` on.
         """
         draft, request.draft = request.draft, []
         accepted = 0
         for own in logits:
-            request.wanted += 1
-            if request.wanted < len(request.tokens):
+            request.logits_from += 1
+            if request.logits_from < len(request.tokens):
                 asked = request.sampler.sampling.prompt_alternatives or 0
-                token = request.tokens[request.wanted]
-                request.prompt_logprobs.append(token_logprob(token, own, asked, self.usable))
+                token = request.tokens[request.logits_from]
+                request.prompt_logprobs.append(token_logprob(token, own, asked, self.num_real_tokens))
                 continue
-            token = self._draw(request, own)
+            token = self._sample(request, own)
             if request.number not in self._requests or draft[accepted : accepted + 1] != [token]:
                 break
             accepted += 1
-        self.stats.guessed += len(draft)
+        self.stats.drafted += len(draft)
         self.stats.accepted += accepted
         if accepted and request.number in self._requests:
             self._scheduler.advance(request, accepted)
 
-    def _draw(self, request: Generation, logits: Tensor) -> int:
-        """Draw the next token of a request from logits [V]; returns it."""
+    def _sample(self, request: Generation, logits: Tensor) -> int:
+        """Sample the next token of a request from logits [V]; returns it."""
         try:
             token = request.sampler(logits)
         except ValueError:
             self.cancel(request.number)  # the others go on
             raise
-        self._go_on(request, token, logits)
+        self._append(request, token, logits)
         return token
 
-    def _go_on(self, request: Generation, token: int, logits: Tensor | None = None) -> None:
-        """A request goes on with `token`, or ends with it."""
+    def _append(self, request: Generation, token: int, logits: Tensor | None = None) -> None:
+        """Append `token` to a request, or finish it."""
         sampling = request.sampler.sampling
-        if reason := sampling.ends(token, self.eod):
-            self._end(request, reason, None, "")
+        if reason := sampling.finish_reason(token, self.eod):
+            self._finish(request, reason, None, "")
             return
         request.tokens.append(token)
         if logits is not None and sampling.logprobs is not None:
-            request.logprobs.append(token_logprob(token, logits, sampling.logprobs, self.usable))
+            request.logprobs.append(token_logprob(token, logits, sampling.logprobs, self.num_real_tokens))
         text = request.text.push(token) if request.text else ""
         if (request.text and request.text.stopped) or len(request.tokens) >= request.limit:
-            self._end(request, "length", token, text)
+            self._finish(request, "length", token, text)
         else:
             request.shown.append(text)
             self._events.append(Event(request.number, token, text, None))
 
-    def _end(self, request: Generation, reason: str, token: int | None, text: str) -> None:
+    def _finish(self, request: Generation, reason: str, token: int | None, text: str) -> None:
         del self._requests[request.number]
         self._scheduler.remove(request)
         if request.text:
@@ -404,7 +397,3 @@ class Engine:
             request.shown.append(text)
         done = request.completion(reason, self.tokenizer)
         self._events.append(Event(request.number, token, text, done))
-
-
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))

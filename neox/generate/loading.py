@@ -1,4 +1,4 @@
-"""A model from anywhere in an engine: on which device, on how many, and in how many bits its weights are held."""
+"""Loading a model into an engine: device, tensor parallelism, and the kind of its weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 
 from neox.checkpoint import load, weights_dtype
 from neox.config import Config, DataConfig, ParallelConfig
-from neox.generate.engine import Engine, Guess
+from neox.generate.engine import Drafter, Engine
 from neox.generate.sharded import ShardedEngine, worker_loop
 from neox.generate.speculate import DraftModel, prompt_lookup
 from neox.model.decoder import GPTNeoX
@@ -41,21 +41,23 @@ def load_engine(
     weights: on a CPU, `auto` holds them in the type they are stored in, which loses nothing, where there are compiled
     kernels for it; elsewhere, and where a `dtype` is asked for, it leaves them to torch. float8 is for CUDA; the types
     of 16 and 32 bits are a `dtype` there. Packed weights are made layer by layer, while the next ones are still on the
-    disk. speculate: `prompt` guesses from the text so far; `draft` is the source of a smaller model that guesses.
-    Raises ValueError for a word that is none of these.
+    disk. speculate: `prompt` takes draft tokens from the text so far; `draft` is the source of a smaller draft model.
+    Raises ValueError for any other word.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights}: must be one of {', '.join(WEIGHTS)}")
-    guess = _guess(speculate)
+    drafter = _drafter(speculate)
     if draft and speculate != "none":
         raise ValueError("give speculate= or draft=, not both")
     model, tokenizer = _load(source, resolve_device(device), dtype, weights)
     if draft:
         smaller, words = _load(draft, resolve_device(device), dtype, weights)
         if words and tokenizer and words.sha256 != tokenizer.sha256:
-            raise ValueError(f"draft={draft}: has another tokenizer than {source}: its guesses would be other tokens")
-        guess = DraftModel(smaller)
-    return Engine(model, tokenizer, guess=guess, **options)
+            raise ValueError(
+                f"draft={draft}: has another tokenizer than {source}: its draft tokens would be other ones"
+            )
+        drafter = DraftModel(smaller)
+    return Engine(model, tokenizer, drafter=drafter, **options)
 
 
 def _load(source: str | Path, place: torch.device, dtype: str | None, weights: str) -> tuple[GPTNeoX, Tokenizer | None]:
@@ -111,7 +113,7 @@ def shared_engine(
             worker_loop(model)
             yield None
             return
-        engine = ShardedEngine(model, tokenizer, guess=_guess(speculate), **options)
+        engine = ShardedEngine(model, tokenizer, drafter=_drafter(speculate), **options)
         try:
             yield engine
         except (ValueError, OSError):  # a user's error, between two passes
@@ -133,7 +135,7 @@ def _load_share(
     return share(model, config, mesh), tokenizer
 
 
-def _guess(speculate: str) -> Guess | None:
+def _drafter(speculate: str) -> Drafter | None:
     if speculate not in ("none", "prompt"):
         raise ValueError(f"speculate={speculate}: must be none or prompt")
     return prompt_lookup if speculate == "prompt" else None

@@ -14,19 +14,19 @@ def naive_generate(
     model: GPTNeoX,
     prompt: Sequence[int],
     sampling: Sampling,
-    usable: int | None = None,
+    num_real_tokens: int | None = None,
     eod: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> list[int]:
     """New tokens after `prompt`, up to max_tokens, the context's end, `eod` or a stop token; stop strings are the
     engine's."""
-    sampler = Sampler(sampling, usable or model.config.vocab_size, prompt, tokenizer)
+    sampler = Sampler(sampling, num_real_tokens or model.config.vocab_size, prompt, tokenizer)
     device = next(model.parameters()).device
     tokens = list(prompt)
     limit = min(len(tokens) + sampling.max_tokens, model.config.max_position_embeddings)
     while len(tokens) < limit:
         token = sampler(model(torch.tensor([tokens], device=device))[0, -1])
-        if sampling.ends(token, eod):
+        if sampling.finish_reason(token, eod):
             break
         tokens.append(token)
     return tokens[len(prompt) :]

@@ -1,7 +1,8 @@
-"""Who owns which block of the cache: a tree over token ids that lets sequences share the keys of a common beginning.
+"""The prefix cache: a tree of cache blocks over token ids, by which sequences share the keys of a common prefix.
 
-A node is one full block: the tokens in it, after those of its ancestors. What a token leaves in the cache depends on
-the tokens up to it and on nothing else, so a block that is there need not be computed again.
+A node is one full block: its tokens follow those of its ancestors. Keys and values depend on the tokens up to their
+position alone, so a cached block need not be computed again. Unreferenced blocks are evicted, the least recently used
+first (LRU).
 """
 
 import heapq
@@ -12,61 +13,60 @@ from dataclasses import dataclass
 
 @dataclass
 class Stats:
-    """What sharing and guessing were good for, counted since the engine was made."""
+    """Counters of the prefix cache and of speculative decoding since the engine was made."""
 
-    hits: int = 0  # tokens found in the tree
+    hits: int = 0  # tokens found in the prefix cache
     misses: int = 0  # tokens computed
-    evictions: int = 0  # blocks taken from what no running sequence used
-    preemptions: int = 0  # times that a running sequence was put back to make room
-    guessed: int = 0  # tokens that were verified
-    accepted: int = 0  # of these, tokens that were drawn
+    evictions: int = 0  # unreferenced blocks whose memory was reused
+    preemptions: int = 0  # running requests that went back to the queue for lack of memory
+    drafted: int = 0  # draft tokens verified
+    accepted: int = 0  # draft tokens accepted
 
 
 class Node:
-    """A full block. A sequence that uses it uses all its ancestors."""
+    """A full block; a sequence that references it references all its ancestors."""
 
-    __slots__ = ("block", "children", "parent", "tokens", "used", "users")
+    __slots__ = ("block", "children", "last_used", "parent", "references", "tokens")
 
     def __init__(self, tokens: tuple[int, ...], block: int, parent: "Node | None") -> None:
         self.tokens, self.block, self.parent = tokens, block, parent
         self.children: dict[tuple[int, ...], Node] = {}
-        self.users = 0  # running sequences
-        self.used = 0  # when it was last let go
+        self.references = 0  # running sequences
+        self.last_used = 0  # time of its last release
 
 
 class PrefixTree:
-    """Hands out `blocks` blocks, and keeps full ones for others until their memory is needed: the one that was let go
-    longest ago is evicted first."""
+    """Allocate `blocks` blocks, and keep full ones for other sequences until their memory is needed."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks, self.stats = blocks, Stats()
         self.root = Node((), -1, None)
         self._free = set(range(blocks))
-        self._idle = 0  # nodes that no running sequence uses
+        self._idle = 0  # nodes without references
         self._leaves: list[tuple[int, int, Node]] = []  # a heap of candidates for eviction; some are out of date
         self._clock = itertools.count(1)
 
     @property
     def available(self) -> int:
-        """Blocks that `allocate` can hand out: free ones, and all that no running sequence uses."""
+        """Blocks that `allocate` can hand out: free ones and unreferenced ones."""
         return len(self._free) + self._idle
 
     def allocate(self, after: int | None = None) -> int | None:
-        """A block of one's own, the one behind `after` if it is free; none where running sequences use them all."""
+        """A private block, the one behind `after` if it is free; None where running sequences use them all."""
         if not self._free and not self._evict():
             return None
-        block = after + 1 if after is not None and after + 1 in self._free else self._roomiest()
+        block = after + 1 if after is not None and after + 1 in self._free else self._largest_gap()
         self._free.remove(block)
         return block
 
-    def give_back(self, blocks: Sequence[int]) -> None:
-        """Free blocks of one's own."""
+    def free(self, blocks: Sequence[int]) -> None:
+        """Free private blocks."""
         self._free.update(blocks)
 
     def child(self, node: Node, tokens: Sequence[int]) -> Node | None:
         return node.children.get(tuple(tokens))
 
-    def nearest(self, node: Node, tokens: Sequence[int]) -> tuple[Node | None, int]:
+    def longest_match(self, node: Node, tokens: Sequence[int]) -> tuple[Node | None, int]:
         """The child of `node` that begins with most of `tokens`, and how many."""
         best, most = None, 0
         for child in node.children.values():
@@ -76,48 +76,50 @@ class PrefixTree:
                 best, most = child, same
         return best, most
 
-    def publish(self, parent: Node, tokens: Sequence[int], block: int) -> Node:
-        """Give a full block of one's own, and become a user of the node that has it. Where an equal one came first the
-        block is freed and the node has another."""
+    def insert(self, parent: Node, tokens: Sequence[int], block: int) -> Node:
+        """Insert a full private block as a node, and acquire it.
+
+        Where an equal block was inserted before, the private one is freed and the older node is acquired.
+        """
         node = self.child(parent, tokens)
         if node is None:
             node = parent.children[tuple(tokens)] = Node(tuple(tokens), block, parent)
-            node.users = 1
+            node.references = 1
         else:
-            self.give_back([block])
-            self.hold(node)
+            self.free([block])
+            self.acquire(node)
         return node
 
-    def hold(self, node: Node) -> None:
-        """Become a user of a node, whose ancestors one uses already."""
-        self._idle -= node.users == 0
-        node.users += 1
+    def acquire(self, node: Node) -> None:
+        """Reference a node, whose ancestors are referenced already."""
+        self._idle -= node.references == 0
+        node.references += 1
 
-    def let_go(self, node: Node) -> None:
-        """Stop using a node, none of whose descendants one uses."""
-        node.users -= 1
-        node.used = next(self._clock)
-        if node.users == 0:
+    def release(self, node: Node) -> None:
+        """Drop a reference to a node, whose descendants are released already."""
+        node.references -= 1
+        node.last_used = next(self._clock)
+        if node.references == 0:
             self._idle += 1
             self._offer(node)
 
     def _offer(self, node: Node) -> None:
-        if node.parent is not None and node.users == 0 and not node.children:
-            heapq.heappush(self._leaves, (node.used, node.block, node))
+        if node.parent is not None and node.references == 0 and not node.children:
+            heapq.heappush(self._leaves, (node.last_used, node.block, node))
         if len(self._leaves) > 4 * self.blocks:
             self._leaves = [entry for entry in self._leaves if self._evictable(*entry)]
             heapq.heapify(self._leaves)
 
     @staticmethod
     def _evictable(used: int, _: int, node: Node) -> bool:
-        return node.parent is not None and used == node.used and not node.users and not node.children
+        return node.parent is not None and used == node.last_used and not node.references and not node.children
 
     def _evict(self) -> bool:
         while self._leaves:
             entry = heapq.heappop(self._leaves)
             node, parent = entry[-1], entry[-1].parent
             if parent is None or not self._evictable(*entry):
-                continue  # it was used, evicted or extended since
+                continue  # acquired, evicted or extended since
             del parent.children[node.tokens]
             node.parent = None
             self._free.add(node.block)
@@ -127,8 +129,8 @@ class PrefixTree:
             return True
         return False
 
-    def _roomiest(self) -> int:
-        """The middle of the longest run of free blocks: a sequence that grows in a row in memory is read in place."""
+    def _largest_gap(self) -> int:
+        """The middle of the longest run of free blocks, so that a growing sequence stays contiguous."""
         free = sorted(self._free)
         runs = [[block for _, block in run] for _, run in itertools.groupby(enumerate(free), lambda x: x[1] - x[0])]
         longest = max(runs, key=len)

@@ -1,10 +1,10 @@
-"""Prompts out of a file: a line of a .txt is one, or a line of JSON."""
+"""Prompts from a file: one a line of a .txt or .jsonl."""
 
 import json
 from pathlib import Path
 
 KEYS = ("prompt", "context")
-"""Where the prompt stands in a line of JSON; the second is what gpt-neox writes."""
+"""Keys of the prompt in a line of JSON; gpt-neox writes the second."""
 
 
 def read_prompts(path: str | Path) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""How fast tokens came, beside how fast this machine reads memory: the limit, since each token reads all weights."""
+"""Tokens per second, and the share of the memory's read speed: the limit, since each token reads all weights."""
 
 import time
 
@@ -13,7 +13,7 @@ LEAST = 50_000_000  # bytes of weights from which their reading, from memory and
 
 
 class Rate:
-    """Counts the events of one engine from when it is made on."""
+    """Count the events of one engine."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -27,16 +27,16 @@ class Rate:
 
     @property
     def per_second(self) -> float:
-        """Tokens a second after the first one, which waits for the prompt; 0 where there is no other."""
+        """Tokens per second after the first one, which waits for the prompt; 0 without a second token."""
         return (self.tokens - 1) / (self.last - self.first) if self.tokens > 1 and self.last > self.first else 0.0
 
     def line(self) -> str:
-        """One line for people; measures the read speed for a moment where it says something."""
+        """One line for people; for large weights it measures the memory's read speed for a moment."""
         line = f"{self.tokens} tokens, the first after {self.first - self.began:.2f} s"
         if self.per_second:
             line += f", {self.per_second:.1f} tokens/s"
         read = bytes_read(self.engine.model)
-        if not self.per_second or read < LEAST or self.engine.guess:
+        if not self.per_second or read < LEAST or self.engine.drafter:
             return line
         used = read * self.per_second
         if self.engine.weight.device.type != "cpu":
@@ -46,7 +46,7 @@ class Rate:
 
 
 def bytes_read(model: nn.Module) -> int:
-    """Bytes of the weights that a token reads: all but the embeddings, of which it reads a row."""
+    """Bytes of weights read for each token: all but the embeddings, of which a token reads one row."""
     tensors = [
         tensor
         for name, module in model.named_modules()

@@ -18,7 +18,7 @@ WITHOUT_MEANING = {"logprobs", "slots"}
 def converse(engine: Engine, config: GenerateConfig, read: Callable[[str], str] = input) -> None:
     """Ask for prompts with `read` (as `input` does) and print what follows them, until it raises EOFError.
 
-    The k-th answer draws with seed + k. What is wrong with a prompt or a command is said in one line, and it goes on.
+    The k-th answer samples with seed + k. An error in a prompt or a command is one line, and the loop continues.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)

@@ -1,4 +1,4 @@
-"""From logits to a token: bias, penalties, temperature, top-k, top-p, min-p, reproducible by seed.
+"""Sampling a token from logits: bias, penalties, temperature, top-k, top-p, min-p, reproducible by seed.
 
 The order is that of Hugging Face transformers, with OpenAI's two penalties after the repetition penalty, where vLLM has
 them. Shapes: V vocab.
@@ -41,12 +41,12 @@ class Sampling(SamplingConfig):
 
     @property
     def constraint(self) -> tuple[str, str] | None:
-        """The option that says which output is allowed, and what it says."""
+        """(option, text) of the option that constrains the output; None without one."""
         return next(((option, text) for option in OPTIONS if (text := getattr(self, option)) is not None), None)
 
     @property
     def prompt_alternatives(self) -> int | None:
-        """How many alternatives to record at each of the prompt's tokens; none: not even their log-probabilities."""
+        """Alternatives to record at each token of the prompt; None records no log-probabilities."""
         return self.prompt_logprobs if self.prompt_logprobs is not None or not self.echo else self.logprobs
 
     @classmethod
@@ -62,29 +62,29 @@ class Sampling(SamplingConfig):
         except ValueError as error:
             raise ValueError(f"{error} ({source})" if source else str(error)) from None
 
-    def ends(self, token: int, eod: int | None) -> Literal["eod", "stop"] | None:
-        """Why a sequence ends at `token`, which is then no part of it; none where it goes on."""
+    def finish_reason(self, token: int, eod: int | None) -> Literal["eod", "stop"] | None:
+        """The reason to end a sequence at `token`, which is then left out; None where it continues."""
         if self.stop_at_eod and token == eod:
             return "eod"
         return "stop" if token in self.stop_tokens else None
 
 
-def penalized(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
-    """Logits [V] with those of `seen` tokens (bool [V]) divided by `penalty` where positive, else multiplied by it.
+def apply_repetition_penalty(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
+    """Divide the logits [V] of `seen` tokens (bool [V]) by `penalty` where positive, else multiply them.
 
     Keskar et al. 2019 (CTRL), section 4.1, as transformers has it: once per token, however often it was seen.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def adjusted(
+def apply_penalties(
     logits: Tensor,
     sampling: Sampling,
     seen: Tensor | None = None,
     counts: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Logits [V], float32, with bias and penalties.
+    """Apply bias and penalties to logits [V]; returns float32.
 
     `seen` (bool [V]) are the tokens of prompt and output, `counts` ([V]) how often the output holds each, `bias` ([V])
     is Sampling.logit_bias. In this order: bias, repetition penalty, frequency and presence penalty (OpenAI's API
@@ -94,19 +94,19 @@ def adjusted(
     if bias is not None:
         logits = logits + bias
     if seen is not None:
-        logits = penalized(logits, sampling.repetition_penalty, seen)
+        logits = apply_repetition_penalty(logits, sampling.repetition_penalty, seen)
     if counts is not None:
         logits = logits - counts * sampling.frequency_penalty - (counts > 0) * sampling.presence_penalty
     return logits
 
 
 def distribution(logits: Tensor, sampling: Sampling, **past: Tensor) -> Tensor:
-    """Probabilities [V] that a token is drawn with from logits [V], in float32; `past` as in `adjusted`.
+    """Sampling probabilities [V], float32, from logits [V]; `past` as in `apply_penalties`.
 
-    After that: temperature, top-k, top-p, min-p. Ties at the border of top-k are kept; top-p keeps a token while the
-    ones before it hold less than p; min-p looks at what top-p left.
+    After the penalties: temperature, top-k, top-p, min-p. top-k keeps ties at its border. top-p keeps a token while the
+    ones before it hold less than p. min-p applies to the tokens that top-p kept.
     """
-    logits = adjusted(logits, sampling, **past)
+    logits = apply_penalties(logits, sampling, **past)
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), logits.numel()).float()
     # The largest becomes 0 first and the divisor stays a normal float32, so that no temperature overflows.
@@ -125,27 +125,29 @@ def distribution(logits: Tensor, sampling: Sampling, **past: Tensor) -> Tensor:
     return probabilities
 
 
-def picked(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens [...] for weights [..., V], probabilities but for a factor, and uniform numbers [...] in [0, 1), float64:
-    the first at which the cumulative sum is above the number's share of the whole. Never one of weight zero."""
+def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Sample tokens [...] from weights [..., V] by uniform numbers [...] in [0, 1), float64.
+
+    Weights are unnormalized probabilities. The token is the first whose cumulative sum exceeds the number's share of
+    the total; a token of weight zero is never sampled.
+    """
     sums = weights.double().cumsum(dim=-1)
-    place = torch.searchsorted(sums, uniform[..., None] * sums[..., -1:], right=True)[..., 0]
-    return place.clamp(max=weights.shape[-1] - 1)
+    tokens = torch.searchsorted(sums, uniform[..., None] * sums[..., -1:], right=True)[..., 0]
+    return tokens.clamp(max=weights.shape[-1] - 1)
 
 
-def draw(logits: Tensor, dials: Tensor | None, filtered: bool) -> Tensor:
-    """Tokens [S] for logits [S, V], as `Sampler` draws them, in operations whose shapes depend on nothing: -1 where the
-    logits are no numbers.
+def sample_rows(logits: Tensor, settings: Tensor | None, filtered: bool) -> Tensor:
+    """Sample tokens [S] from logits [S, V] as `Sampler` does, in operations of fixed shapes; -1 for logits of nan.
 
-    dials [5, S], float64, hold for each row temperature, top_k, top_p, min_p and a uniform number, None: all are
-    greedy; without `filtered` the three between are not looked at.
+    settings [5, S], float64, hold temperature, top_k, top_p, min_p and a uniform number for each row; None means that
+    all rows are greedy. Without `filtered`, top_k, top_p and min_p are ignored.
     """
     logits = logits.float()
     highest, best = logits.max(dim=-1, keepdim=True)
     good = highest[:, 0] < math.inf  # also false for nan
-    if dials is None:
+    if settings is None:
         return torch.where(good, best[:, 0], -1)
-    temperature, top_k, top_p, min_p, uniform = dials
+    temperature, top_k, top_p, min_p, uniform = settings
     scaled = (logits - highest) / temperature.float().clamp(min=1e-30)[:, None]
     if filtered:
         last = torch.where(top_k > 0, top_k, logits.shape[-1]).long().clamp(max=logits.shape[-1]) - 1
@@ -158,85 +160,85 @@ def draw(logits: Tensor, dials: Tensor | None, filtered: bool) -> Tensor:
         beyond = before >= torch.where(top_p < 1, top_p, math.inf).float()[:, None]
         weights = weights.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), 0)
         weights = weights.masked_fill(weights < min_p.float()[:, None] * weights.amax(dim=-1, keepdim=True), 0)
-    tokens = torch.where(temperature == 0, best[:, 0], picked(weights, uniform))
+    tokens = torch.where(temperature == 0, best[:, 0], inverse_cdf(weights, uniform))
     return torch.where(good, tokens, -1)
 
 
 class Sampler:
-    """Draws the tokens of one sequence with its own random stream, so that its neighbours in a batch do not matter."""
+    """Sample the tokens of one sequence with its own random stream, independent of its batch."""
 
     def __init__(
-        self, sampling: Sampling, usable: int, prompt: Sequence[int] = (), tokenizer: Tokenizer | None = None
+        self, sampling: Sampling, num_real_tokens: int, prompt: Sequence[int] = (), tokenizer: Tokenizer | None = None
     ) -> None:
-        """`usable` is how many rows of the vocabulary stand for tokens; padding rows beyond are never drawn.
+        """`num_real_tokens` rows of the vocabulary stand for tokens; padding rows beyond them are never sampled.
 
-        Raises ValueError where an option names what is no token, or needs a tokenizer that is not there.
+        Raises ValueError where an option names an id that is not a token, or needs a tokenizer.
         """
-        self.sampling, self.usable = sampling, usable
+        self.sampling, self.num_real_tokens = sampling, num_real_tokens
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self.unused: list[float] = []  # numbers that were taken from it, for draws that did not count
+        self.unused: list[float] = []  # numbers taken from it for tokens that were dropped
         self._constraint = Constraint(*sampling.constraint, tokenizer) if sampling.constraint else None
-        self._past: dict[str, Tensor] = {}  # what `distribution` needs to know of the sequence, by argument
+        self._past: dict[str, Tensor] = {}  # arguments of `apply_penalties`, by name
         if sampling.repetition_penalty != 1:
-            self._past["seen"] = torch.zeros(usable, dtype=torch.bool)
-            self._past["seen"][[token for token in prompt if token < usable]] = True
+            self._past["seen"] = torch.zeros(num_real_tokens, dtype=torch.bool)
+            self._past["seen"][[token for token in prompt if token < num_real_tokens]] = True
         if sampling.presence_penalty or sampling.frequency_penalty:
-            self._past["counts"] = torch.zeros(usable)
+            self._past["counts"] = torch.zeros(num_real_tokens)
         if sampling.logit_bias:
-            self._past["bias"] = torch.zeros(usable)
+            self._past["bias"] = torch.zeros(num_real_tokens)
             for key, bias in sampling.logit_bias:
-                self._past["bias"][_token(key, usable, tokenizer)] += bias
+                self._past["bias"][_token(key, num_real_tokens, tokenizer)] += bias
         for token in sampling.stop_tokens:
-            _check_token("stop_tokens", token, usable)
+            _check_token("stop_tokens", token, num_real_tokens)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether `draw` does what this does: what comes next depends on nothing but logits, dials and seed."""
+    def samples_on_device(self) -> bool:
+        """True where `sample_rows` gives the same tokens: they depend on logits, settings and seed alone."""
         return not self._past and not self._constraint and self.sampling.logprobs is None
 
     def uniform(self) -> float:
-        """The next number of its random stream, one a draw."""
+        """The next number of the random stream, one a token."""
         if self.unused:
             return self.unused.pop(0)
         return torch.rand((), dtype=torch.float64, generator=self._generator).item()
 
     def __call__(self, logits: Tensor) -> int:
-        """The next token for logits [V], which the sequence then holds. Raises ValueError as `probabilities` does."""
+        """Sample the next token from logits [V], and append it. Raises ValueError as `probabilities` does."""
         if self.sampling.temperature == 0 and not self._past and not self._constraint and logits.device.type == "cpu":
-            # By numpy, and in one look: nan and infinity are the largest. Torch looks twice, with its threads.
-            values = logits[: self.usable].float().numpy()
+            # One pass of numpy, for which nan and infinity are the largest; torch takes two, with threads.
+            values = logits[: self.num_real_tokens].float().numpy()
             token = int(values.argmax())
             if not values[token] < math.inf:
                 raise ValueError(NOT_FINITE)
             return token
         if self.sampling.temperature == 0:
-            token = int(adjusted(self._allowed(logits), self.sampling, **self._past).argmax())
+            token = int(apply_penalties(self._allowed(logits), self.sampling, **self._past).argmax())
         else:
             probabilities = self.probabilities(logits).cpu()
-            token = int(picked(probabilities, torch.tensor(self.uniform(), dtype=torch.float64)))
+            token = int(inverse_cdf(probabilities, torch.tensor(self.uniform(), dtype=torch.float64)))
         self.take(token)
         return token
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Probabilities [usable] of the next token for logits [V].
+        """Probabilities [num_real_tokens] of the next token for logits [V].
 
-        Raises ValueError where the logits are no numbers, and where a grammar lets nothing follow.
+        Raises ValueError where the logits are not finite, and where a grammar allows no token.
         """
         return distribution(self._allowed(logits), self.sampling, **self._past)
 
     def _allowed(self, logits: Tensor) -> Tensor:
-        """Logits [usable] of what may follow; what is known of the past comes to their device."""
-        logits = logits[: self.usable]
+        """Logits [num_real_tokens], -inf for tokens that a grammar forbids; moves `_past` to their device."""
+        logits = logits[: self.num_real_tokens]
         if not logits.max() < math.inf:  # also false for nan
             raise ValueError(NOT_FINITE)
         if self._constraint:
-            allowed = self._constraint.allowed()[: self.usable].to(logits.device)
+            allowed = self._constraint.allowed()[: self.num_real_tokens].to(logits.device)
             logits = logits.masked_fill(~allowed, -math.inf)
         self._past = {name: tensor.to(logits.device) for name, tensor in self._past.items()}
         return logits
 
     def take(self, token: int) -> None:
-        """The sequence goes on with `token`."""
+        """Append `token` to the sequence."""
         if "seen" in self._past:
             self._past["seen"][token] = True
         if "counts" in self._past:
@@ -245,7 +247,7 @@ class Sampler:
             self._constraint.take(token)
 
 
-def _token(key: str, usable: int, tokenizer: Tokenizer | None) -> int:
+def _token(key: str, num_real_tokens: int, tokenizer: Tokenizer | None) -> int:
     """Token id for a key of Sampling.logit_bias: digits are an id, as in OpenAI's API; other text is one token."""
     if key.isdecimal() and key.isascii():
         token = int(key)
@@ -259,10 +261,10 @@ def _token(key: str, usable: int, tokenizer: Tokenizer | None) -> int:
                 "token (a space before a word belongs to it)"
             )
         token = tokens[0]
-    _check_token("logit_bias", token, usable)
+    _check_token("logit_bias", token, num_real_tokens)
     return token
 
 
-def _check_token(option: str, token: int, usable: int) -> None:
-    if not 0 <= token < usable:
-        raise ValueError(f"generate.{option}: {token} is no token: they are 0 to {usable - 1}")
+def _check_token(option: str, token: int, num_real_tokens: int) -> None:
+    if not 0 <= token < num_real_tokens:
+        raise ValueError(f"generate.{option}: {token} is no token: they are 0 to {num_real_tokens - 1}")

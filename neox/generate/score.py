@@ -1,4 +1,4 @@
-"""How likely a model finds a text: the log-probability of each token, with overlapping windows for long texts."""
+"""Log-probabilities of a text's tokens, with overlapping windows for long texts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ def token_logprobs(
     batch: int = 8,
     first: int | None = None,
 ) -> Tensor:
-    """log p (natural) of each token given up to `window` tokens before it; float32 [len(tokens)].
+    """Natural log-probability of each token given up to `window` tokens before it; float32 [len(tokens)].
 
     Windows start every `stride` tokens (default: half a window) and each token is scored once, in the first window that
     reaches it: all but the first window give at least window - stride tokens of context. `logits_of` maps tokens
@@ -38,8 +38,8 @@ def token_logprobs(
             row[: len(part)] = part
         width = min(window, len(ids) - 1 - group[0])
         logits = logits_of(rows[:, :width]).float()
-        picked = logits.log_softmax(dim=-1).gather(-1, rows[:, 1 : width + 1, None].to(logits.device))[..., 0].cpu()
-        for row, start in zip(picked, group, strict=True):
+        scored = logits.log_softmax(dim=-1).gather(-1, rows[:, 1 : width + 1, None].to(logits.device))[..., 0].cpu()
+        for row, start in zip(scored, group, strict=True):
             skip = 0 if start == 0 else window - stride
             part = row[skip : len(ids) - 1 - start]
             scores[start + skip : start + skip + len(part)] = part

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neox.generate.engine import Engine, Guess
+from neox.generate.engine import Drafter, Engine
 from neox.model.cache import KVCache, KVPool, Span
 from neox.model.decoder import GPTNeoX
 from neox.tokenizer import Tokenizer
@@ -32,9 +32,9 @@ class ShardedEngine(Engine):
         slots: int = 8,
         cache_bytes: int | None = None,
         budget: int = 256,
-        guess: Guess | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, slots, cache_bytes, budget, guess=guess, static=False)
+        super().__init__(model, tokenizer, slots, cache_bytes, budget, drafter=drafter, static=False)
 
     def shutdown(self) -> None:
         """End the other ranks' `worker_loop`; between two passes only."""

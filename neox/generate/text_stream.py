@@ -1,4 +1,4 @@
-"""The text of a sequence while its tokens arrive: whole characters, and nothing that a stop string could take back."""
+"""Streaming text of a sequence: whole characters, and nothing that a stop string could still cut off."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from neox.tokenizer import StreamDecoder, Tokenizer
 
 
 class TextStream:
-    """What all calls return, joined, is the text of all tokens up to the first stop string, which is left out.
+    """Decode tokens as they arrive; the joined pieces are the text up to the first stop string.
 
-    The end of the text that could still become a stop string is held back. `stopped` says whether one was found: of
-    several found at once, the one that begins first counts. `before` comes first of all, and is not searched. Raises
+    The end of the text that could still become a stop string is held back. `stopped` is true once one was found; of
+    several found at once, the one that begins first counts. `before` is put in front, and is not searched. Raises
     ValueError where the tokenizer is not byte-level.
     """
 
@@ -20,12 +20,12 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that is certain now that `token` has come."""
+        """Add a token; returns the new text."""
         before, self._before = self._before, ""
         return before + self._release(self._decoder.push(token))
 
     def finish(self) -> str:
-        """What is held back, when no more tokens come."""
+        """Return the text held back, after the last token."""
         text = self._before + self._release(self._decoder.finish())
         text, self._before, self._held = text + self._held, "", ""
         return text

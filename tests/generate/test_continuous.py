@@ -63,12 +63,12 @@ BLOCKS = 6
     actions=ACTIONS,
     slots=st.integers(1, 4),
     budget=st.sampled_from([16, 48]),
-    guess=st.sampled_from([None, prompt_lookup]),
+    drafter=st.sampled_from([None, prompt_lookup]),
     seed=st.integers(0, 9),
 )
-def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, actions, slots, budget, guess, seed):
+def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, actions, slots, budget, drafter, seed):
     model, tokenizer = family
-    engine = small_cache(model, tokenizer, BLOCKS, slots=slots, budget=budget, guess=guess)
+    engine = small_cache(model, tokenizer, BLOCKS, slots=slots, budget=budget, drafter=drafter)
     generator = torch.Generator().manual_seed(seed)
     beginnings = torch.randint(1, tokenizer.vocab_size, (4, 40), generator=generator).tolist()
     asked, seen, done, alive = {}, {}, {}, []

@@ -60,7 +60,7 @@ def test_the_prompt_stands_before_text_and_logprobs(engine, peer, prompt, sampli
     for one, row in zip(
         others[len(ids) - 1 - len(done.tokens) :], expected[len(ids) - 1 - len(done.tokens) :], strict=True
     ):
-        assert [token for token, _ in one.top] == row[: engine.usable].topk(sampling.logprobs).indices.tolist()
+        assert [token for token, _ in one.top] == row[: engine.num_real_tokens].topk(sampling.logprobs).indices.tolist()
 
 
 def test_a_client_that_scores_by_echo_reads_the_engines_own_score(engine):

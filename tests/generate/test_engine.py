@@ -182,15 +182,15 @@ def test_logprobs_are_over_the_whole_padded_vocabulary_before_all_filters(engine
     asked = Sampling(
         max_tokens=10, temperature=0.3, top_k=5, top_p=0.5, min_p=0.2, repetition_penalty=1.4, logprobs=top
     )
-    prompt, usable = [5, 9, 260], engine.tokenizer.vocab_size
+    prompt, num_real_tokens = [5, 9, 260], engine.tokenizer.vocab_size
     done = engine.generate(prompt, asked)[0]
     assert len(done.tokens) == len(done.logprobs)
     scores = engine.model(torch.tensor([prompt + done.tokens]))[0].double().log_softmax(-1)
-    assert scores.shape[-1] == 2 * usable
+    assert scores.shape[-1] == 2 * num_real_tokens
     for place, (token, record) in enumerate(zip(done.tokens, done.logprobs, strict=True), start=len(prompt) - 1):
         assert record.token == token
         assert record.logprob == pytest.approx(scores[place, token].item(), abs=2e-5)
-        expected = scores[place, :usable].sort(descending=True)
+        expected = scores[place, :num_real_tokens].sort(descending=True)
         assert [token for token, _ in record.top] == expected.indices[:top].tolist()
         assert [logprob for _, logprob in record.top] == pytest.approx(expected.values[:top].tolist(), abs=2e-5)
 

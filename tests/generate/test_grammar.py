@@ -200,7 +200,9 @@ def test_the_engine_gives_each_row_its_own_grammar(engine):
         alone = engine.generate(["the", "quick", ""][asked.index(sampling)], sampling)[0]
         assert done == alone
     tokens = engine.encode("the")
-    oracle = naive_generate(engine.model, tokens, asked[0], engine.usable, engine.eod, tokenizer=engine.tokenizer)
+    oracle = naive_generate(
+        engine.model, tokens, asked[0], engine.num_real_tokens, engine.eod, tokenizer=engine.tokenizer
+    )
     assert engine.generate("the", asked[0])[0].tokens == oracle
 
 

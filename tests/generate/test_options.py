@@ -88,19 +88,19 @@ def test_a_stop_token_ends_the_text_before_it(engine):
 @given(seed=st.integers(0, 1000), scale=st.floats(1, 20), top=st.integers(1, 900), greedy=st.booleans())
 def test_padding_rows_are_neither_drawn_nor_among_the_alternatives(engine, seed, scale, top, greedy):
     """However likely the model finds them: half of the rows stand for no token, and their logits are larger."""
-    usable = engine.tokenizer.vocab_size
+    num_real_tokens = engine.tokenizer.vocab_size
     weight = engine.model.embed_out.weight
-    saved = weight[usable:].clone()
-    weight[usable:] *= scale
+    saved = weight[num_real_tokens:].clone()
+    weight[num_real_tokens:] *= scale
     try:
         sampling = Sampling(max_tokens=6, seed=seed, temperature=0.0 if greedy else 1.5, logprobs=top)
         done = engine.generate("the", sampling)[0]
     finally:
-        weight[usable:] = saved
-    assert max(done.tokens) < usable
+        weight[num_real_tokens:] = saved
+    assert max(done.tokens) < num_real_tokens
     for record in done.logprobs:
-        assert len(record.top) == min(top, usable)
-        assert max(token for token, _ in record.top) < usable
+        assert len(record.top) == min(top, num_real_tokens)
+        assert max(token for token, _ in record.top) < num_real_tokens
 
 
 def test_what_the_engine_cannot_follow_is_refused_before_anything_is_computed(engine, model):

@@ -12,24 +12,24 @@ def grown(tree, *path):
     for token in path:
         block = tree.allocate()
         assert block is not None
-        node = tree.publish(node, [token], block)
+        node = tree.insert(node, [token], block)
         nodes.append(node)
     return nodes
 
 
-def let_go(tree, nodes):
+def release(tree, nodes):
     for node in reversed(nodes):
-        tree.let_go(node)
+        tree.release(node)
 
 
 def test_what_was_let_go_longest_ago_goes_first_and_leaves_before_what_they_hang_from():
     tree = PrefixTree(5)
     first, second = grown(tree, 1, 2), grown(tree, 3, 4)
-    let_go(tree, first)
-    let_go(tree, second)
-    tree.hold(first[0])
-    tree.hold(first[1])
-    let_go(tree, first)  # used again, after the second
+    release(tree, first)
+    release(tree, second)
+    tree.acquire(first[0])
+    tree.acquire(first[1])
+    release(tree, first)  # used again, after the second
     assert tree.available == 5
     owned = [tree.allocate() for _ in range(5)]
     assert owned[1:] == [second[1].block, second[0].block, first[1].block, first[0].block]
@@ -43,7 +43,7 @@ def test_what_is_in_use_stays_and_an_equal_block_is_shared():
     (twin,) = grown(tree, 1)
     assert twin is held[0]
     assert tree.available == 2
-    tree.let_go(twin)
+    tree.release(twin)
     assert [tree.allocate() is None for _ in range(3)] == [False, False, True]
     assert tree.child(tree.root, [1]) is held[0]
 
@@ -67,9 +67,9 @@ def test_every_block_has_one_owner(script):
         nodes, node = [], tree.root
         for token in path:
             if (child := tree.child(node, [token])) is not None:
-                tree.hold(child)
+                tree.acquire(child)
             elif (block := tree.allocate()) is not None:
-                child = tree.publish(node, [token], block)
+                child = tree.insert(node, [token], block)
             else:
                 break
             nodes.append(child)
@@ -77,12 +77,12 @@ def test_every_block_has_one_owner(script):
         running.append((len(running) + stay, nodes))
         for entry in [one for one in running if one[0] < len(running)][:1]:
             running.remove(entry)
-            let_go(tree, entry[1])
+            release(tree, entry[1])
         held = {id(node): node for _, nodes in running for node in nodes}
         assert tree.available == 6 - len(held)
         assert len({node.block for node in held.values()}) == len(held)
         for _, nodes in running:
             assert all(tree.child(a, b.tokens) is b for a, b in zip([tree.root, *nodes], nodes, strict=False))
     for _, nodes in running:
-        let_go(tree, nodes)
+        release(tree, nodes)
     assert sorted(tree.allocate() for _ in range(6)) == list(range(6))

@@ -170,7 +170,7 @@ def test_draws_follow_the_distribution():
     """Chi-square of 20,000 draws over 8 tokens at the 1e-4 level (7 degrees of freedom: 29.9)."""
     sampling = Sampling(temperature=1.3, top_k=7)
     logits = torch.linspace(-1, 2, 8)
-    sampler = Sampler(sampling, usable=8)
+    sampler = Sampler(sampling, num_real_tokens=8)
     counts = torch.bincount(torch.tensor([sampler(logits) for _ in range(20_000)]), minlength=8)
     expected = distribution(logits, sampling) * 20_000
     assert counts[expected == 0].sum() == 0
@@ -181,7 +181,7 @@ def test_draws_follow_the_distribution():
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
-    usable=st.integers(1, 16),
+    num_real_tokens=st.integers(1, 16),
     prompt=st.lists(st.integers(0, 15), max_size=8),
     greedy=st.booleans(),
     presence_penalty=st.floats(-2, 2),
@@ -189,21 +189,21 @@ def test_draws_follow_the_distribution():
     banned=st.booleans(),
     **options,
 )
-def test_padding_rows_are_never_drawn(seed, usable, prompt, greedy, banned, **asked):
+def test_padding_rows_are_never_drawn(seed, num_real_tokens, prompt, greedy, banned, **asked):
     """However likely they are, in every mode, and also where a prompt holds one."""
     logits = torch.randn(16, generator=torch.Generator().manual_seed(seed))
-    logits[usable:] = 50.0
+    logits[num_real_tokens:] = 50.0
     if greedy:
         asked["temperature"] = 0.0
     if banned:  # all that may be drawn
-        asked["logit_bias"] = dict.fromkeys(range(usable), -100)
-    sampler = Sampler(Sampling(seed=seed, **asked), usable, prompt)
-    assert max(sampler(logits) for _ in range(10)) < usable
+        asked["logit_bias"] = dict.fromkeys(range(num_real_tokens), -100)
+    sampler = Sampler(Sampling(seed=seed, **asked), num_real_tokens, prompt)
+    assert max(sampler(logits) for _ in range(10)) < num_real_tokens
 
 
 def test_a_drawn_token_is_penalized_from_then_on():
     logits = torch.tensor([1.0, 3.0, 2.9, -1.0])
-    sampler = Sampler(Sampling(temperature=0, repetition_penalty=2.0), usable=4, prompt=[3])
+    sampler = Sampler(Sampling(temperature=0, repetition_penalty=2.0), num_real_tokens=4, prompt=[3])
     assert [sampler(logits) for _ in range(4)] == [1, 2, 1, 1]  # 3.0, then 1.5 against 2.9, then 1.5 against 1.45
     assert Sampler(Sampling(temperature=0, repetition_penalty=2.0), 2, [1])(torch.tensor([-3.0, -2.0])) == 0
 
@@ -221,14 +221,14 @@ def test_no_temperature_overflows(temperature, scale):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_are_refused(wrong, temperature):
     with pytest.raises(ValueError, match="logits are not finite: try dtype=fp32"):
-        Sampler(Sampling(temperature=temperature), usable=3)(torch.tensor([1.0, wrong, 2.0]))
+        Sampler(Sampling(temperature=temperature), num_real_tokens=3)(torch.tensor([1.0, wrong, 2.0]))
 
 
 def test_the_seed_decides():
     logits = torch.randn(50)
 
     def draws(seed: int) -> list[int]:
-        sampler = Sampler(Sampling(seed=seed), usable=50)
+        sampler = Sampler(Sampling(seed=seed), num_real_tokens=50)
         return [sampler(logits) for _ in range(20)]
 
     assert draws(1) == draws(1)

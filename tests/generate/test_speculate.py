@@ -1,4 +1,4 @@
-"""Guesses change how many steps it takes, and nothing else."""
+"""Speculative decoding changes the number of steps, and nothing else."""
 
 import math
 
@@ -17,16 +17,16 @@ MODELS = {kind: packed(random_model(**flags)) for kind, flags in FAMILIES.items(
 
 
 def oracle(whole, wrong):
-    """A guesser that knows the completions `whole`, and gets every `wrong`-th token wrong."""
+    """A drafter that knows the completions `whole`, and gets every `wrong`-th token wrong."""
 
-    def guess(sequences, most):
+    def draft(sequences, limit):
         found = []
         for tokens in sequences:
-            after = next(one[len(tokens) :][:most] for one in whole if one[: len(tokens)] == tokens)
+            after = next(one[len(tokens) :][:limit] for one in whole if one[: len(tokens)] == tokens)
             found.append([(t + 1) % 97 if (len(tokens) + i) % wrong == 0 else t for i, t in enumerate(after)])
         return found
 
-    return guess
+    return draft
 
 
 @needs_kernels
@@ -37,14 +37,14 @@ def oracle(whole, wrong):
     temperature=st.sampled_from([0.0, 0.7]),
     penalty=st.sampled_from([1.0, 1.4]),
     wrong=st.integers(2, 9),
-    guess_tokens=st.integers(1, 9),
+    draft_tokens=st.integers(1, 9),
     blocks=st.sampled_from([4, 40]),
     eod=st.integers(0, 96),
 )
-def test_any_guess_leaves_tokens_and_log_probabilities_as_they_are(
-    kind, prompts, temperature, penalty, wrong, guess_tokens, blocks, eod
+def test_speculative_decoding_leaves_tokens_and_log_probabilities_as_they_are(
+    kind, prompts, temperature, penalty, wrong, draft_tokens, blocks, eod
 ):
-    """Bit for bit, greedy or drawn, penalized, ended early, and with a cache that guesses overflow."""
+    """Bit for bit, greedy or sampled, penalized, ended early, and with a cache that drafts overflow."""
     model = MODELS[kind]
     bytes_ = blocks * KVPool.block_bytes(model.config, torch.float32)
     sampling = Sampling(max_tokens=20, temperature=temperature, repetition_penalty=penalty, logprobs=1)
@@ -52,37 +52,37 @@ def test_any_guess_leaves_tokens_and_log_probabilities_as_they_are(
     plain.eod = eod
     expected = plain.generate(prompts, sampling)
     whole = [prompt + done.tokens for prompt, done in zip(prompts, expected, strict=True)]
-    for guess in (prompt_lookup, oracle(whole, wrong)):
-        engine = Engine(model, slots=3, cache_bytes=bytes_, guess=guess, guess_tokens=guess_tokens)
+    for drafter in (prompt_lookup, oracle(whole, wrong)):
+        engine = Engine(model, slots=3, cache_bytes=bytes_, drafter=drafter, draft_tokens=draft_tokens)
         engine.eod = eod
         assert engine.generate(prompts, sampling) == expected
-        assert 0 <= engine.stats.accepted <= engine.stats.guessed
+        assert 0 <= engine.stats.accepted <= engine.stats.drafted
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_right_guesses_save_steps(temperature):
+def test_right_draft_tokens_save_steps(temperature):
     model = MODELS["gpt_neox"]
     sampling = Sampling(max_tokens=32, temperature=temperature, stop_at_eod=False)
     (done,) = Engine(model).generate([3, 1, 4], sampling)
-    engine = Engine(model, guess=oracle([[3, 1, 4, *done.tokens]], wrong=1000), guess_tokens=7)
+    engine = Engine(model, drafter=oracle([[3, 1, 4, *done.tokens]], wrong=1000), draft_tokens=7)
     number, steps = engine.submit([3, 1, 4], sampling), 0
     while engine.busy:
         (*_, last), steps = engine.step(), steps + 1
     assert (last.number, last.done) == (number, done)
     assert steps == 1 + math.ceil(31 / 8)
-    assert engine.stats.accepted == engine.stats.guessed == 31 - 4
+    assert engine.stats.accepted == engine.stats.drafted == 31 - 4
 
 
 def test_the_same_model_as_a_draft_is_always_right_and_another_one_does_no_harm():
     model, sampling = MODELS["gpt_neox"], Sampling(max_tokens=24, temperature=0, stop_at_eod=False)
     prompts = [[1, 2, 3], list(range(40)), [9] * 20]
     expected = Engine(model).generate(prompts, sampling)
-    same = Engine(model, guess=DraftModel(model, slots=3))
+    same = Engine(model, drafter=DraftModel(model, slots=3))
     assert same.generate(prompts, sampling) == expected
-    assert same.stats.accepted == same.stats.guessed > 0
-    other = Engine(model, guess=DraftModel(random_model(num_hidden_layers=1, max_position_embeddings=32)))
+    assert same.stats.accepted == same.stats.drafted > 0
+    other = Engine(model, drafter=DraftModel(random_model(num_hidden_layers=1, max_position_embeddings=32)))
     assert other.generate(prompts, sampling) == expected
-    assert other.stats.accepted < other.stats.guessed
+    assert other.stats.accepted < other.stats.drafted
 
 
 def test_the_draft_model_computes_only_what_is_new():
@@ -109,16 +109,16 @@ def test_prompt_lookup_finds_what_followed_the_same(tokens, expected):
     assert prompt_lookup([tokens], 4) == [expected]
 
 
-def drawn(guess, draws):
-    """How often each pair of tokens follows, of `draws` samples on a vocabulary of five; and exact probabilities."""
+def sampled(drafter, samples):
+    """How often each pair of tokens follows, of `samples` on a vocabulary of five; and exact probabilities."""
     model = random_model(vocab_size=5, hidden_size=16, num_attention_heads=2)
     sampling = Sampling(max_tokens=3, temperature=1.3, top_p=0.95, stop_at_eod=False)
     first = distribution(model(torch.tensor([[1, 2]]))[0, -1], sampling)
     seconds = [distribution(model(torch.tensor([[1, 2, a]]))[0, -1], sampling) for a in range(5)]
-    engine = Engine(model, slots=64, guess=guess, guess_tokens=2)
+    engine = Engine(model, slots=64, drafter=drafter, draft_tokens=2)
     counts = torch.zeros(5, 5)
-    for done in engine.generate([[1, 2]] * draws, sampling.replace(seed=0)):
-        # The second token is the first that a guess can stand for: the prompt's pass draws the one before.
+    for done in engine.generate([[1, 2]] * samples, sampling.replace(seed=0)):
+        # The second token is the first that a draft can hold: the prompt's pass samples the one before.
         counts[done.tokens[0], done.tokens[1]] += 1
     return counts, torch.stack([first[a] * seconds[a] for a in range(5)]), engine.stats
 
@@ -131,8 +131,8 @@ def chi_squared(counts, probabilities):
     return ((counts[possible] - expected) ** 2 / expected).sum().item(), int(possible.sum()) - 1
 
 
-def constant(sequences, most):
-    return [[3, 3][:most] for _ in sequences]
+def constant(sequences, limit):
+    return [[3, 3][:limit] for _ in sequences]
 
 
 def far_beyond(statistic, freedom):
@@ -141,20 +141,20 @@ def far_beyond(statistic, freedom):
 
 
 def test_the_distribution_is_the_models_own():
-    counts, probabilities, stats = drawn(constant, 3000)
-    assert 0 < stats.accepted < stats.guessed
+    counts, probabilities, stats = sampled(constant, 3000)
+    assert 0 < stats.accepted < stats.drafted
     assert not far_beyond(*chi_squared(counts, probabilities))
 
 
-def test_a_rule_that_favours_the_guess_is_found_out(monkeypatch):
-    draw = Engine._draw
+def test_an_acceptance_rule_that_favours_the_draft_is_found_out(monkeypatch):
+    sample = Engine._sample
 
     def partial(self, request, logits):
-        if len(request.tokens) > 2:  # past the prompt's own pass, where a guess stands
+        if len(request.tokens) > 2:  # past the prompt's own pass, where a draft stands
             logits = logits.clone()
             logits[3] += 1.0
-        return draw(self, request, logits)
+        return sample(self, request, logits)
 
-    monkeypatch.setattr(Engine, "_draw", partial)
-    counts, probabilities, _ = drawn(constant, 3000)
+    monkeypatch.setattr(Engine, "_sample", partial)
+    counts, probabilities, _ = sampled(constant, 3000)
     assert far_beyond(*chi_squared(counts, probabilities))

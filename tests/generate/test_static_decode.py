@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neox.generate import Engine, Sampler, Sampling, naive_generate
-from neox.generate.sampling import draw
+from neox.generate.sampling import sample_rows
 from neox.generate.static_decode import SMALLEST, StaticDecoder
 from neox.model.cache import BLOCK, KVPool
 from tests.generate.conftest import random_model, small_tokenizer
@@ -29,7 +29,7 @@ DIALS = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(DIALS, min_size=1, max_size=6), st.integers(0, 999), st.sampled_from([0.1, 1.0, 30.0]))
-def test_rows_are_drawn_as_each_sampler_does(samplings, seed, spread):
+def test_rows_are_sampled_as_each_sampler_does(samplings, seed, spread):
     logits = spread * torch.randn(len(samplings), 50, generator=torch.Generator().manual_seed(seed))
     dials = [
         (one.temperature, one.top_k, one.top_p, one.min_p, Sampler(one, 50).uniform() if one.temperature else 0.0)
@@ -37,16 +37,16 @@ def test_rows_are_drawn_as_each_sampler_does(samplings, seed, spread):
     ]
     expected = [Sampler(one, 50)(row) for one, row in zip(samplings, logits, strict=True)]
     columns = torch.tensor(dials, dtype=torch.float64).T
-    assert draw(logits, columns, filtered=True).tolist() == expected
+    assert sample_rows(logits, columns, filtered=True).tolist() == expected
     if not any(one.top_k or one.top_p < 1 or one.min_p for one in samplings):
-        assert draw(logits, columns, filtered=False).tolist() == expected
-    assert draw(logits, None, filtered=False).tolist() == logits.argmax(-1).tolist()
+        assert sample_rows(logits, columns, filtered=False).tolist() == expected
+    assert sample_rows(logits, None, filtered=False).tolist() == logits.argmax(-1).tolist()
     logits[0, 7] = math.nan
     logits[-1, 3] = math.inf
     for filtered in (True, False):
-        drawn = draw(logits, columns, filtered).tolist()
-        assert (drawn[0], drawn[-1]) == (-1, -1)
-        assert min(drawn[1:-1], default=0) >= 0
+        tokens = sample_rows(logits, columns, filtered).tolist()
+        assert (tokens[0], tokens[-1]) == (-1, -1)
+        assert min(tokens[1:-1], default=0) >= 0
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -87,7 +87,7 @@ ACTIONS = st.lists(
     actions=ACTIONS, slots=st.integers(1, 4), odd=st.sampled_from([None, {"logprobs": 1}, {"presence_penalty": 1.0}])
 )
 def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, actions, slots, odd):
-    """In a cache too small for all, broken off anywhere; some requests are not such as the device draws for."""
+    """In a cache too small for all, broken off anywhere; some requests are not sampled on the device."""
     model, tokenizer = family
     engine = small_cache(model, tokenizer, 9, slots=slots, budget=32, static=True)
     beginnings = torch.randint(1, tokenizer.vocab_size, (3, 40), generator=torch.Generator().manual_seed(5)).tolist()
@@ -131,7 +131,7 @@ def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, act
 
 
 def test_a_long_load_of_all_shapes(passes):
-    """Passes of one row and many, short and long, greedy and drawn; what they left in the tree serves the next call."""
+    """Passes of one row and many, short and long, greedy and not; the prefix cache serves the next call."""
     tokenizer = small_tokenizer()
     model = random_model(vocab_size=2 * tokenizer.vocab_size, max_position_embeddings=2 * SMALLEST)
     engine = Engine(model, tokenizer, slots=4, static=True)
@@ -182,7 +182,7 @@ def exhaust(engine) -> dict:
 
 
 @pytest.mark.parametrize("moment", range(1, 6))
-def test_draws_that_nobody_saw_are_drawn_again(moment):
+def test_random_numbers_of_dropped_passes_are_used_again(moment):
     """Broken off in the middle of a pass, with another one not read yet."""
     model = random_model()
     engine = Engine(model, static=True)
@@ -247,7 +247,7 @@ def test_what_is_not_finite_does_not_stay_in_a_row():
 def test_requests_that_memory_has_no_room_for_go_the_ordinary_way(monkeypatch, passes):
     model = random_model()
     expected = Engine(model, static=False).generate([3, 4], Sampling(max_tokens=8))[0]
-    monkeypatch.setattr(StaticDecoder, "_grown", lambda self, longest: False)
+    monkeypatch.setattr(StaticDecoder, "_reserve_length", lambda self, longest: False)
     assert Engine(model, static=True).generate([3, 4], Sampling(max_tokens=8))[0] == expected
     assert not passes
 
@@ -267,7 +267,7 @@ def test_a_pass_asks_the_host_for_no_value(family, kind):
     model = random_model(**FAMILIES[family]).to("meta")
     window = model.config.local_window if model.config.local_layers else 0
     decoder = StaticDecoder(model, KVPool(model.config, 4, "meta"), 2, 90, window)
-    assert decoder._grown(64)
+    assert decoder._reserve_length(64)
     decoder._pass(2, 64, kind)
 
 
@@ -284,7 +284,7 @@ def test_recorded_passes_draw_what_those_as_written_do():
     launch = engine._static.launch
 
     def watched(requests):
-        torch.cuda.set_sync_debug_mode("error" if engine._static.flying else "default")
+        torch.cuda.set_sync_debug_mode("error" if engine._static.in_flight else "default")
         try:
             launch(requests)
         finally:

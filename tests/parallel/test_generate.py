@@ -71,7 +71,7 @@ def test_two_processes_generate_and_score_as_one(tmp_path):
     for family, flags in FAMILIES.items():
         model = random_model(vocab_size=2 * small_tokenizer().vocab_size, **flags)
         neox.save(model, tmp_path / family, small_tokenizer())
-        engine = Engine(model, small_tokenizer(), 3, cache_bytes(model, model.heads), guess=prompt_lookup)
+        engine = Engine(model, small_tokenizer(), 3, cache_bytes(model, model.heads), drafter=prompt_lookup)
         alone[family] = work(engine)
     found, nothing = together(2, tmp_path / "ranks", two, tmp_path)
     assert nothing == {}
