@@ -1,4 +1,4 @@
-"""What is read: tokenizer and data."""
+"""Options of the tokenizer and the data."""
 
 from __future__ import annotations
 
@@ -19,25 +19,30 @@ from neox.config.sections.types import (
 )
 
 
-class TokenizerConfig(Section):
+class BPEConfig(Section):
+    """Options of a BPE tokenizer that is trained on the text."""
+
+    vocab_size: Positive = 8192
+    """Number of tokens of a trained tokenizer, special tokens included; fewer if the text has too few merges."""
+    special_tokens: Strings = ()
+    """Special tokens of a trained tokenizer after <|endoftext|> and <|padding|>, in this order."""
+    space_runs: NotNegative = 24
+    """Longest run of spaces that a trained tokenizer has as one token; 0 = no such tokens."""
+    digits: Literal["joined", "single"] = "joined"
+    """Digits in a trained tokenizer: joined splits text as GPT-2 does, single lets no token hold two digits."""
+    normalizer: Literal["nfc", "none"] = "nfc"
+    """Normalization of a trained tokenizer: nfc as in GPT-NeoX-20B's; none gives every text back byte for byte."""
+
+
+class TokenizerConfig(BPEConfig):
     """Where the tokenizer comes from, or how one is trained on the text."""
 
     path: OptionalStr = None
-    """A tokenizer.json; none = one is trained on the text."""
-    vocab_size: Positive = 8192
-    """Number of tokens when one is trained."""
-    special_tokens: Strings = ()
-    """Special tokens after <|endoftext|> and <|padding|>, in this order, when one is trained."""
-    space_runs: NotNegative = 24
-    """Longest run of spaces that is a token of its own, when one is trained; 0 = none is."""
-    digits: Literal["joined", "single"] = "joined"
-    """single lets no token hold two digits; joined splits as GPT-2 does. When one is trained."""
-    normalizer: Literal["nfc", "none"] = "nfc"
-    """nfc composes characters, as GPT-NeoX-20B's does; none gives every text back as it was. When one is trained."""
+    """File tokenizer.json to encode with; none = train a tokenizer on the text."""
 
     @property
     def training(self) -> dict[str, Any]:
-        """What `train_bpe` is called with, besides the texts."""
+        """Arguments of `train_bpe` besides the texts."""
         return self.model_dump(exclude={"path"})
 
 
@@ -45,58 +50,61 @@ class PrepareConfig(Section):
     """Options of `prepare`: how text becomes tokens, and which documents are left out."""
 
     text_key: str = "text"
-    """Key of the text in JSON lines; its column in Parquet files and data sets."""
+    """Key of the text in JSON lines, or its column in Parquet files and data sets."""
     append_eod: bool = True
     """End each document with the end-of-document token."""
     special_in_text: Literal["token", "text"] = "token"
-    """What the spelling of a special token in a document becomes: that token, which may end the document, or text."""
+    """Meaning of a special token's spelling inside a document: token = that token, which may end the document; text =
+    ordinary text."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What cannot be read: fail stops there, skip leaves it out, counts it and reports it."""
+    """Documents that cannot be read: fail = stop at the first; skip = leave them out, count and report them."""
     backend: Literal["auto", "gigatoken", "tokenizers"] = "auto"
-    """Library that encodes text; auto = gigatoken where it is installed and gives the ids of tokenizers."""
+    """Library that encodes text; auto = gigatoken if it is installed and gives the same ids as tokenizers."""
     workers: NotNegative = 0
-    """Processes that encode text; 0 = one a core."""
+    """Number of processes that encode text; 0 = one per core."""
     dedup: Annotated[Literal["exact", "minhash"] | None, BeforeValidator(none)] = None
-    """Documents left out: exact, those of the same text as an earlier one; minhash, those of nearly the same words."""
+    """Deduplication: exact removes documents with the text of an earlier one, minhash also near-duplicates; none = keep
+    all."""
     decontaminate: Strings = ()
     """Evaluation sets whose text is cut out of documents: .jsonl or .txt files, or tasks of lm-evaluation-harness."""
 
 
 class DataConfig(PrepareConfig):
-    """What is read, and in what order."""
+    """Training data: sources, order and shares."""
 
     train: Strings = ()
-    """For training: .bin/.idx prefixes (what `neox prepare` writes), or text: files, folders, hf:OWNER/NAME."""
+    """Training data: .bin/.idx prefixes (what `neox prepare` writes), or text: files, folders, URLs, hf:OWNER/NAME."""
     valid: Strings = ()
-    """The same, held out for evaluation."""
+    """Held-out data for evaluation during training, in the forms of data.train."""
     seq_length: Positive = 256
     """Tokens per sample."""
     order: Literal["permuted", "megatron", "preshuffled"] = "permuted"
-    """permuted: a keyed permutation of the samples, without index files. megatron: gpt-neox's order, bit for bit.
+    """Order of the samples. permuted: a keyed permutation, without index files. megatron: gpt-neox's, bit for bit.
     preshuffled: documents are samples of seq_length + 1 tokens, read as they stand."""
     num_samples: OptionalInt = Field(default=None, gt=0)
-    """Samples that the megatron order is made for, and depends on; none = train.steps * train.global_batch_size."""
+    """Number of samples that order=megatron is built for and depends on; none = train.steps *
+    train.global_batch_size."""
     weights: Weights = ()
-    """Shares of data.train's entries in the samples, one each; without them permuted pools all text and megatron
-    takes each entry alike. A resumed run may change them: the new ones hold from there on."""
+    """Share of each entry of data.train in the samples. Without weights, order=permuted pools all text, order=megatron
+    takes each entry alike. A resumed run may change them; the new weights hold from there on."""
     weigh: Literal["given", "documents", "pile"] = "given"
-    """Where the shares come from: given as data.weights; the numbers of documents, with data.alpha as exponent; or the
-    Pile's published weights, where each entry is one of its components."""
+    """Source of the shares: given = data.weights; documents = numbers of documents, with exponent data.alpha; pile =
+    the Pile's published weights, with one of its components per entry."""
     alpha: NotNegativeFloat = 1.0
-    """Exponent of weigh=documents: gpt-neox's weighted_sampler_alpha."""
+    """Exponent of the shares that weigh=documents computes: gpt-neox's weighted_sampler_alpha."""
     cache: OptionalStr = None
-    """Folder that the megatron order's large arrays are kept in and read from; none = RUN/order."""
+    """Folder for the large arrays of order=megatron, reused by later runs; none = RUN/order."""
     split: OptionalStr = None
     """Shares of each data.train entry's documents for training, validation and test, in that order, such as
-    "995,4,1"; none = all is training text."""
+    "995,4,1"; none = all of them train."""
     segments: bool = False
-    """Documents that share a sample do not see each other."""
+    """Hide documents that share a sample from each other: attention stays within a document."""
 
     @property
     def fractions(self) -> tuple[float, float, float] | None:
-        """What `split` gives to training, validation and test; together 1. Raises ValueError where it cannot be read.
+        """Shares of training, validation and test from `split`, with sum 1. Raises ValueError for an unreadable one.
 
-        Split by commas or else slashes, parts that are missing are 0, as gpt-neox reads it.
+        Separators are commas or else slashes; missing parts are 0, as gpt-neox reads it.
         """
         if self.split is None:
             return None

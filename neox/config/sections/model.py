@@ -14,7 +14,7 @@ class ModelConfig(Section):
     """The decoder's shape, in the names of Hugging Face's GPTNeoX config, plus flags for GPT-J and GPT-Neo."""
 
     model_type: Literal["gpt_neox", "gptj", "gpt_neo"] = "gpt_neox"
-    """Family whose names and file layout a Hugging Face export uses."""
+    """Family whose parameter names and file layout a Hugging Face export uses."""
     vocab_size: Positive = 8192
     """Rows of the embedding and of the head, padding rows included."""
     hidden_size: Positive = 256
@@ -22,55 +22,55 @@ class ModelConfig(Section):
     num_hidden_layers: Positive = 4
     """Number of blocks."""
     num_attention_heads: Positive = 4
-    """Heads per block; they split hidden_size evenly."""
+    """Attention heads per block, a divisor of hidden_size."""
     intermediate_size: OptionalInt = Field(default=None, gt=0)
     """Width inside the MLP; none = 4 * hidden_size."""
     hidden_act: Literal["gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh"] = "gelu"
-    """gelu is exact (erf); the other three are names of one tanh approximation."""
+    """Activation of the MLP: gelu is exact (erf); the other three name one tanh approximation."""
     max_position_embeddings: Positive = 2048
     """Longest context, in tokens."""
     rotary_pct: float = Field(default=0.25, ge=0, le=1)
-    """Fraction of each head's dims that is rotated."""
+    """Fraction of each head's dims that rotary embedding rotates."""
     rotary_emb_base: float = Field(default=10000.0, gt=0)
     """Base of the geometric sequence of rotary frequencies."""
     layer_norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the variance in every layer norm."""
     use_parallel_residual: bool = True
-    """x + attention(ln1(x)) + mlp(ln2(x)) if true, else one after the other."""
+    """Residual: true = x + attention(ln1(x)) + mlp(ln2(x)); false = attention, then MLP on its sum."""
     tie_word_embeddings: bool = False
-    """The head uses the embedding's weight."""
+    """Use the embedding's weight in the head too."""
     init_method: Literal["small_init", "normal"] = "small_init"
-    """small_init: std sqrt(2/(5h)), residual outputs 2/(L sqrt(h)). normal: initializer_range, residual outputs
-    scaled by 1/sqrt(2L)."""
+    """Standard deviation of initial weights. small_init: sqrt(2/(5h)), residual outputs 2/(L sqrt(h)). normal:
+    initializer_range, residual outputs scaled by 1/sqrt(2L)."""
     initializer_range: float = Field(default=0.02, gt=0)
-    """Standard deviation that init_method = "normal" draws with."""
+    """Standard deviation of initial weights with init_method = "normal"."""
     mup_base_width: OptionalInt = Field(default=None, gt=0)
-    """muP: weights and AdamW's rates are those of a model so wide (of this one's head_dim, depth and MLP ratio) and
-    follow the width from there: what is tuned on it holds here. none = standard. See docs/width_transfer.md."""
+    """muP: width of the base model whose tuned learning rate and initialization carry over to this width; none =
+    standard parametrization. See docs/width_transfer.md."""
     position_embedding: Literal["rotary", "learned"] = "rotary"
-    """How positions enter: rotated queries and keys, or a learned table."""
+    """Position information: rotary = rotated queries and keys; learned = a table added to the embedding."""
     shared_layer_norm: bool = False
-    """Attention and MLP read one layer norm (GPT-J) in place of two."""
+    """Let attention and MLP read one layer norm, as in GPT-J, in place of two."""
     qkv_bias: bool = True
-    """Bias on the fused query-key-value projection."""
+    """Add a bias to the fused query-key-value projection."""
     dense_bias: bool = True
-    """Bias on the attention's output projection."""
+    """Add a bias to the attention's output projection."""
     mlp_bias: bool = True
-    """Biases on both MLP projections."""
+    """Add biases to both MLP projections."""
     head_bias: bool = False
-    """Bias on the output head."""
+    """Add a bias to the output head."""
     attention_scale: OptionalFloat = Field(default=None, gt=0)
-    """Factor on the attention scores; none = head_dim ** -0.5."""
+    """Factor of the attention scores; none = head_dim ** -0.5."""
     local_window: NotNegative = 0
-    """In local layers, position i sees only the local_window positions i - local_window < j <= i."""
+    """Positions that local layers attend to: position i sees i - local_window < j <= i."""
     local_layers: Ints = ()
-    """Numbers (from 0) of the layers that attend locally."""
+    """Numbers, from 0, of the layers with local attention."""
     hidden_dropout: Fraction = 0.0
-    """In training, fraction of each branch's output that is zeroed before it joins the residual stream."""
+    """Dropout in training of each branch's output before it joins the residual stream."""
     attention_dropout: Fraction = 0.0
-    """In training, fraction of the attention's probabilities that are zeroed."""
+    """Dropout in training of the attention's probabilities."""
     embedding_dropout: OptionalFloat = Field(default=None, ge=0, lt=1)
-    """In training, fraction of the embedding's output that is zeroed; none = hidden_dropout."""
+    """Dropout in training of the embedding's output; none = hidden_dropout."""
 
     @property
     def head_dim(self) -> int:

@@ -1,4 +1,4 @@
-"""How a model is trained: length, optimizer, schedule, processes."""
+"""Options of training: length, optimizer, schedule, parallelism, checkpoints, logs."""
 
 from __future__ import annotations
 
@@ -11,53 +11,55 @@ from neox.config.sections.types import Fraction, Ints, NotNegative, OptionalInt,
 
 
 class TrainConfig(Section):
-    """How long, how wide and on what."""
+    """Length, batch size and precision of training, and its guards."""
 
     steps: Positive = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     global_batch_size: Positive = 16
-    """Sequences per step, over all ranks."""
+    """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Positive = 4
     """Sequences per forward pass on one rank."""
     seed: NotNegative = 1234
-    """Of initialisation, data order and dropout."""
+    """Seed of initialization, data order and dropout."""
     init: OptionalStr = None
     """Model that a new run starts from: Hugging Face folder, hub id, run or step folder; none = random weights."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the matrix products; parameters and optimizer state stay fp32. fp16 scales the loss, see optim.loss_scale."""
+    """Type of the matrix products; parameters and optimizer state stay fp32. fp16 scales the loss, see
+    optim.loss_scale."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto takes an accelerator where there is one."""
+    """Device to train on; auto = an accelerator if there is one."""
     float8: Literal["none", "tensorwise", "rowwise"] = "none"
-    """The blocks' products in 8 bits, by torchao, scaled by tensor or by row; wants a GPU from H100 on, and compile."""
+    """8-bit matrix products in the blocks, by torchao, scaled per tensor or per row; needs an H100 or later, and
+    compile."""
     loss_chunk: Positive = 512
-    """Tokens whose logits exist at one time: the head and the loss run chunk by chunk."""
+    """Tokens whose logits exist at one time; head and loss run chunk by chunk."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping it: nothing dear; the MLPs; whole blocks."""
+    """Activations that the backward pass recomputes: none; selective = those of the MLPs; full = whole blocks."""
     guard: bool = True
-    """Look at each step's loss and gradient norm before its update; an accelerator is waited for once a step."""
+    """Check each step's loss and gradient norm before its update; costs one wait for the accelerator per step."""
     spike_sigma: float = Field(default=0.0, ge=0)
-    """Leave out the update of a step whose loss or gradient norm is so many standard deviations above the mean of the
-    last updates; 0 = only where one of them is not finite. 6 is usual."""
+    """Loss spikes: skip the update of a step whose loss or gradient norm is this many standard deviations above the
+    mean of the last updates, such as 6; 0 = skip only NaN and infinity."""
     spike_window: Positive = 128
-    """Updates that mean and standard deviation are taken over."""
+    """Loss spikes: number of last updates that mean and standard deviation are taken over; half as many are needed."""
     rewind_after: Positive = 10
-    """Updates left out in a row after which the run goes back to its last good checkpoint, and past their data."""
+    """Loss spikes: consecutive skipped updates that rewind the run to its last valid checkpoint, past their data."""
     max_rewinds: NotNegative = 3
-    """Times that a run may go back; then it ends with an error."""
+    """Loss spikes: number of rewinds before the run ends with an error."""
     compile: Literal["auto", True, False] = "auto"
-    """Compile each block with torch.compile: half a minute and more at the start, fewer passes over memory after. auto
-    does on CUDA, without tp, cp and pp."""
+    """Compile each block with torch.compile: slow to start, fewer passes over memory afterwards; auto = on CUDA without
+    tp, cp and pp."""
     profile_step: NotNegative = 0
-    """First step that is profiled, to RUN/profile: a trace, and the operators that took longest; 0 = none is."""
+    """First step to profile; trace and slowest operators go to RUN/profile; 0 = no profile."""
     profile_count: Positive = 3
-    """How many steps are."""
+    """Number of steps to profile, from profile_step on."""
 
     restarts: NotNegative = 3
-    """How often the processes that `neox train` starts itself begin anew, from the newest checkpoint, when one dies."""
+    """Restarts from the newest checkpoint when one of the processes that `neox train` started dies."""
     grace: float = Field(default=30.0, gt=0)
-    """Seconds from SIGTERM to the end of the process: what is not saved by then is given up. See docs/launching.md."""
+    """Seconds from SIGTERM to the end of the process, saved or not; see docs/launching.md."""
     timeout: float = Field(default=1800.0, ge=0)
-    """Seconds without a finished step after which a run leaves its stacks in RUN/hang and ends; 0 = never."""
+    """Watchdog: seconds without a finished step after which a run writes its stacks to RUN/hang and ends; 0 = off."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -70,29 +72,29 @@ class OptimConfig(Section):
     """The optimizer."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon updates the blocks' matrices with Muon and all else with AdamW."""
+    """Optimizer: adamw, or muon for the blocks' matrices with AdamW for the rest."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(listed)] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of AdamW's second moment."""
+    """Term added to the root of AdamW's second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled; not on biases and layer norms."""
+    """Decoupled weight decay; biases and layer norms have none."""
     clip: float = Field(default=1.0, ge=0)
-    """Largest global gradient norm; 0 = no clipping."""
+    """Largest global gradient norm; larger gradients are scaled down to it; 0 = no clipping."""
     muon_lr: float = Field(default=0.02, gt=0)
-    """Peak learning rate of the matrices under Muon."""
+    """Peak learning rate of the matrices that Muon updates."""
     muon_momentum: Fraction = 0.95
-    """Muon's momentum."""
+    """Momentum of Muon."""
     loss_scale: float = Field(default=4096.0, ge=1)
-    """In fp16 the loss is multiplied by this at first; it is halved on overflow and doubled after a while without."""
+    """Initial loss scale in fp16; it is halved on overflow and doubled after loss_scale_window steps without one."""
     loss_scale_window: Positive = 1000
-    """Steps without overflow after which the loss scale is doubled."""
+    """Steps without overflow after which the fp16 loss scale is doubled."""
     loss_scale_hysteresis: Positive = 2
-    """Overflows until the loss scale is halved for the first time."""
+    """Overflows before the fp16 loss scale is halved for the first time."""
     loss_scale_min: float = Field(default=1.0, gt=0)
-    """Least loss scale: an overflow there ends the run."""
+    """Smallest fp16 loss scale; an overflow there ends the run."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -102,18 +104,19 @@ class OptimConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the run. It counts applied updates: a step that is skipped does not move it."""
+    """Learning rate over the run, by applied updates: a skipped update does not move it."""
 
     name: Literal["cosine", "cosine_floored", "linear", "exponential", "constant", "inverse_sqrt", "wsd"] = "cosine"
-    """Shape after a linear warmup; cosine_floored trained GPT-NeoX-20B and Pythia. Formulas: docs/training.md."""
+    """Shape of the learning rate after a linear warmup; cosine_floored trained GPT-NeoX-20B and Pythia. Formulas:
+    docs/training.md."""
     warmup: float = Field(default=0.01, ge=0)
-    """Below 1: fraction of the horizon. From 1 on: number of updates."""
+    """Length of the linear warmup: below 1 a fraction of the horizon, from 1 on a number of updates."""
     decay: float = Field(default=0.2, ge=0)
-    """Length of the decay that ends wsd (warmup, stable, decay), counted like warmup."""
+    """Length of the decay that ends wsd (warmup, stable, decay): below 1 a fraction of the horizon, else updates."""
     horizon: OptionalInt = Field(default=None, gt=0)
-    """Updates over which the schedule runs; the rate stays as it is from there. none = train.steps."""
+    """Number of updates over which the schedule runs; the rate then stays as it is; none = train.steps."""
     min_lr: float = Field(default=1e-4, ge=0)
-    """Least learning rate after the warmup (absolute)."""
+    """Smallest learning rate after the warmup, absolute."""
 
     def warmup_updates(self, horizon: int) -> float:
         """Length of the warmup, of `horizon` updates in all."""
@@ -131,28 +134,29 @@ class ScheduleConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the processes that torchrun started share the work; one process needs none of it."""
+    """Axes of parallelism over the processes of the run."""
 
     dp_replicate: Positive = 1
-    """Groups of processes that hold a whole copy of the model each."""
+    """Data parallelism: groups of processes that hold a whole copy of the model each."""
     dp_shard: NotNegative = 0
-    """Processes that share one copy; 0 = all that dp_replicate leaves."""
+    """Data parallelism: processes that share one copy of the model; 0 = all that the other axes leave."""
     zero: Literal[1, 2, 3] = 1
-    """What they share: 1 the optimizer state; 2 gradients too; 3 parameters too, gathered block by block."""
+    """ZeRO stage that dp_shard shards by: 1 optimizer state; 2 gradients too; 3 parameters too, gathered block by
+    block."""
     tp: Positive = 1
-    """Processes that share each matrix: heads, the MLP's inner width and the vocabulary are split over them."""
+    """Tensor parallelism: processes that share each matrix (heads, the MLP's inner width, the vocabulary)."""
     cp: Positive = 1
-    """Processes that share each sequence, for long ones; they share optimizer state as dp_shard does."""
+    """Context parallelism: processes that share each sequence; they shard optimizer state as dp_shard does."""
     pp: Positive = 1
-    """Processes that share the blocks, one after the other."""
+    """Pipeline parallelism: processes that share the blocks, one stage after another."""
     sequence_parallel: bool = False
-    """Between the matrices that tp splits, its processes hold a part of each sequence: less memory, the same sums."""
+    """Split sequences over the processes of tp between its matrices: less memory, the same sums."""
     schedule: Literal["1f1b", "interleaved_1f1b"] = "1f1b"
-    """The order in which the pipeline's stages run microbatches forward and backward: see docs/parallel.md."""
+    """Order in which pipeline stages run microbatches forward and backward; see docs/parallel.md."""
     stages_per_rank: Positive = 2
-    """Stages that each process of an interleaved pipeline holds; with 1f1b it is always 1."""
+    """Stages per process of an interleaved pipeline; 1f1b always has 1."""
     stage_layers: Ints = ()
-    """Layers of each stage, first to last; without it they are balanced by cost, embedding and head counted."""
+    """Layers of each pipeline stage, first to last; empty = balanced by cost, embedding and head included."""
 
     @property
     def stages(self) -> int:
@@ -161,36 +165,36 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is kept of a run."""
+    """Checkpoints of a run."""
 
     every: NotNegative = 1000
     """Steps between checkpoints; 0 = only at the end."""
     early: NotNegative = 0
-    """Also at steps 0, 1, 2, 4, 8 .. up to this one, as Pythia does with 512; 0 = no early ones."""
+    """Last step of the early checkpoints at 0, 1, 2, 4, 8 ..; Pythia has 512; 0 = no early checkpoints."""
     keep_last: NotNegative = 0
-    """Keep the newest so many and remove older ones; 0 = keep all."""
+    """Number of newest checkpoints to keep; older ones are removed; 0 = keep all."""
     keep_every: NotNegative = 0
-    """Of the older ones keep those of every so many steps, and the early ones; 0 = no others."""
+    """Interval in steps of older checkpoints that keep_last leaves, with the early ones; 0 = leave none."""
     asynchronous: bool = False
-    """Write in the background while training goes on; takes CPU memory for a copy of weights and optimizer state."""
+    """Write checkpoints in the background; takes CPU memory for a copy of weights and optimizer state."""
 
 
 class LogConfig(Section):
-    """What a run tells, and where."""
+    """Logs of a run."""
 
     every: Positive = 10
     """Steps between log lines."""
     out: str = Field(default="runs/neox", min_length=1)
     """Run directory."""
     norms: bool = False
-    """Each line also holds the norms of gradients, parameters and update of embedding, attention, mlp, norms, head."""
+    """Log the norms of gradients, parameters and update of embedding, attention, mlp, norms and head."""
     tensorboard: bool = False
-    """Write RUN/tensorboard as well."""
+    """Log to RUN/tensorboard as well."""
     wandb: OptionalStr = None
-    """Weights & Biases project to report to as well; its own settings say where (WANDB_MODE=offline: to RUN/wandb)."""
+    """Weights & Biases project to log to; its own settings say where (WANDB_MODE=offline: to RUN/wandb)."""
     sample_every: NotNegative = 0
-    """Steps between samples of what the model writes, drawn as generate.* says; 0 = never."""
+    """Steps between samples of generated text, drawn with temperature, top_k, top_p and seed of generate; 0 = never."""
     sample_prompt: str = ""
-    """What each sample continues; empty = the start of a document."""
+    """Prompt of the samples that log.sample_every writes; empty = the start of a document."""
     sample_tokens: Positive = 64
-    """New tokens per sample, at most."""
+    """Most new tokens per sample that log.sample_every writes."""

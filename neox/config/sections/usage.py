@@ -21,34 +21,39 @@ from neox.config.sections.types import (
 )
 
 
-class EvalConfig(Section):
-    """Evaluation: of the loss on data.valid during training, and of tasks by `neox eval`."""
+class EvalTasksConfig(Section):
+    """Options of an evaluation on tasks."""
 
-    every: NotNegative = 0
-    """Steps between evaluations on data.valid; 0 = never."""
-    batches: Positive = 10
-    """Global batches per evaluation on data.valid."""
     tasks: Names = ()
     """Tasks, groups or tags of lm-evaluation-harness, or YAML files of tasks: a,b."""
-    tasks_every: NotNegative = 0
-    """Steps between evaluations of `tasks` during training; 0 = never."""
     include_path: OptionalStr = None
-    """A folder of YAML files with tasks of one's own; none = only lm-evaluation-harness's."""
+    """Folder of YAML files with tasks of your own; none = only lm-evaluation-harness's."""
     limit: OptionalFloat = Field(default=None, gt=0)
-    """The first so many documents of each task, below 1 this fraction of them; none = all."""
+    """Number of documents per task, from the first on; below 1 a fraction of them; none = all."""
     num_fewshot: OptionalInt = Field(default=None, ge=0)
     """Examples before each question; none = as many as the task says."""
     seed: OptionalInt = Field(default=None, ge=0)
-    """Of examples and of everything else drawn; none = lm-evaluation-harness's own seeds."""
+    """Seed of few-shot examples and of sampling; none = lm-evaluation-harness's own seeds."""
     log_samples: bool = False
-    """Also write each document with its prompts, answers and scores."""
+    """Write samples_TASK.jsonl too: each document with its prompts, answers and scores."""
     batch_size: OptionalInt = Field(default=8, gt=0)
-    """Requests that a backend of lm-evaluation-harness (hf:, lm-eval:) computes at a time; none = as many as fit."""
+    """Requests per batch of lm-evaluation-harness's backends (hf:, lm-eval:); none = as many as fit."""
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What `evaluate` is called with: all but the options that say when training evaluates."""
-        return self.model_dump(exclude={"every", "batches", "tasks_every"})
+        """Arguments of `evaluate`."""
+        return {key: getattr(self, key) for key in EvalTasksConfig.model_fields}
+
+
+class EvalConfig(EvalTasksConfig):
+    """Evaluation during training: of the loss on data.valid, and of tasks."""
+
+    every: NotNegative = 0
+    """Steps between evaluations of the loss on data.valid; 0 = never."""
+    batches: Positive = 10
+    """Global batches per evaluation of the loss on data.valid."""
+    tasks_every: NotNegative = 0
+    """Steps between evaluations of eval.tasks during training; 0 = never."""
 
 
 class SamplingConfig(Section):
