@@ -1,30 +1,24 @@
 """The command line: ``neox VERB [TARGET...] key=value ...``.
 
-A verb is one function of (targets, options) whose docstring is its help; it imports what it needs when it runs, so
-that ``neox --help`` answers at once. It returns nothing (or an exit status), prints results to stdout, and raises
-ValueError or OSError with one line for the user.
+A verb is a module of this package, and the first line of its docstring its line in ``neox --help``. It has `OPTIONS`,
+of which its help is made, and `run(targets, options)`, which returns nothing or an exit status, prints results to
+stdout, and raises ValueError or OSError with one line for the user. Nothing is imported but the verb that runs.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Sequence
-from inspect import getdoc
+from importlib import import_module
+from typing import Any
 
 import neox
-from neox.cli.judging import eval_
-from neox.cli.looking import TOPICS, doctor, inspect, show
-from neox.cli.making import prepare, quickstart, train
-from neox.cli.using import bench, convert, generate
-from neox.cli.verb import UsageError, Verb
+from neox.cli.verb import UsageError
 
-VERBS: dict[str, Verb] = {
-    function.__name__.rstrip("_"): function
-    for function in (quickstart, prepare, train, eval_, generate, convert, show, inspect, bench, doctor)
-}
+VERBS = ("quickstart", "prepare", "train", "eval", "generate", "convert", "show", "inspect", "bench", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,12 +61,15 @@ def _run(argv: list[str]) -> int:
         return 0
     name, arguments = argv[0], argv[1:]
     if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
-        raise UsageError(f"no verb {name!r}; {hint}")
+        from neox.config.spelling import did_you_mean
+
+        raise UsageError(f"no verb {name!r}; {did_you_mean(name, VERBS)}")
+    verb = _module(name)
     if "--help" in arguments or "-h" in arguments:
-        topic = TOPICS.get(arguments[0]) if name == "inspect" else None
-        print(getdoc(topic or VERBS[name]))
+        from neox.cli.reference import help_text
+
+        topic = arguments[0] if arguments[0] in getattr(verb, "TOPICS", ()) else ""
+        print(help_text(_module(f"{name}_{topic}") if topic else verb))
         return 0
     targets: list[str] = []
     options: list[str] = []
@@ -82,7 +79,18 @@ def _run(argv: list[str]) -> int:
         # A path may hold an equals sign; a key holds no slash and does not start with a dot.
         is_option = re.match(r"[A-Za-z_][\w.]*=", argument)
         (options if is_option else targets).append(argument)
-    return VERBS[name](targets, options) or 0
+    return verb.run(targets, options) or 0
+
+
+def _module(name: str) -> Any:
+    return import_module(f"neox.cli.{name}")
+
+
+def _summary(name: str) -> str:
+    """First line of a verb's docstring, read without an import of the verb."""
+    source = pkgutil.get_data("neox.cli", f"{name}.py")
+    assert source, "verbs are files"
+    return source.decode().partition("\n")[0].strip('r"')
 
 
 def _usage() -> str:
@@ -92,7 +100,7 @@ def _usage() -> str:
         "Train, run and study GPT-NeoX language models.",
         "",
         "Verbs:",
-        *(f"  {name:<12}{(getdoc(function) or '').partition(chr(10))[0]}" for name, function in VERBS.items()),
+        *(f"  {name:<12}{_summary(name)}" for name in VERBS),
         "",
         "Examples:",
         "  neox show neox-20b",

@@ -1,4 +1,18 @@
-"""`neox inspect data`: what a run has read, or would read."""
+"""Show training data: documents of a step, a string in the data, the steps of a document.
+
+neox inspect data RUN_DIR [key=value ...]
+neox inspect data [PRESET] [FILE.toml ...] data.train=PREFIX [section.key=value ...] [key=value ...]
+
+Works without a run too, from its config. Steps count as in the logs: step 1 is the first. Without
+step=, find=, document= and export= it prints the tokens that were read of each component.
+
+Examples:
+  neox inspect data runs/first step=100
+  neox inspect data runs/first step=100 out=step100.html
+  neox inspect data runs/first find='the Higgs boson' until=5000
+  neox inspect data runs/first document=17
+  neox inspect data pythia-160m data.train=document data.order=preshuffled step=1 out=step1.npy
+"""
 
 from __future__ import annotations
 
@@ -7,51 +21,56 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neox.cli.verb import UsageError, resolve, taken
+from pydantic import Field
+
+from neox.cli.verb import UsageError, resolve
+from neox.config import Section
+from neox.config.options import read_options
+from neox.config.sections.types import NotNegative, OptionalInt
 from neox.system.console import aligned
 
 if TYPE_CHECKING:
     from neox.analysis.sample_inspector import SampleInspector
 
-OWN = ("step", "row", "find", "document", "export", "until", "limit", "out", "tokenizer")
 SHOWN = 60  # characters of a text in a table
+QUESTIONS = ("step", "find", "document", "export")
 
 
-def inspect_data(targets: list[str], options: list[str]) -> None:
-    """What a run reads: the documents of a step, a string in the training data, the steps of a document.
+class InspectDataOptions(Section):
+    """Options of `neox inspect data` besides those of the config."""
 
-    neox inspect data RUN_DIR [key=value ...]
-    neox inspect data [PRESET] [FILE.toml ...] data.train=PREFIX [section.key=value ...] [key=value ...]
+    step: OptionalInt = None
+    """Step to show: its documents, decoded, with source and component."""
+    row: OptionalInt = None
+    """Row of step=N to show alone, with all of its text."""
+    find: str | None = None
+    """Text to find in the data that was read, with the steps that read it."""
+    document: str | None = Field(default=None, title="I")
+    """Document to find the steps and epochs of; FILE:I if there are several files."""
+    export: str | None = Field(default=None, title="PREFIX")
+    """Prefix to export the order to, as gpt-neox's PREFIX_..._{doc,sample,shuffle}_idx.npy."""
+    until: OptionalInt = None
+    """Last step to consider; by default the last one that the run has done."""
+    limit: NotNegative = 20
+    """Number of places that find= prints; 0 = all."""
+    out: str | None = Field(default=None, title="FILE")
+    """File for step=N: .html for a page, .npy for its rows of seq_length + 1 tokens."""
+    tokenizer: str | None = Field(default=None, title="FILE")
+    """File tokenizer.json to decode with; by default the one beside the data."""
 
-    Works without a run too, from what its config would be. Steps count as in the logs: step 1 is the
-    first. Without any of the first five options it tells what was read of each component.
 
-    Options:
-      step=N            the documents in that step, decoded, with source and component
-      row=R             of step=N only this row, and all of its text
-      find=TEXT         where TEXT stands in what was read, and in which steps
-      document=I        the steps and epochs that read document I; FILE:I where there are several files
-      export=PREFIX     the order as gpt-neox's PREFIX_..._{doc,sample,shuffle}_idx.npy
-      until=N           only what steps 1 to N read (default: all that the run has done)
-      limit=20          find stops after so many places; 0: after none
-      out=step.html     of step=N a page; .npy: its rows of seq_length + 1 tokens
-      tokenizer=FILE    where none is beside the data
+OPTIONS = InspectDataOptions
 
-    Examples:
-      neox inspect data runs/first step=100
-      neox inspect data runs/first step=100 out=step100.html
-      neox inspect data runs/first find='the Higgs boson' until=5000
-      neox inspect data runs/first document=17
-      neox inspect data pythia-160m data.train=document data.order=preshuffled step=1 out=step1.npy
-    """
-    own, rest = taken(options, OWN)
-    asked = [key for key in OWN[:5] if key in own and key != "row"]
+
+def run(targets: list[str], options: list[str]) -> None:
+    """Run the topic."""
+    own, rest = read_options(InspectDataOptions, options)
+    asked = [key for key in QUESTIONS if key in own.model_fields_set]
     if len(asked) > 1:
         raise UsageError(f"inspect data answers one question at a time, not {' and '.join(asked)}")
-    if ("row" in own or "out" in own) and "step" not in own:
+    if own.model_fields_set & {"row", "out"} and own.step is None:
         raise UsageError("row= and out= belong to step=N")
-    numbers = {key: _number(own, key) for key in ("step", "row", "until", "limit") if key in own}
-    out = Path(own["out"]) if "out" in own else None
+    out = Path(own.out) if own.out else None
     if out and out.suffix not in (".html", ".npy"):
         raise ValueError(f"out={out}: must end in .html (a page) or .npy (rows of tokens)")
 
@@ -59,27 +78,22 @@ def inspect_data(targets: list[str], options: list[str]) -> None:
 
     if len(targets) == 1 and Path(targets[0]).is_dir():
         if rest:
-            raise UsageError(f"{rest[0]}: a run keeps its config; options of inspect data are {', '.join(OWN)}")
-        inspector = SampleInspector.of_run(Path(targets[0]), own.get("tokenizer"))
+            names = ", ".join(InspectDataOptions.model_fields)
+            raise UsageError(f"{rest[0]}: a run keeps its config; options of inspect data are {names}")
+        inspector = SampleInspector.of_run(Path(targets[0]), own.tokenizer)
     else:
-        inspector = SampleInspector.of_config(resolve(targets, rest), own.get("tokenizer"))
-    until = numbers.get("until", inspector.last)
-    if "step" in own:
-        _step(inspector, numbers["step"], numbers.get("row"), out)
-    elif "find" in own:
-        _find(inspector, own["find"], until, numbers.get("limit", 20))
-    elif "document" in own:
-        _document(inspector, own["document"], until)
-    elif "export" in own:
-        _export(inspector, Path(own["export"]), until)
+        inspector = SampleInspector.of_config(resolve(targets, rest), own.tokenizer)
+    until = inspector.last if own.until is None else own.until
+    if own.step is not None:
+        _step(inspector, own.step, own.row, out)
+    elif own.find is not None:
+        _find(inspector, own.find, until, own.limit)
+    elif own.document is not None:
+        _document(inspector, own.document, until)
+    elif own.export is not None:
+        _export(inspector, Path(own.export), until)
     else:
         _components(inspector, until)
-
-
-def _number(own: dict[str, str], key: str) -> int:
-    if not own[key].isdecimal():
-        raise ValueError(f"{key}={own[key]}: must be a whole number")
-    return int(own[key])
 
 
 def _step(inspector: SampleInspector, step: int, row: int | None, out: Path | None) -> None:

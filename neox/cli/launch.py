@@ -22,8 +22,7 @@ def processes_here(config: Config) -> int:
 
     from neox.system.device import resolve_device
 
-    parallel = config.parallel
-    named = parallel.pp * parallel.dp_replicate * max(1, parallel.dp_shard) * parallel.cp * parallel.tp
+    named = config.parallel.processes
     if resolve_device(config.train.device).type != "cuda":
         return named
     devices = torch.cuda.device_count()
@@ -32,7 +31,7 @@ def processes_here(config: Config) -> int:
             f"parallel: its axes make {named} processes, this host has {devices} CUDA devices: start torchrun on "
             "several hosts (docs/launching.md), or change parallel"
         )
-    return named if parallel.dp_shard else devices // named * named
+    return named if config.parallel.dp_shard else devices // named * named
 
 
 def launch(arguments: list[str], number: int, config: TrainConfig) -> int:

@@ -1,20 +1,19 @@
-"""What every verb shares: its form, the error of a wrong command, the options that are its own, and the config."""
+"""Parts that all verbs share: the error of a wrong command, a verb's own options, the config."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from neox.config import Config
+    from neox.config import Config, Section
 
-Verb = Callable[[list[str], list[str]], int | None]
-"""(targets, options) -> exit status; None is 0."""
+S = TypeVar("S", bound="Section")
 
 
 class UsageError(Exception):
-    """The command itself is wrong, not what it was given: exit status 2."""
+    """The command itself is wrong, not a value in it: exit status 2."""
 
 
 def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
@@ -28,7 +27,20 @@ def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
     return load_config(named[0] if named else None, files, options)
 
 
-def taken(options: Sequence[str], keys: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """The options with these keys, which are a verb's own, and the others."""
-    own = dict(option.split("=", 1) for option in options if option.partition("=")[0] in keys)
-    return own, [option for option in options if option.partition("=")[0] not in keys]
+def read_all(verb: str, cls: type[S], options: Sequence[str]) -> S:
+    """The options of a verb that takes no others. Raises UsageError for another, ConfigError for a wrong value."""
+    from neox.config.options import read_options
+    from neox.config.spelling import did_you_mean
+
+    own, rest = read_options(cls, options)
+    if rest:
+        key = rest[0].partition("=")[0]
+        raise UsageError(f"{verb} has no option {key}; {did_you_mean(key, cls.model_fields)}")
+    return own
+
+
+def one_model(verb: str, targets: Sequence[str]) -> str:
+    """The only target, a MODEL. Raises UsageError."""
+    if len(targets) != 1:
+        raise UsageError(f"{verb} needs one MODEL, not {len(targets)}" if targets else f"{verb} needs one MODEL")
+    return targets[0]

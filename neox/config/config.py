@@ -146,6 +146,13 @@ class Config(Section):
                 "data.seq_length" + (" that each process of cp has" if cp > 1 else "")
             )
 
+    @property
+    def microbatches(self) -> list[int]:
+        """Sequences of each microbatch of a data-parallel rank, as `neox.data.Loader` cuts its share of a step."""
+        size, ranks = self.train.micro_batch_size, self.parallel.dp_replicate * self.parallel.shards
+        share = -(-self.train.global_batch_size // ranks)
+        return [min(size, share - start) for start in range(0, share, size)]
+
     def to_toml(self) -> str:
         """Every option with its resolved value, as TOML that `load_config` turns into an equal Config."""
         import tomli_w

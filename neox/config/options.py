@@ -153,9 +153,7 @@ def read_options(cls: type[S], texts: Iterable[str]) -> tuple[S, list[str]]:
         verbatim = not section_of(cls, key) and get_origin(annotation) is not tuple and _is_text(annotation)
         value = raw if verbatim else _literal(raw.strip(), annotation, text)
         if get_origin(annotation) is tuple and key in values:
-            value = [*values[key], *(value if isinstance(value, list) else [value])]
-        elif get_origin(annotation) is tuple and isinstance(value, str):
-            value = [value]
+            value = [one for part in (values[key], value) for one in (part if isinstance(part, list) else [part])]
         values[key], origin[key] = value, f"from {text}"
     try:
         return cls(**values), rest

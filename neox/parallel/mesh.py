@@ -57,7 +57,7 @@ class Layout:
 
 def layout(config: ParallelConfig, processes: Processes, device: torch.device) -> Layout:
     """The mesh of `config` over the processes. Raises ValueError where its axes do not make up their number."""
-    world, least = processes.world, config.pp * config.dp_replicate * config.cp * config.tp
+    world, least = processes.world, config.processes // config.shards
     shard = config.dp_shard or max(1, world // least)
     sizes = (config.pp, config.dp_replicate, shard, config.cp, config.tp)
     if shard * least != world:

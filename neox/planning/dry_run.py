@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from neox.config import Config
-from neox.planning.layouts import microbatches, processes, rows
 
 if TYPE_CHECKING:
     from neox.parallel import Layout
@@ -61,7 +60,7 @@ def step_sizes(config: Config) -> list[int]:
     Once the pipeline is full, each further microbatch adds the same memory and traffic, so two steps are enough to
     extrapolate.
     """
-    parallel, whole = config.parallel, microbatches(config)
+    parallel, whole = config.parallel, len(config.microbatches)
     if parallel.pp == 1:
         few = [3, 4]
     elif parallel.schedule == "1f1b":
@@ -79,10 +78,10 @@ def dry_run_here(config: Config, rank: int) -> StepCost:
     from neox.parallel import layout
     from neox.system.processes import Processes
 
-    world = processes(config)
+    world = config.parallel.processes
     if world > 1:
         dist.init_process_group("fake", rank=rank, world_size=world)
-    few, whole = step_sizes(config), microbatches(config)
+    few, whole = step_sizes(config), len(config.microbatches)
     mesh = layout(config.parallel, Processes(rank, world), torch.device("cpu"))
     steps = [_step(config, mesh, count) for count in few]
 
@@ -130,7 +129,7 @@ def _step(config: Config, mesh: "Layout", count: int) -> StepCost:
     # DTensor runs each new operator once at global size, which a process would never hold: not counted.
     global_size = ShardingPropagator._propagate_tensor_meta_non_cached
     # The last microbatch may be smaller than the others.
-    sizes, length = [*rows(config)[: count - 1], rows(config)[-1]], config.data.seq_length
+    sizes, length = [*config.microbatches[: count - 1], config.microbatches[-1]], config.data.seq_length
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
         MemoryTracker(fake) as tracker,

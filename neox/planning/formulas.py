@@ -8,7 +8,6 @@ from neox.config import Config
 from neox.model.training_memory import StageParameters, stage_memory, stage_parameters
 from neox.parallel.pipeline import layers_of_stages
 from neox.planning.dry_run import StepCost
-from neox.planning.layouts import microbatches, rows, shards
 
 
 def stage(config: Config, number: int) -> StepCost:
@@ -17,16 +16,16 @@ def stage(config: Config, number: int) -> StepCost:
     layers = len(layers_of_stages(config)[number]) if pp > 1 else model.num_hidden_layers
     first, last = number == 0, number == pp - 1
     shape = stage_parameters(model, config.parallel.tp, layers, first, last)
-    memory = stage_memory(config, layers, first, last, in_flight=min(microbatches(config), pp - number))
-    return StepCost(int(shape.total / shards(config)), memory, _traffic(config, shape))
+    memory = stage_memory(config, layers, first, last, in_flight=min(len(config.microbatches), pp - number))
+    return StepCost(int(shape.total / config.parallel.shards), memory, _traffic(config, shape))
 
 
 def _traffic(config: Config, stage: StageParameters) -> dict[tuple[str, str], int]:
     """Bytes sent in a step by (axis, collective): docs/parallel.md has the table."""
-    parallel, count = config.parallel, microbatches(config)
-    tp, n = parallel.tp, shards(config)
+    parallel, count = config.parallel, len(config.microbatches)
+    tp, n = parallel.tp, config.parallel.shards
     value = 4 if config.train.dtype == "fp32" else 2
-    tokens = sum(rows(config)) * config.data.seq_length
+    tokens = sum(config.microbatches) * config.data.seq_length
     x = tokens * config.model.hidden_size * value
     traffic = {}
     if tp > 1:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from neox.config import Config
 from neox.model.flops import forward_flops, recomputed_share
 from neox.parallel.mesh import AXES
-from neox.planning.layouts import microbatches, rows, shards
 
 COMPUTE = 0.6
 """Share of the peak FLOP/s that a process reaches while it computes. Assumed: the best published figures for dense
@@ -60,7 +59,7 @@ def bubble(config: Config) -> float:
 
     Narayanan et al. 2021, arXiv 2104.04473 (1f1b, interleaved).
     """
-    parallel, count = config.parallel, microbatches(config)
+    parallel, count = config.parallel, len(config.microbatches)
     waits, work = parallel.pp - 1, count * parallel.stages // parallel.pp
     return waits / (work + waits)
 
@@ -71,7 +70,7 @@ def stage_flops(config: Config, layers: int, head: bool, causal: bool = True, re
     again = recomputed_share(model, length, config.train.activation_checkpointing) if recomputed else 0.0
     blocks = forward_flops(model, length, scored=0, causal=causal) * layers / model.num_hidden_layers
     heads = 2 * length * model.vocab_size * (model.hidden_size + model.head_bias) if head else 0
-    return sum(rows(config)) * (blocks * (3 + again) + 3 * heads) / parallel.tp / parallel.cp
+    return sum(config.microbatches) * (blocks * (3 + again) + 3 * heads) / parallel.tp / parallel.cp
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def step_time(
     for (axis, _), size in traffic.items():
         sent[axis] += size / links.get(axis, device.network) / LINK
     compute = stage_flops(config, layers, head) / (peak * COMPUTE)
-    tensor = sent["tp"] + (sent["cp"] if shards(config) > 1 else 0.0)
+    tensor = sent["tp"] + (sent["cp"] if config.parallel.shards > 1 else 0.0)
     data = sum(sent.values()) - sent["pp"] - tensor
     idle = bubble(config)
     # AdamW reads weight, gradient and two moments, and writes all but the gradient: 28 bytes.
@@ -113,7 +112,7 @@ def within_host(config: Config, axis: str) -> bool:
     sizes = {
         "tp": parallel.tp,
         "cp": parallel.cp,
-        "dp_shard": shards(config),
+        "dp_shard": config.parallel.shards,
         "dp_replicate": parallel.dp_replicate,
         "pp": parallel.pp,
     }

@@ -6,7 +6,6 @@ from neox.config import Config
 from neox.parallel.pipeline import layers_of_stages
 from neox.planning import formulas
 from neox.planning.hardware import GPU, USABLE, step_time
-from neox.planning.layouts import microbatches
 from neox.planning.run_plan import dry_run_ranks, render
 from neox.planning.summary import _bytes
 
@@ -84,7 +83,7 @@ def _micro_batches(config: Config, parallel: dict[str, int], device: GPU) -> lis
                 break
             train = {"activation_checkpointing": checkpointing, "micro_batch_size": size}
             tried = config.model_copy(update={"parallel": layout, "train": config.train.model_copy(update=train)})
-            if parallel["pp"] > 1 and microbatches(tried) < parallel["pp"]:
+            if parallel["pp"] > 1 and len(tried.microbatches) < parallel["pp"]:
                 break
             result.append(_estimated(tried, device))
     return result

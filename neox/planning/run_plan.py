@@ -13,7 +13,6 @@ from neox.parallel.mesh import AXES
 from neox.parallel.pipeline import layers_of_stages, stages_of_rank
 from neox.planning.dry_run import StepCost, dry_run
 from neox.planning.hardware import COMPUTE, GPU, HOST, LINK, USABLE, StepTime, bubble, stage_flops, step_time
-from neox.planning.layouts import microbatches, processes
 from neox.planning.summary import _bytes
 
 
@@ -33,7 +32,7 @@ def dry_run_ranks(config: Config) -> list[PipelineRank]:
     Each runs in a process of its own. Of the ranks with as many layers the first is run, since it keeps the most
     microbatches in flight; the others get its cost.
     """
-    pp, world = config.parallel.pp, processes(config)
+    pp, world = config.parallel.pp, config.parallel.processes
     layers = layers_of_stages(config) if pp > 1 else [range(config.model.num_hidden_layers)]
     stages = [stages_of_rank(config.parallel, at) for at in range(pp)]
     counts = [sum(len(layers[stage]) for stage in here) for here in stages]
@@ -64,7 +63,7 @@ def render(config: Config, ranks: list[PipelineRank], name: str | None = None, d
     parallel = config.parallel
     axes = " x ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items() if axis in AXES and size > 1)
     lines = [
-        f"Plan: {processes(config)} processes ({axes or 'one'}), {microbatches(config)} microbatches of "
+        f"Plan: {config.parallel.processes} processes ({axes or 'one'}), {len(config.microbatches)} microbatches of "
         f"{config.train.micro_batch_size} a step, zero={parallel.zero}, {config.train.dtype}, "
         f"checkpointing {config.train.activation_checkpointing}",
         "",
@@ -96,7 +95,7 @@ def render(config: Config, ranks: list[PipelineRank], name: str | None = None, d
 
 def estimate(config: Config, ranks: list[PipelineRank], name: str, device: GPU) -> list[str]:
     """Estimate the time of a step and whether it fits, as lines that say it is an estimate."""
-    time, world = slowest(config, device, ranks), processes(config)
+    time, world = slowest(config, device, ranks), config.parallel.processes
     tokens = config.train.global_batch_size * config.data.seq_length
     needed = train_flops_per_token(config.model, config.data.seq_length) * tokens
     executed = sum(stage_flops(config, rank.layers, rank.head, causal=False) for rank in ranks) * (world // len(ranks))

@@ -14,6 +14,7 @@ from neox import cli
 from neox.analysis.run_page import PLACEHOLDER, write_page
 from neox.analysis.run_picture import runs_figure
 from neox.analysis.runs import read_runs
+from neox.cli.inspect import TOPICS
 from tests.analysis.helpers import rows, write_run
 
 VOID = {"meta", "input", "br", "link", "hr", "img"}
@@ -198,12 +199,12 @@ def test_the_command_writes_a_page_or_a_picture(two, tmp_path, neox_, monkeypatc
         ((), 2, "inspect needs a topic first: run"),
         (("runs/a",), 2, "inspect needs a topic first: run"),
         (("run",), 2, "inspect run needs a RUN_DIR"),
-        (("run", "x", "colour=red"), 2, "its options are out, x, y, smooth"),
+        (("run", "x", "colour=red"), 2, "inspect run has no option colour; there are out, x, y, smooth"),
         (("run", "x", "out=r.pdf"), 1, "out=r.pdf: must end in .html"),
-        (("run", "x", "x=days"), 1, "x=days: must be steps or tokens or hours"),
-        (("run", "x", "y=ln"), 1, "y=ln: must be log or linear"),
-        (("run", "x", "smooth=some"), 1, "smooth=some: must be a number from 0 to 1"),
-        (("run", "x", "smooth=nan"), 1, "smooth=nan: must be a number from 0 to 1"),
+        (("run", "x", "x=days"), 1, "x: must be 'steps', 'tokens' or 'hours', got 'days' (from x=days)"),
+        (("run", "x", "y=ln"), 1, "y: must be 'log' or 'linear', got 'ln'"),
+        (("run", "x", "smooth=some"), 1, "smooth: must be a valid number, got 'some'"),
+        (("run", "x", "smooth=nan"), 1, "smooth: must be a finite number, got nan"),
         (("run", "absent"), 1, "absent: no such run directory"),
     ],
 )
@@ -216,7 +217,7 @@ def test_errors_are_one_line(neox_, tmp_path, monkeypatch, arguments, status, me
 
 
 def test_each_topic_has_help(neox_):
-    for topic in cli.TOPICS:
+    for topic in TOPICS:
         status, out, _ = neox_("inspect", topic, "--help")
         assert status == 0
         assert f"\nneox inspect {topic}" in out

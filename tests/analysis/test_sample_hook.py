@@ -58,7 +58,7 @@ def test_the_text_is_that_of_the_engine(tmp_path, options):
     def engine(trainer, step):
         if step % 3 == 0 or step == 4:
             tokenizer = Tokenizer.from_file(trainer.run / "tokenizer.json")
-            sampling = Sampling(6, temperature=0.7, top_k=20, top_p=0.9, seed=5)
+            sampling = Sampling(max_tokens=6, temperature=0.7, top_k=20, top_p=0.9, seed=5)
             made.append((step, Engine(trainer.model, tokenizer).generate("3 times", sampling)[0].text))
 
     drawn = ("temperature=0.7", "top_k=20", "top_p=0.9")

@@ -248,7 +248,7 @@ def test_what_the_verb_prints(run: Path, tmp_path: Path, neox_) -> None:
     [
         (("step=1", "find=x"), 2, "one question at a time, not step and find"),
         (("row=1",), 2, "row= and out= belong to step=N"),
-        (("step=x",), 1, "step=x: must be a whole number"),
+        (("step=x",), 1, "step: must be a valid integer, got 'x' (from step=x)"),
         (("step=0",), 1, "step=0: steps count from 1"),
         (("step=1", "row=4"), 1, "row=4: rows of a step are 0 to 3"),
         (("step=1", "out=x.pdf"), 1, "out=x.pdf: must end in .html"),

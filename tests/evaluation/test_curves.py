@@ -153,10 +153,14 @@ def test_which_checkpoints(run, tmp_path):
     ("wrong", "said"),
     [
         ("steps=some", "must be all, or steps as 1000,2000"),
-        ("watch=1", "must be true or false"),
         ("watch=true steps=all", "not both"),
     ],
 )
 def test_wrong_commands(wrong, said, capsys):
     assert cli.main(["eval", "runs/x", "tasks=sums", *wrong.split()]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_watch_is_true_or_false(capsys):
+    assert cli.main(["eval", "runs/x", "tasks=sums", "watch=1"]) == 1
+    assert "watch: must be a valid boolean, got 1 (from watch=1)" in capsys.readouterr().err

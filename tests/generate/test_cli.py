@@ -99,7 +99,7 @@ def test_an_interrupt_says_how_to_go_on(generate, tmp_path, monkeypatch):
         (["out=c.jsonl"], 2, "out= needs prompt=TEXT or prompts=FILE"),
         (["prompt=a", "logprobs=2"], 2, "log-probabilities go to a file: give out=FILE.jsonl"),
         (["prompt=a", "train.steps=3"], 2, "generate has no option train.steps"),
-        (["prompt=a", "temprature=1"], 1, "no such key; did you mean generate.temperature?"),
+        (["prompt=a", "temprature=1"], 2, "generate has no option temprature; did you mean temperature?"),
         (["prompt=a", "temperature=-1"], 1, "generate.temperature: must be greater than or equal to 0, got -1"),
         (["prompt=a", "min_p=2"], 1, "generate.min_p: must be less than or equal to 1"),
         (["prompt=a", "repetition_penalty=0"], 1, "generate.repetition_penalty: must be greater than 0"),

@@ -122,7 +122,9 @@ def test_hooks_may_generate_with_a_compiled_model(tmp_path, graphs):
 
     def generate(trainer, step):
         engine = Engine(trainer.whole_model())
-        said.append([engine.generate([prompt], Sampling(4, temperature=0))[0].tokens for prompt in ([1, 2], [3] * 5)])
+        said.append(
+            [engine.generate([prompt], Sampling(max_tokens=4, temperature=0))[0].tokens for prompt in ([1, 2], [3] * 5)]
+        )
         trainer.model.train()
 
     for compiled in ("true", "false"):

@@ -15,7 +15,6 @@ from neox.data import Batch
 from neox.parallel import build, layout
 from neox.planning import formulas
 from neox.planning.dry_run import StepCost, dry_run, dry_run_here
-from neox.planning.layouts import microbatches, processes, rows
 from neox.planning.traffic import TrafficCounter
 from neox.system.processes import joined_processes
 from neox.train import Trainer
@@ -41,7 +40,11 @@ def small(*options: str) -> Config:
 
 def _dry_run(config: Config, rank: int, whole: bool, path: Path) -> None:
     torch.set_num_threads(1)
-    with patch("neox.planning.dry_run.step_sizes", lambda config: [microbatches(config)]) if whole else patch.dict({}):
+    with (
+        patch("neox.planning.dry_run.step_sizes", lambda config: [len(config.microbatches)])
+        if whole
+        else patch.dict({})
+    ):
         torch.save(dry_run_here(config, rank), path)
 
 
@@ -68,7 +71,8 @@ def counted(config: Config) -> dict[tuple[str, str], int]:
         _, forward_backward = build(config, place)
         length = config.data.seq_length
         batches = [
-            Batch(*torch.randint(64, (2, size, length)), torch.arange(length).repeat(size, 1)) for size in rows(config)
+            Batch(*torch.randint(64, (2, size, length)), torch.arange(length).repeat(size, 1))
+            for size in config.microbatches
         ]
         with TrafficCounter(place) as counter:
             forward_backward(batches, 1.0)
@@ -98,7 +102,7 @@ def counted(config: Config) -> dict[tuple[str, str], int]:
 def test_dry_run_traffic_is_that_of_a_real_step(options, tmp_path):
     """Byte for byte, on both ends of the mesh. On fewer than four ranks the dry run extrapolates to ten sequences."""
     config = small(*(f"parallel.{option}" for option in options))
-    world = processes(config)
+    world = config.parallel.processes
     real = together(world, tmp_path, counted, config)
     ends = dry_runs(tmp_path, (config, 0, False), (config, world - 1, False))
     assert real[0]
@@ -235,7 +239,7 @@ def test_memory_formulas_are_near_the_dry_run(stage, options, tmp_path):
     config = load_config(
         "pythia-1b", overrides=("dtype=bf16", "num_hidden_layers=4", "global_batch_size=64", *options.split())
     )
-    rank = stage * (processes(config) // config.parallel.pp)
+    rank = stage * (config.parallel.processes // config.parallel.pp)
     formula, (real,) = formulas.stage(config, stage), dry_runs(tmp_path, (config, rank, False))
     assert formula.peak == pytest.approx(real.peak, rel=0.1)
     if config.train.dtype == "bf16":  # in fp32 the loss and the blocks' backward pass take about as much

@@ -165,9 +165,9 @@ def test_resume_of_nothing(tmp_path, capsys):
 
 def test_resume_usage(tmp_path, capsys):
     assert cli.main(["train", "pythia-14m", f"resume={tmp_path}"]) == 2
-    one_line(capsys.readouterr().err, "pythia-14m does not belong")
+    one_line(capsys.readouterr().err, "resume= continues the run with its own config: leave out pythia-14m")
     assert cli.main(["train", f"resume={tmp_path}", "out=elsewhere"]) == 2
-    one_line(capsys.readouterr().err, "resumed where it is")
+    one_line(capsys.readouterr().err, "resumed in its own directory")
 
 
 def test_resume_keeps_the_batch_size(tmp_path, capsys):

@@ -159,6 +159,16 @@ class ParallelConfig(Section):
     """Layers of each pipeline stage, first to last; empty = balanced by cost, embedding and head included."""
 
     @property
+    def shards(self) -> int:
+        """Value of dp_shard; 1 where it is open."""
+        return self.dp_shard or 1
+
+    @property
+    def processes(self) -> int:
+        """World size: the product of the axes; where dp_shard is open, the smallest possible."""
+        return self.pp * self.dp_replicate * self.shards * self.cp * self.tp
+
+    @property
     def stages(self) -> int:
         """Stages of the pipeline, over all of its processes."""
         return self.pp * (1 if self.schedule == "1f1b" else self.stages_per_rank)

@@ -1,0 +1,77 @@
+"""Check that a model's activations keep their size as it grows wider (muP's coordinate check).
+
+neox inspect coordinates [PRESET] [FILE.toml ...] [key=value ...]
+
+Trains the model at several widths for a few steps, in the standard parametrization and in muP,
+and lays the mean absolute value of its outputs against the width. If that depends on the width,
+so do the best learning rate and initialization. Depth and the width of a head stay; tokens are
+random. The base width is model.mup_base_width, or else the smallest of the widths.
+
+Examples:
+  neox inspect coordinates
+  neox inspect coordinates pythia-70m widths=64,128,256,512 seq_length=128 optim.lr=1e-2
+  neox inspect coordinates recipe.toml only=mup steps=10
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from neox.cli.verb import resolve
+from neox.config import Section
+from neox.config.options import read_options
+from neox.config.sections.types import Positive, none, numbers
+
+
+class InspectCoordinatesOptions(Section):
+    """Options of `neox inspect coordinates` besides those of the config."""
+
+    widths: Annotated[tuple[Positive, ...], BeforeValidator(numbers)] = Field(default=(), title="A,B,C")
+    """Widths to train at: 64,128,256,512; by default 1, 2, 4 and 8 heads of the model's head_dim."""
+    steps: Annotated[int, Field(gt=0, lt=10**6)] = 4
+    """Optimizer steps at each width, on one batch at the rate optim.lr."""
+    only: Annotated[Literal["mup", "standard"] | None, BeforeValidator(none)] = None
+    """Parametrization to train: mup or standard; none = both."""
+    out: str = "coordinates.png"
+    """Picture to write."""
+
+
+OPTIONS = InspectCoordinatesOptions
+
+
+def run(targets: list[str], options: list[str]) -> None:
+    """Run the topic."""
+    own, rest = read_options(InspectCoordinatesOptions, options)
+    config, steps = resolve(targets, rest), own.steps
+    out, head_dim = Path(own.out), config.model.head_dim
+    if out.suffix != ".png":
+        raise ValueError(f"out={out}: must end in .png")
+    widths = sorted(set(own.widths) or {head_dim * heads for heads in (1, 2, 4, 8)})
+    if len(widths) < 2:
+        raise ValueError(f"widths={widths[0]}: a slope needs two widths, such as 64,128,256,512")
+
+    import numpy as np
+
+    from neox.analysis.coordinates import at_width, coordinates, table, write_coordinates
+
+    base = config.model.mup_base_width or min(widths)
+    kinds = {"standard": None, "mup": base}
+    kinds = {kind: width for kind, width in kinds.items() if own.only in (None, kind)}
+    for width in widths:
+        at_width(config.model, width, base)  # what is wrong is said before any is trained
+    found = {}
+    for kind, start in kinds.items():
+        measured = []
+        for width in widths:
+            sizes, losses = coordinates(config, width, start, steps)
+            measured.append(sizes)
+            print(f"{kind}, width {width}: loss {losses[0]:.3f}, after {steps} steps {losses[-1]:.3f}", file=sys.stderr)
+        found[kind] = np.stack(measured)
+    print("Slopes of log(mean absolute value) over log(width); 0: the width does not matter")
+    print(table(widths, found))
+    write_coordinates(out, widths, found, steps)
+    print(f"{out}: written")

@@ -1,0 +1,134 @@
+"""Train a model on text or on prepared tokens; continue a run that was stopped.
+
+neox train [PRESET] [FILE.toml ...] data.train=SOURCE [out=RUN_DIR] [key=value ...]
+neox train resume=RUN_DIR [key=value ...]
+neox train ... out=RUN_DIR resume=auto
+
+SOURCE is a prefix that `neox prepare` wrote, or text, which is tokenized first: everything that
+`neox prepare` reads.
+Ctrl-C and SIGTERM save after the current step; a run that was killed loses the steps since its
+last checkpoint. resume= continues both, bit for bit as if nothing had happened; with resume=auto
+the same command begins a run or continues it.
+Several processes share the work: one for each CUDA device, or as many as parallel.* multiplies
+to, are started here; torchrun starts them on several hosts. Their number may change on resume.
+
+`neox show` lists all options; docs/options.md describes them.
+
+Examples:
+  neox train data.train=corpus.txt out=runs/first steps=200
+  neox train pythia-14m data.train=data/corpus out=runs/14m dtype=bf16
+  neox train recipes/small.toml data.train=data/corpus parallel.dp_shard=2
+  torchrun --standalone --nproc-per-node 2 -m neox train recipes/small.toml data.train=data/corpus
+  neox train resume=runs/first
+  neox train resume=runs/first steps=400
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from neox.cli.verb import UsageError, resolve
+from neox.config import Section
+from neox.config.options import parse_override, read_options
+
+if TYPE_CHECKING:
+    from neox.config import Config
+    from neox.train import Trainer
+
+
+class TrainOptions(Section):
+    """Options of `neox train` besides those of the config."""
+
+    resume: str = Field(default="", title="RUN_DIR")
+    """Run to continue, by its own config; auto = begin the run in out=, or continue it."""
+
+
+OPTIONS = (
+    TrainOptions,
+    *("data.train", "data.valid", "log.out", "train.steps", "train.init", "checkpoint.every", "eval.every"),
+    *("eval.tasks", "eval.tasks_every", "train.grace", "train.timeout", "train.restarts"),
+    *("log.sample_every", "log.sample_prompt", "log.tensorboard", "log.wandb"),
+)
+
+
+def run(targets: list[str], options: list[str]) -> int:
+    """Run the verb."""
+    from neox.checkpoint import complete_steps, is_valid, step_number
+    from neox.cli.launch import launch, processes_here
+    from neox.system.processes import OtherProcessFailed, first_of_host, is_launched
+    from neox.train import Trainer
+    from neox.train.run_directory import refuse_existing
+
+    try:
+        config, resumed = _asked(targets, options)
+        hooks: list[Callable[[Trainer, int], None]] = []
+        if config.log.sample_every:
+            from neox.analysis.sample_hook import SampleHook
+
+            hooks.append(SampleHook(config))
+        if config.eval.tasks_every:
+            from neox.evaluation.task_hook import TaskHook
+
+            hooks.append(TaskHook(config))
+        trainer = Trainer(config, resume=resumed, hooks=tuple(hooks))
+    except (UsageError, ValueError):
+        if not first_of_host():
+            raise OtherProcessFailed("the first process of this host says so") from None
+        raise
+    folder, steps = Path(config.log.out), config.train.steps
+    again = f"neox train resume={shlex.quote(str(folder))}"
+    if resumed and (done_steps := complete_steps(folder)):
+        done = step_number(done_steps[-1])
+        if done >= steps and is_valid(done_steps[-1]):  # a damaged one is made again
+            if first_of_host():
+                print(f"{folder}: finished at step {done}; train on: {again} steps={2 * done}")
+            return 0
+    if not is_launched() and (number := processes_here(config)) > 1:
+        if not resumed:
+            refuse_existing(folder)  # here, once, and not in each process at each restart
+        return launch(["train", *targets, *options], number, config.train)
+    try:
+        result = trainer.fit()
+    except KeyboardInterrupt:
+        if (folder / "config.toml").exists():
+            print(f"neox: interrupted; continue from the last checkpoint: {again}", file=sys.stderr)
+        raise
+    if trainer.processes.rank:  # rank 0 speaks for all
+        return 128 + result.signal if result.signal else 0
+    loss = "" if result.loss is None else f", loss {result.loss:.4f}"
+    if result.finished:
+        print(f"{folder}: {result.step} steps done{loss}; next: neox generate {shlex.quote(str(folder))} prompt='The'")
+        return 0
+    name = signal.Signals(result.signal).name
+    after = "" if result.seconds is None else f", {result.seconds:.1f} s after the signal"
+    print(f"{folder}: stopped by {name}, saved at step {result.step} of {steps}{loss}{after}; continue: {again}")
+    return 128 + result.signal
+
+
+def _asked(targets: list[str], options: list[str]) -> tuple[Config, bool]:
+    """The config of a command of `train`, and whether it may continue the run in its run directory."""
+    from neox.checkpoint import complete_steps
+    from neox.train import run_config
+
+    own, overrides = read_options(TrainOptions, options)
+    if "resume" not in own.model_fields_set:
+        return resolve(targets, overrides), False
+    placed = [override for override in overrides if parse_override(override)[:2] == ("log", "out")]
+    if own.resume == "auto":
+        begun = resolve(targets, overrides)
+        run = Path(begun.log.out)
+        if not ((run / "config.toml").is_file() or complete_steps(run)):
+            return begun, True
+        return run_config(run, [override for override in overrides if override not in placed]), True
+    if targets:
+        raise UsageError(f"resume= continues the run with its own config: leave out {targets[0]}")
+    if placed:
+        raise UsageError("a run is resumed in its own directory: leave out out=, or set resume=auto")
+    return run_config(Path(own.resume), overrides), True
