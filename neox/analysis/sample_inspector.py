@@ -22,7 +22,7 @@ from neox.data import Datasets, Loader, build_datasets
 from neox.data.provenance import Origin, Sources
 from neox.data.windows import Dataset, Piece
 from neox.tokenizer import Tokenizer
-from neox.train.blend_history import began_with, blended
+from neox.train.state import initial_weights, with_blend_schedule
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class SampleInspector:
             raise ValueError(f"{run}: holds no run (no config.toml)")
         config = load_config(files=[next(file for file in configs if file.is_file())])
         order = run / "order"
-        datasets = _datasets(config, run, began_with(steps), order if order.is_dir() else None)
+        datasets = _datasets(config, run, initial_weights(steps), order if order.is_dir() else None)
         if state.get("order", "") not in ("", datasets.fingerprint):
             raise ValueError(f"{run}: its token files are not those that it was trained on: put them back")
-        dataset = blended(datasets.train, state.get("blend", []), datasets.weights, state.get("samples", 0))
+        dataset = with_blend_schedule(datasets.train, state.get("blend", []), datasets.weights, state.get("samples", 0))
         loader = Loader(dataset, config.train.global_batch_size, map(tuple, state.get("stepped_over", [])))
         if tokenizer is None and (run / "tokenizer.json").exists():
             tokenizer = str(run / "tokenizer.json")

@@ -12,7 +12,6 @@ from typing import Any
 from neox.config import Config, DataConfig
 from neox.data.blend import BlendedDataset, shares
 from neox.data.manifest import Manifest
-from neox.data.megatron import MegatronDataset
 from neox.data.split import Documents, split, whole
 from neox.data.weights import blend_weights
 from neox.data.windows import Dataset, TokenDataset
@@ -103,6 +102,8 @@ def _megatron(
 ) -> Dataset:
     """One file without weights as gpt-neox's `data_path`, all else as its `train_data_paths`: 1.0 for each by default,
     and half a percent of samples more."""
+    from neox.data.megatron import MegatronDataset
+
     if not parts:
         raise ValueError("no token files given: set data.train to at least one prefix")
     if len(parts) == 1 and not weights:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neox.config import DataConfig
-from neox.config.pile import COMPONENTS
 from neox.data.provenance import Sources
 from neox.data.split import Documents
 
@@ -39,6 +38,8 @@ def by_documents(documents: Sequence[int], alpha: float) -> tuple[float, ...]:
 
 
 def _pile_weight(part: Documents) -> float:
+    from neox.config.pile import COMPONENTS
+
     names = Sources.of(part.file).components(part.first, len(part))
     if len(names) != 1 or names[0] not in COMPONENTS:
         raise ValueError(

@@ -47,7 +47,7 @@ class TaskHook:
         folder = trainer.run / "evals" / f"step_{step:08d}"
         if not begun and step and trainer.processes.all_reduce_max((folder / "results.json").exists()):
             return  # a resumed run: its results up to here are kept
-        with trainer.watch.paused():
+        with trainer.watchdog.paused():
             model = trainer.whole_model()
             if model is not None:  # on rank 0
                 with _unnoticed(model):

@@ -4,12 +4,10 @@ from neox.parallel.blocks import checkpoint_blocks, compile_blocks, compiles
 from neox.parallel.build import ForwardBackward, build
 from neox.parallel.fsdp import whole_model
 from neox.parallel.mesh import Layout, layout
-from neox.parallel.tp_plan import Plan
 
 __all__ = [
     "ForwardBackward",
     "Layout",
-    "Plan",
     "build",
     "checkpoint_blocks",
     "compile_blocks",

@@ -1,8 +1,10 @@
-"""What is done to each block before it is laid out, its parameters' names kept: checkpointing and compilation."""
+"""Changes of each block that keep its parameters' names: float8, activation checkpointing, compilation."""
 
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neox.config import Config
@@ -57,3 +59,28 @@ def compile_blocks(model: GPTNeoX) -> None:
     """Compile each block by itself: one graph serves all of them."""
     for block in model.layers:
         block.compile(fullgraph=True)
+
+
+def float8_blocks(model: GPTNeoX, recipe: str, device: torch.device) -> None:
+    """Swap the blocks' linear layers for torchao's, which keep weights and their names, and round what they multiply.
+
+    `recipe` is "tensorwise" (one scale a tensor), "rowwise" (one a row: more exact, slower) or "none". Inputs, weights
+    and the gradients of outputs are scaled and rounded for all three products of a layer; what is kept and what
+    autograd returns stays as it was. Layers whose widths are no multiples of 16, which the kernels want, stay too, and
+    so does the head. Off CUDA the rounding is emulated: the same results, no gain.
+
+    Raises ValueError without torchao.
+    """
+    if recipe == "none":
+        return
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise ValueError(f"train.float8={recipe} needs torchao: pip install 'neox[gpu]'") from None
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=device.type != "cuda")
+
+    def fits(module: nn.Module, name: str) -> bool:
+        assert isinstance(module, nn.Linear)
+        return module.in_features % 16 == 0 and module.out_features % 16 == 0
+
+    convert_to_float8_training(model.layers, module_filter_fn=fits, config=config)

@@ -1,7 +1,7 @@
 """From a config to a model that lies on its devices, and the callable that runs one step's microbatches through it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,15 +11,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from neox.config import Config
 from neox.model.decoder import GPTNeoX, initial_value
-from neox.parallel.blocks import checkpoint_blocks, compile_blocks, compiles
-from neox.parallel.context import split_batch, split_sequences
-from neox.parallel.float8 import float8_blocks
+from neox.parallel.blocks import checkpoint_blocks, compile_blocks, compiles, float8_blocks
 from neox.parallel.forward import Forward
 from neox.parallel.fsdp import reshard, shard
 from neox.parallel.loss import take_loss_in_head
 from neox.parallel.mesh import Layout
-from neox.parallel.pipeline import check_pipeline, layers_of_stages, pipelined, stages_of_rank
-from neox.parallel.tp_plan import Plan, apply_plan
+
+if TYPE_CHECKING:
+    from neox.parallel.tp_plan import Plan
 
 
 class ForwardBackward(Protocol):
@@ -32,7 +31,7 @@ class ForwardBackward(Protocol):
         ...
 
 
-def build(config: Config, layout: Layout, tp_plan: Plan | None = None) -> tuple[list[GPTNeoX], ForwardBackward]:
+def build(config: Config, layout: Layout, tp_plan: "Plan | None" = None) -> tuple[list[GPTNeoX], ForwardBackward]:
     """The parts of the model that this process holds, initialised, and the callable that runs a step through them.
 
     Without a pipeline the model is in one part. The part that has the output head takes the loss there
@@ -42,6 +41,8 @@ def build(config: Config, layout: Layout, tp_plan: Plan | None = None) -> tuple[
     if layout.size("pp") == 1:
         part = _part(config, layout, tp_plan, range(config.model.num_hidden_layers))
         return [part], _summed(_whole(part, config, forward), layout)
+    from neox.parallel.pipeline import check_pipeline, layers_of_stages, pipelined, stages_of_rank
+
     check_pipeline(config, layout)
     layers = layers_of_stages(config)
     stages = stages_of_rank(config.parallel, layout.rank("pp"))
@@ -49,7 +50,7 @@ def build(config: Config, layout: Layout, tp_plan: Plan | None = None) -> tuple[
     return list(parts.values()), _summed(pipelined(parts, config, layout, forward), layout)
 
 
-def _part(config: Config, layout: Layout, tp_plan: Plan | None, layers: range) -> GPTNeoX:
+def _part(config: Config, layout: Layout, tp_plan: "Plan | None", layers: range) -> GPTNeoX:
     """The part of the model that holds `layers`, laid out and initialised."""
     with torch.device("meta"):
         model = GPTNeoX(config.model)
@@ -72,6 +73,8 @@ def _summed(run_here: Callable[[Sequence[Any], float, bool], Tensor], layout: La
 
     def forward_backward(batches: Sequence[Any], scale: float, backward: bool = True) -> Tensor:
         if layout.size("cp") > 1:
+            from neox.parallel.context import split_batch
+
             batches = [split_batch(batch, layout.rank("cp"), layout.size("cp")) for batch in batches]
         total = run_here(batches, scale, backward)
         if layout.rank("tp"):
@@ -84,7 +87,7 @@ def _summed(run_here: Callable[[Sequence[Any], float, bool], Tensor], layout: La
     return forward_backward
 
 
-def split(model: GPTNeoX, config: Config, layout: Layout, tp_plan: Plan | None = None) -> None:
+def split(model: GPTNeoX, config: Config, layout: Layout, tp_plan: "Plan | None" = None) -> None:
     """Tensor and context parallelism; before `shard`. ValueError where they could not do what one process does."""
     tensor, context = layout.axis("tp"), layout.axis("cp")
     if tensor is None and context is None:
@@ -97,8 +100,12 @@ def split(model: GPTNeoX, config: Config, layout: Layout, tp_plan: Plan | None =
     if config.train.float8 != "none":
         raise ValueError(f"{key}: does not split float8 layers: set train.float8=none")
     if tensor is not None:
+        from neox.parallel.tp_plan import apply_plan
+
         apply_plan(model, config, tensor, tp_plan)
     if context is not None:
+        from neox.parallel.context import split_sequences
+
         split_sequences(model, context.get_group())
 
 

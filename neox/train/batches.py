@@ -1,11 +1,48 @@
-"""A step's microbatches on this process: its share of the samples, looked at before the model sees them."""
+"""The data of a run: its datasets, and the microbatches of a step on this process, made one step ahead."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 
 from neox.config import Config
-from neox.data import Batch, Loader
+from neox.data.datasets import Datasets, build_datasets
+from neox.data.loader import Batch, Loader
 from neox.model import IGNORED
-from neox.parallel import Layout
+from neox.parallel.mesh import Layout
+from neox.system.processes import Processes
+from neox.train.state import initial_weights
+
+Source = TypeVar("Source")
+T = TypeVar("T")
+
+
+def run_datasets(
+    config: Config, run: Path, steps: Sequence[Path], samples: int, processes: Processes, quiet: bool
+) -> Datasets:
+    """Datasets of a run that takes `samples` samples; text is tokenized first, by rank 0.
+
+    `steps` are the run's complete checkpoints, if it is resumed. All processes call this together.
+    """
+    # The one way from training to `corpus`, imported here: its modules read and clean text.
+    from neox.corpus.for_training import token_files
+
+    with processes.rank_zero_first():
+        files = token_files(config, run, quiet)
+    with processes.rank_zero_first():  # rank 0 writes a large order down, the others map it
+        return build_datasets(
+            config.data,
+            files.train,
+            files.valid,
+            config.train.seed,
+            samples,
+            not quiet,
+            initial_weights(steps),
+            run / "order",
+        )
 
 
 class Batches:
@@ -16,9 +53,9 @@ class Batches:
         self.layout, self.device = layout, device
 
     def __call__(self, loader: Loader, step: int) -> tuple[list[Batch], int]:
-        """The microbatches, on their way to the device, and how many tokens of them take part in the loss.
+        """The microbatches, on their way to the device, and how many of their tokens take part in the loss.
 
-        Raises ValueError where they hold what is no token of the model.
+        Raises ValueError for a token id outside the model's vocabulary.
         """
         batches = list(loader.microbatches(step, self.size, self.layout.dp_rank, self.layout.dp_size))
         for batch in batches:
@@ -30,3 +67,36 @@ class Batches:
                     )
         valid = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
         return [batch.to(self.device) for batch in batches], valid
+
+
+class Prefetch(Generic[Source, T]):
+    """Calls `make(source, step)` one step ahead, in a thread, up to `steps` steps.
+
+    Steps may be asked for in any order and of any source: what was made ahead for another step, or of another source
+    (a rewind replaces the loader), is dropped. What `make` raises is raised where its step is asked for. As a context
+    manager it leaves no thread behind.
+    """
+
+    def __init__(self, make: Callable[[Source, int], T], steps: int, device: torch.device) -> None:
+        self.make, self.steps = make, steps
+        self.ahead: tuple[Source, int, Future[T]] | None = None
+        # Pinned memory belongs to the thread's current device, which is the first one unless it is set.
+        setup = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1, "prefetch", initializer=setup)
+
+    def __call__(self, source: Source, step: int) -> T:
+        ahead, self.ahead = self.ahead, None
+        if ahead and ahead[0] is source and ahead[1] == step:
+            result = ahead[2].result()
+        else:
+            result = self.thread.submit(self.make, source, step).result()
+        if step + 1 < self.steps:
+            self.ahead = source, step + 1, self.thread.submit(self.make, source, step + 1)
+        return result
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.ahead = None
+        self.thread.shutdown(cancel_futures=True)

@@ -62,7 +62,7 @@ class Goodput:
         """One line for people, the share of training first."""
         whole = max(self.elapsed, 1e-9)
         rest = {text: self.seconds[kind] for kind, text in KINDS.items() if kind != "training"}
-        rest["lost to restarts, rewinds and updates left out"] = whole - sum(self.seconds.values())
+        rest["lost to restarts, rewinds and skipped updates"] = whole - sum(self.seconds.values())
         parts = ", ".join(f"{text} {seconds:,.1f} s" for text, seconds in rest.items() if seconds >= 0.05)
         return f"goodput {self.seconds['training'] / whole:.1%}: {self.seconds['training']:,.1f} of {whole:,.1f} s" + (
             f"; {parts}" if parts else ""

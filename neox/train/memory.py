@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 
 from neox.config import Config
-from neox.model.training_memory import stage_parameters, state_memory
-from neox.parallel import Layout
-from neox.parallel.pipeline import layers_of_stages, stages_of_rank
+from neox.parallel.mesh import Layout
 
 EVENTS = 100_000
 """Allocations that CUDA remembers, with the Python lines that made them: some steps' worth, tens of megabytes."""
@@ -59,6 +57,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def state_bytes(config: Config, layout: Layout) -> int:
     """Bytes of weights, their gathered or cast copies, gradients and optimizer state on this process."""
+    # Imported when memory has run out: a run that does not needs neither.
+    from neox.model.training_memory import stage_parameters, state_memory
+    from neox.parallel.pipeline import layers_of_stages, stages_of_rank
+
     layers, stages = [config.model.num_hidden_layers], [0]
     if layout.size("pp") > 1:
         layers = [len(stage) for stage in layers_of_stages(config)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from neox.config import Config
-from neox.model.flops import train_flops_per_token
+from neox.model.flops import recomputed_share, train_flops_per_token
 from neox.system.files import read_rows
 
 __all__ = ["Meter", "make_row", "read_rows"]
@@ -67,7 +67,6 @@ def make_row(
     peak_flops: float,
     now: float,
     world_size: int = 1,
-    recomputed: float = 0.0,
     epochs: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The row of a logged step.
@@ -81,15 +80,16 @@ def make_row(
         memory: bytes at the peak, on this rank.
         peak_flops: FLOP/s that one device can reach; world_size: how many there are.
         now: seconds since the epoch.
-        recomputed: share of the blocks that activation checkpointing runs twice; above 0 the row has `hfu` too.
         epochs: how often each entry of data.train has been read, by its name.
 
     `mfu` counts the FLOPs that the model needs, recomputation left out, with every query meeting every key (6N + 12LCT,
     the convention of most published figures); `mfu_causal` counts half of that attention term, what the mask keeps.
-    `hfu` is `mfu` with recomputation counted. `tokens_per_second` is over all ranks; `eta` is in seconds.
+    `hfu` is `mfu` with the recomputation of activation checkpointing counted; without any the row has none.
+    `tokens_per_second` is over all ranks; `eta` is in seconds.
     """
     length = config.data.seq_length
     tokens = config.train.global_batch_size * length
+    recomputed = recomputed_share(config.model, length, config.train.activation_checkpointing)
 
     def utilisation(causal: bool = False, recomputed: float = 0.0) -> float:
         flops = tokens * train_flops_per_token(config.model, length, causal, recomputed)

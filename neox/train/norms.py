@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from neox.parallel import Layout
+from neox.parallel.mesh import Layout
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
 

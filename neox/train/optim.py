@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from neox.config import OptimConfig
 from neox.model.decoder import GPTNeoX
 from neox.model.mup import scaling
-from neox.parallel import Layout
+from neox.parallel.mesh import Layout
 from neox.system.device import readable
 
 

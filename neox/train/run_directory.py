@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint import complete_steps, latest_valid, read_step
+from neox.checkpoint.steps import complete_steps, latest_valid, read_step
 from neox.config import Config, load_config
 from neox.system.files import read_rows
 from neox.system.processes import Processes, launched
@@ -39,6 +39,24 @@ def refuse_existing(run: Path) -> None:
     """Raises ValueError where a run has begun already: a new one would not be told from it."""
     if complete_steps(run) or (run / "metrics.jsonl").exists():
         raise ValueError(f"{run}: holds a run: continue it with `neox train resume={run}`, or choose another out=")
+
+
+@contextlib.contextmanager
+def opened(run: Path, resume: bool, processes: Processes) -> Iterator[bool]:
+    """Inside, the run directory has this run as its only writer; yields True if the run continues.
+
+    It does on `resume`, and where the torchrun job of this process began it. Raises ValueError where another process
+    writes the directory, and where it holds a run that is not to be continued.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with only_writer(run, processes):
+        resume = bool(processes.all_reduce_max(resume or begun_by_this_launch(run)))
+        # Looked at under the lock: a run that another process has just finished must not be begun again.
+        if not resume:
+            refuse_existing(run)
+        if not processes.rank:
+            note_launch(run)
+        yield resume
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Where the rows and samples of a run go: its own files, which are the record, the console, and trackers."""
 
+import importlib.util
 import json
 import math
 import os
@@ -12,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from neox.config import Config
 from neox.system.files import read_rows, write_atomic
-from neox.train.trackers import Guarded, TensorBoard, WeightsAndBiases
 
 Row = Mapping[str, Any]
 
@@ -63,7 +63,7 @@ def build_sinks(config: Config, run: Path, first_step: int, quiet: bool = False)
     """The sinks that a config names, of a run that goes on after `first_step`. On rank 0 only.
 
     Raises OSError where the run's own files cannot be written. A tracker that fails, now or later, says so in one line
-    and is left out from then on (one that is not installed has been missed before: `trackers.check_trackers`).
+    and is left out from then on (one that is not installed has been missed before: `check_trackers`).
     """
     sinks = Sinks([JsonlSink(run, first_step)])
     say: Callable[[str], None] = _say
@@ -73,11 +73,18 @@ def build_sinks(config: Config, run: Path, first_step: int, quiet: bool = False)
         say = console.say
         if first_step:
             say(f"resumed {run} at step {first_step} of {config.train.steps}")
-    if config.log.tensorboard:
-        sinks.append(Guarded("TensorBoard", lambda: TensorBoard(config, run, first_step), say))
-    if config.log.wandb is not None:
-        sinks.append(Guarded("Weights & Biases", lambda: WeightsAndBiases(config, run), say))
+    if config.log.tensorboard or config.log.wandb is not None:
+        from neox.train.trackers import build_trackers
+
+        sinks.extend(build_trackers(config, run, first_step, say))
     return sinks
+
+
+def check_trackers(config: Config) -> None:
+    """Raises ValueError where a tracker that the config asks for is not installed; imports none."""
+    for key, wanted in (("tensorboard", config.log.tensorboard), ("wandb", config.log.wandb is not None)):
+        if wanted and importlib.util.find_spec(key) is None:
+            raise ValueError(f"log.{key} is set, but {key} is not installed: pip install 'neox[log]', or unset it")
 
 
 class JsonlSink:
@@ -177,8 +184,8 @@ class ConsoleSink:
         self.bar.update(
             self.task, completed=row["step"], status=full if self.console.width >= self.WIDE else f"{loss}  {speed}"
         )
-        if "left_out" in row:
-            self.say(f"step {row['step']}: update left out, {row['left_out']}")
+        if "skip_reason" in row:
+            self.say(f"step {row['step']}: update skipped: {row['skip_reason']}")
         if not self.console.is_terminal:
             self.say(f"step {row['step']}/{self.steps}  {full}  eta {row['eta']:,.0f} s")
 

@@ -1,4 +1,4 @@
-"""Which updates are left out because their step is not to be trusted, and when the run has to go back."""
+"""The spike detector: updates to skip because of a loss spike, and the checkpoint to rewind to when skipping fails."""
 
 import math
 from collections import deque
@@ -8,30 +8,32 @@ from typing import Any
 from neox.config import TrainConfig
 
 
-class Guard:
-    """Looks at each step's loss and gradient norm before its update. A state machine without tensors.
+class SpikeDetector:
+    """Checks each step's loss and gradient norm before its update. A state machine without tensors.
 
-    A step is bad whose loss or norm is not finite, or, with `train.spike_sigma` = s, above mean + s standard deviations
-    of those of the last `train.spike_window` updates, of which there must be half as many. (Both as in OLMo-core's
-    SkipStepOptimizer.) A bad step's update is left out, and its figures do not count among the later ones' past.
+    A step is bad if its loss or norm is not finite or, with `train.spike_sigma` = s, above mean + s standard deviations
+    of the last `train.spike_window` updates, of which there must be half as many. (Both as in OLMo-core's
+    SkipStepOptimizer.) The update of a bad step is skipped, and its figures do not count for later steps.
     """
 
     def __init__(self, config: TrainConfig, state: dict[str, Any] | None = None) -> None:
-        """Goes on from `state()`. Raises KeyError, TypeError or ValueError where it is no such state."""
-        self.sigma, self.limit, self.most = config.spike_sigma, config.rewind_after, config.max_rewinds
+        """Continue from `state()`. Raises KeyError, TypeError or ValueError where it is no such state."""
+        self.sigma, self.limit, self.max_rewinds = config.spike_sigma, config.rewind_after, config.max_rewinds
         self.least = -(-config.spike_window // 2)
-        state = state or {"losses": [], "norms": [], "bad_in_a_row": 0, "rewinds": []}
+        state = state or {"losses": [], "norms": [], "skipped_in_a_row": 0, "rewinds": []}
         self.losses = deque(map(float, state["losses"]), config.spike_window)
         self.norms = deque(map(float, state["norms"]), config.spike_window)
-        self.bad_in_a_row = int(state["bad_in_a_row"])
-        # From which step, the bad ones done, to which checkpoint's.
+        self.skipped_in_a_row = int(state["skipped_in_a_row"])
+        # (step after which the run was rewound, step of the checkpoint it went to), in order.
         self.rewinds: list[tuple[int, int]] = [(int(left), int(to)) for left, to in state["rewinds"]]
 
-    def judge(self, loss: float, norm: float, scaled: bool = False) -> str | None:
-        """What is wrong with a step, None where nothing is. With loss scaling (`scaled`) a norm that is not finite is
-        the scaler's business."""
-        looked_at = (("loss", loss, self.losses, False), ("gradient norm", norm, self.norms, scaled))
-        for name, value, past, excused in looked_at:
+    def check(self, loss: float, norm: float, scaled: bool = False) -> str | None:
+        """Reason to skip the update of a step, None where there is none.
+
+        With loss scaling (`scaled`) a norm that is not finite is an overflow, which the loss scaler handles.
+        """
+        figures = (("loss", loss, self.losses, False), ("gradient norm", norm, self.norms, scaled))
+        for name, value, past, excused in figures:
             if not math.isfinite(value):
                 if not excused:
                     return f"{name} is not finite"
@@ -39,44 +41,44 @@ class Guard:
                 return f"{name} {value:.4g} is above {limit:.4g}, {self.sigma:g} standard deviations"
         return None
 
-    def count(self, loss: float, norm: float, bad: bool) -> None:
-        """Take the step into account."""
-        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-        if self.sigma and not bad and math.isfinite(norm):
+    def record(self, loss: float, norm: float, skipped: bool) -> None:
+        """Take a step into account."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.sigma and not skipped and math.isfinite(norm):
             self.losses.append(loss)
             self.norms.append(norm)
 
     @property
-    def gives_up(self) -> bool:
-        """Whether leaving out more updates will not help."""
-        return self.bad_in_a_row >= self.limit
+    def should_rewind(self) -> bool:
+        """True once `train.rewind_after` updates in a row were skipped."""
+        return self.skipped_in_a_row >= self.limit
 
-    def way_back(self, step: int, checkpoints: list[int]) -> tuple[int, int]:
-        """The checkpoint to go back to after `step` steps, and from which step on data is to be stepped over.
+    def rewind_target(self, step: int, checkpoints: list[int]) -> tuple[int, int]:
+        """(step of the checkpoint to rewind to, first step whose data is skipped), after `step` steps.
 
-        The first time: the newest checkpoint from before the bad steps; their data, and that of as many steps before
-        them, since an update that does harm shows in the steps after it. Where the run has since not come past the
-        point of its last rewind, that was not enough: an older checkpoint, and all that was read since.
-        Raises ValueError where there is no such checkpoint, and after `train.max_rewinds` of them.
+        The first time: the newest checkpoint before the bad steps. Their data is skipped, and that of as many steps
+        before them, since a harmful update shows in the steps after it. If the run has not passed the point of its
+        last rewind since: an older checkpoint, and all data read since then.
+        Raises ValueError where there is no such checkpoint, and after `train.max_rewinds` rewinds.
         """
-        begin = step - self.bad_in_a_row
+        begin = step - self.skipped_in_a_row
         again = bool(self.rewinds) and begin < self.rewinds[-1][0]
-        sound = [done for done in checkpoints if done <= begin and not (again and done >= self.rewinds[-1][1])]
-        if len(self.rewinds) >= self.most or not sound:
+        usable = [done for done in checkpoints if done <= begin and not (again and done >= self.rewinds[-1][1])]
+        if len(self.rewinds) >= self.max_rewinds or not usable:
             why = f"after {len(self.rewinds)} rewinds" if self.rewinds else "and there is no checkpoint from before"
-            why = "and train.max_rewinds=0" if not self.most else why
+            why = "and train.max_rewinds=0" if not self.max_rewinds else why
             raise ValueError(
-                f"no update was possible in the {self.bad_in_a_row} steps up to step {step}, {why}: look at the data, "
-                "lower optim.lr, or see to a checkpoint before them (checkpoint.every)"
+                f"no update was possible in the {self.skipped_in_a_row} steps up to step {step}, {why}: look at the "
+                "data, lower optim.lr, or see to a checkpoint before them (checkpoint.every)"
             )
-        to = max(sound)
+        to = max(usable)
         return to, to if again else max(to, begin - self.limit)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs; settings are the config's."""
+        """State for a resumed run; settings are the config's."""
         return {
             "losses": list(self.losses),
             "norms": list(self.norms),
-            "bad_in_a_row": self.bad_in_a_row,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "rewinds": self.rewinds,
         }

@@ -1,53 +1,70 @@
-"""Where a run stands, besides weights and optimizer state: what a checkpoint's state.json holds."""
+"""The train state: all that a resumed run needs besides weights and optimizer state, as state.json holds it.
 
+It has the loss scaler, the spike detector, how the entries of data.train are blended, and how many samples of each
+entry were consumed.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from neox.config import Config
-from neox.data import Loader
-from neox.data.blend import BlendedDataset
+from neox.data.blend import BlendedDataset, Phase
+from neox.data.loader import Loader
+from neox.data.provenance import Sources
 from neox.data.windows import Dataset
-from neox.train.blend_history import Account, blended
+from neox.system.processes import Processes
 from neox.train.goodput import Goodput
 from neox.train.scaler import build_scaler
-from neox.train.spikes import Guard
+from neox.train.spikes import SpikeDetector
 
 
-class Progress:
+class TrainState:
     """The numbers that a resumed run goes on with, and the objects that hold them."""
 
     def __init__(
         self, config: Config, dataset: Dataset, order: str, goodput: Goodput, weights: tuple[float, ...] = ()
     ) -> None:
-        """At the beginning of a run; `order` is the fingerprint of the order of `dataset`, and `weights` are those that
-        it is to be blended by from where the run stands, none where the config names none."""
+        """State before the first step.
+
+        Args:
+            order: fingerprint of the order of `dataset`.
+            weights: blend weights from where the run stands on, empty where the config names none.
+        """
         self.config, self.order, self.goodput, self.weights = config, order, goodput, weights
         self.step = 0  # steps done
         self.updates = 0  # of them applied
         self.scaler = build_scaler(config, {})
-        self.guard = Guard(config.train)
+        self.spikes = SpikeDetector(config.train)
         self.loader = Loader(dataset, config.train.global_batch_size)
-        self.account = Account()
+        self.consumed = ConsumedSamples()
 
     def epochs(self) -> dict[str, float]:
-        """How often each entry of data.train has been read, by its name."""
-        return self.account.epochs(self.step, self.loader)
+        """Epochs read of each entry of data.train, by its name."""
+        return self.consumed.epochs(self.step, self.loader)
 
-    def state(self) -> dict[str, Any]:
+    def save(self) -> dict[str, Any]:
+        """Content of state.json."""
         return {
             "step": self.step,
             "samples": self.loader.position(self.step),
             "stepped_over": self.loader.stepped_over,
             "updates": self.updates,
             "loss_scaler": self.scaler.state() if self.scaler else {},
-            "guard": self.guard.state(),
+            "spikes": self.spikes.state(),
             "seconds": self.goodput.state(),
             "order": self.order,
-            "read": self.account.up_to(self.step, self.loader),
+            "read": self.consumed.up_to(self.step, self.loader),
             "blend": data.history.phases if isinstance(data := self.loader.dataset, BlendedDataset) else [],
         }
 
-    def move(self, folder: Path, state: dict[str, Any]) -> None:
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
         """Go to where the checkpoint `folder` stands, whose state.json holds `state`.
 
         Raises ValueError where it cannot be read, and where the run would not go on as it began.
@@ -57,11 +74,11 @@ class Progress:
         try:
             updates = int(state["updates"])
             scaler = build_scaler(self.config, state["loss_scaler"])
-            guard = Guard(self.config.train, state["guard"])
+            spikes = SpikeDetector(self.config.train, state["spikes"])
             over = [(int(first), int(last)) for first, last in state["stepped_over"]]
             seconds = dict(state["seconds"])
-            dataset = blended(self.loader.dataset, state["blend"], self.weights, samples)
-            account = Account(step, state["read"], self.account.names)
+            dataset = with_blend_schedule(self.loader.dataset, state["blend"], self.weights, samples)
+            consumed = ConsumedSamples(step, state["read"], self.consumed.names)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder / 'state.json'}: cannot be read ({error}): remove the folder, and the run resumes at the "
@@ -77,5 +94,91 @@ class Progress:
                 "train.seed, its text, and data.order, seq_length, split and num_samples, and whether it has weights"
             )
         self.step, self.updates = step, updates
-        self.scaler, self.guard, self.loader, self.account = scaler, guard, loader, account
+        self.scaler, self.spikes, self.loader, self.consumed = scaler, spikes, loader, consumed
         self.goodput.move(seconds)
+
+    def rewind(self, folder: Path, state: dict[str, Any], first: int) -> None:
+        """Go back to the checkpoint `folder` as by `load`, and skip the data of the steps from step `first` on."""
+        left, loader, rewinds = self.step, self.loader.step_over(first, self.step), self.spikes.rewinds
+        self.load(folder, state)
+        # All that stays of the steps that are rewound.
+        self.loader, self.spikes.rewinds = loader, [*rewinds, (left, self.step)]
+
+    def check(self, loss: Tensor, norm: Tensor, processes: Processes) -> tuple[float, float, str | None]:
+        """Loss and gradient norm of a step on the host, and the reason to skip its update, if any.
+
+        The one place where a step waits for the device: the update depends on it, and is soon launched.
+        """
+        mean, total = torch.stack((loss.float(), norm.float())).tolist()
+        reason = self.spikes.check(mean, total, scaled=self.scaler is not None)
+        # Rounding may differ from one process to the next, and they must all do the same.
+        if processes.all_reduce_max(reason is not None):
+            reason = reason or "another process found the step bad"
+        self.spikes.record(mean, total, reason is not None)
+        return mean, total, reason
+
+
+class ConsumedSamples:
+    """Samples that were read of each entry of data.train, up to a step."""
+
+    def __init__(self, step: int = 0, read: Sequence[int] = (), names: Sequence[str] = ()) -> None:
+        """`read`: counts after `step` steps, empty at the beginning; `names` of the entries, if known."""
+        self.step, self.read, self.names = step, list(map(int, read)), names
+
+    def up_to(self, step: int, loader: Loader) -> list[int]:
+        """Counts after `step` steps, as `loader` reads them."""
+        entries = len(loader.dataset.parts)
+        read = np.array(self.read or [0] * entries, np.int64)
+        for before in range(self.step, step):
+            read += np.bincount(loader.dataset.owners(loader.samples(before)), minlength=entries)
+        self.step, self.read = step, read.tolist()
+        return self.read
+
+    def epochs(self, step: int, loader: Loader) -> dict[str, float]:
+        """Epochs of each entry after `step` steps, by its name."""
+        self.names = self.names or entry_names(loader.dataset)
+        counts = zip(self.names, self.up_to(step, loader), loader.dataset.per_epoch(), strict=True)
+        return {name: count / epoch if epoch else 0.0 for name, count, epoch in counts}
+
+
+def entry_names(dataset: Dataset) -> list[str]:
+    """Names of the entries of data.train, all different: their component where they hold one, else their file."""
+    names: list[str] = []
+    for part in dataset.parts:
+        components = Sources.of(part.file).components(part.first, len(part))
+        name = (components[0] if len(components) == 1 else None) or part.file.bin.stem
+        names.append(f"{name} ({len(names)})" if name in names else name)
+    return names
+
+
+def blend_schedule(stored: Sequence[Sequence[Any]], weights: Sequence[float], samples: int) -> list[Phase]:
+    """Phases of a blend that goes on with `weights` after `samples` samples, given the `stored` ones of its checkpoint.
+
+    Raises TypeError or ValueError where `stored` is no list of phases.
+    """
+    known: list[Phase] = [(int(first), tuple(map(float, shares))) for first, shares in stored]
+    if known[-1][1] == tuple(weights):
+        return known
+    before = [phase for phase in known[1:] if phase[0] < samples]  # the first one made the order of each text
+    last = (before or known[:1])[-1]
+    return [known[0], *before, *([] if last[1] == tuple(weights) else [(samples, tuple(weights))])]
+
+
+def with_blend_schedule(
+    dataset: Dataset, stored: Sequence[Sequence[Any]], weights: Sequence[float], samples: int
+) -> Dataset:
+    """`dataset` with the `blend_schedule` of a run; unchanged where nothing is stored or no weights are given.
+
+    (Megatron's order without weights is a blend too, whose schedule never changes.)
+    """
+    if stored and weights and isinstance(dataset, BlendedDataset):
+        return dataset.with_phases(blend_schedule(stored, weights, samples))
+    return dataset
+
+
+def initial_weights(steps: Sequence[Path]) -> tuple[float, ...]:
+    """Initial blend weights of a run, read from its newest readable checkpoint; empty without one."""
+    for folder in reversed(steps):
+        with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+            return tuple(map(float, json.loads((folder / "state.json").read_bytes())["blend"][0][1]))
+    return ()

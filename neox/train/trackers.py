@@ -1,7 +1,6 @@
 """TensorBoard and Weights & Biases: pictures of a run elsewhere. metrics.jsonl is the record; these may fail."""
 
 import html
-import importlib.util
 import json
 import os
 import secrets
@@ -28,13 +27,6 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def check_trackers(config: Config) -> None:
-    """Raises ValueError where a tracker that the config asks for is not installed; imports none."""
-    for key, wanted in (("tensorboard", config.log.tensorboard), ("wandb", config.log.wandb is not None)):
-        if wanted and importlib.util.find_spec(key) is None:
-            raise ValueError(f"log.{key} is set, but {key} is not installed: pip install 'neox[log]', or unset it")
-
-
 def grouped(row: Row) -> dict[str, float]:
     """The numbers of a row under the names that trackers group them by: train/, runtime/, validation/."""
     named = {}
@@ -46,6 +38,16 @@ def grouped(row: Row) -> dict[str, float]:
         else:
             named[key if "/" in key else f"{'runtime' if key in RUNTIME else 'train'}/{key}"] = value
     return named
+
+
+def build_trackers(config: Config, run: Path, first_step: int, say: Callable[[str], None]) -> "list[Guarded]":
+    """The trackers that a config names, as sinks of a run that goes on after `first_step`."""
+    trackers = []
+    if config.log.tensorboard:
+        trackers.append(Guarded("TensorBoard", lambda: TensorBoard(config, run, first_step), say))
+    if config.log.wandb is not None:
+        trackers.append(Guarded("Weights & Biases", lambda: WeightsAndBiases(config, run), say))
+    return trackers
 
 
 class Guarded:
@@ -61,7 +63,7 @@ class Guarded:
             call()
         except Exception as error:  # of whatever kind: it comes from another program's network or disk
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            self.say(f"warning: {self.name} is left out from here on ({reason}); metrics.jsonl has every row")
+            self.say(f"warning: {self.name} is disabled from here on ({reason}); metrics.jsonl has every row")
             failed, self.tracker = self.tracker, None
             if failed:
                 with suppress(Exception):

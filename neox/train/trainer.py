@@ -9,54 +9,41 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neox.checkpoint import (
-    Saver,
-    complete_steps,
-    invalidate_after,
-    is_due,
-    load_initial,
-    load_latest,
-    step_folder,
-    step_number,
-)
+from neox.checkpoint.retention import is_due
+from neox.checkpoint.step_weights import load_latest
+from neox.checkpoint.steps import complete_steps, invalidate_after, step_folder, step_number
+from neox.checkpoint.writer import Saver
 from neox.config import Config
-from neox.data import Loader, build_datasets
 from neox.data.datasets import check_named
-from neox.data.prefetch import Prefetch
+from neox.data.loader import Loader
 from neox.model.decoder import GPTNeoX
-from neox.model.flops import recomputed_share
-from neox.parallel import Layout, Plan, build, layout, whole_model
+from neox.parallel.build import build
+from neox.parallel.fsdp import whole_model
+from neox.parallel.mesh import Layout, layout
 from neox.system.device import local_device, matmul_flops, peak_memory
 from neox.system.files import write_atomic
 from neox.system.processes import OtherProcessFailed, Processes, joined_processes
-from neox.train.batches import Batches
-from neox.train.blend_history import began_with
+from neox.train.batches import Batches, Prefetch, run_datasets
 from neox.train.goodput import Goodput
 from neox.train.lr_schedule import lr_factor
 from neox.train.memory import out_of_memory_explained, remembered_allocations
 from neox.train.metrics import Meter, make_row
 from neox.train.norms import copies, norms, update_norms
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
-from neox.train.profile import Profile
-from neox.train.run_directory import (
-    StopSignals,
-    begun_by_this_launch,
-    discard,
-    is_evaluated,
-    note_launch,
-    only_writer,
-    refuse_existing,
-)
-from neox.train.sinks import Sinks, build_sinks
-from neox.train.state import Progress
-from neox.train.trackers import check_trackers
-from neox.train.watchdog import Watch
+from neox.train.run_directory import StopSignals, discard, is_evaluated, opened
+from neox.train.sinks import Sinks, build_sinks, check_trackers
+from neox.train.state import TrainState
+from neox.train.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from neox.parallel.tp_plan import Plan
 
 Number = float | torch.Tensor
 
@@ -92,18 +79,17 @@ class Trainer:
         resume: bool = False,
         hooks: tuple[Callable[["Trainer", int], None], ...] = (),
         quiet: bool = False,
-        tp_plan: Plan | None = None,
+        tp_plan: "Plan | None" = None,
     ) -> None:
         self.config, self.hooks, self.quiet, self.tp_plan = config, hooks, quiet, tp_plan
         self.run = Path(config.log.out)
         self.resume = resume
         check_named(config)
         check_trackers(config)
-        self.progress: Progress
+        self.state: TrainState
         self.sinks = Sinks()  # of the call of `fit` that is under way, on rank 0: a hook may write to them
         self.stop_signal = 0
         self.news: dict[str, Any] = {}  # for the row of the next step
-
         self.layout = Layout(Processes(), torch.device("cpu"), None)  # until `fit` has joined the others
 
     def fit(self) -> Result:
@@ -112,16 +98,9 @@ class Trainer:
             self.device = local_device(self.config.train.device)
             self.layout = layout(self.config.parallel, processes, self.device)
             self.quiet = self.quiet or processes.rank > 0
-            self.run.mkdir(parents=True, exist_ok=True)
-            with only_writer(self.run, processes):
-                self.resume = bool(processes.all_reduce_max(self.resume or begun_by_this_launch(self.run)))
-                # Looked at under the lock: a run that another process has just finished must not be begun again.
-                if not self.resume:
-                    refuse_existing(self.run)
-                if not processes.rank:
-                    note_launch(self.run)
+            with opened(self.run, self.resume, processes) as self.resume:
                 self.goodput = Goodput.of(self.run) if self.resume else Goodput()
-                with Watch(self.config.train, self.run, processes) as self.watch:
+                with Watchdog(self.config.train, self.run, processes) as self.watchdog:
                     with self.goodput.spending("starting"):
                         self._build()
                     # Only the steps are worth saving: before them, Ctrl-C and SIGTERM act at once.
@@ -146,7 +125,7 @@ class Trainer:
     @property
     def step(self) -> int:
         """Steps done; 0 until `fit` knows."""
-        return self.progress.step if hasattr(self, "progress") else 0
+        return self.state.step if hasattr(self, "state") else 0
 
     @property
     def processes(self) -> Processes:
@@ -155,7 +134,11 @@ class Trainer:
     def _loop(self, signals: StopSignals) -> Result:
         config, steps = self.config, self.config.train.steps
         loss = seconds = None
-        profile = Profile(config.train, self.run / "profile", self.device, self.processes.rank, self.quiet)
+        profile = None
+        if config.train.profile_step:
+            from neox.train.profile import Profile
+
+            profile = Profile(config.train, self.run / "profile", self.device, self.processes.rank, self.quiet)
         self._open_sinks()
         try:
             with self.goodput.spending("evaluating"):
@@ -167,33 +150,33 @@ class Trainer:
                 self.save()
             meter = Meter(self.device)
             while self.step < steps and not self.stop_signal:
-                updates, began = self.progress.updates, time.perf_counter()
+                updates, began = self.state.updates, time.perf_counter()
                 with (
-                    profile.step(self.step + 1),
+                    profile.step(self.step + 1) if profile else nullcontext(),
                     out_of_memory_explained(config, self.layout, self.run, self.step + 1),
                 ):
                     loss, norm, lr, more = self.train_step()
-                self.progress.step += 1
+                self.state.step += 1
                 meter.step()
-                if self._logged(self.step) or more.keys() & {"left_out", "rewound_from"}:
+                if self._logged(self.step) or more.keys() & {"skip_reason", "rewound_from"}:
                     row = self._row(float(loss), float(norm), lr, *meter.take()) | more | self.saver.take_timings()
                     self.sinks.write(row)
                 else:
                     self.sinks.step(self.step)
                 took = time.perf_counter() - began
-                self.watch.done(self.step, took)
-                if self.progress.updates > updates:
+                self.watchdog.done(self.step, took)
+                if self.state.updates > updates:
                     self.goodput.seconds["training"] += took
                 saves = self.step == steps or is_due(config.checkpoint, self.step)
                 with meter.paused(bool(saves or self.hooks or self._evaluates())):
-                    if config.train.guard and self.progress.guard.gives_up:
-                        self._rewind(more["left_out"])
+                    if config.train.guard and self.state.spikes.should_rewind:
+                        self._rewind(more["skip_reason"])
                         continue
                     # Asked once a step: a signal that comes after this line ends, and saves, the next step.
                     self._ask(signals)
                     hurry = self.stop_signal == signal.SIGTERM
                     if hurry:
-                        self.watch.terminate()  # it may have come to another process
+                        self.watchdog.terminate()  # it may have come to another process
                     else:
                         self._look(signals)
                     self.saver.poll()
@@ -201,14 +184,15 @@ class Trainer:
                         # A resumed run drops what is beyond its checkpoint, and could not make up for less.
                         self.sinks.sync()
                         self.save()
-                        self.watch.saved(self.saver.slowest)
+                        self.watchdog.saved(self.saver.slowest)
                     if hurry:
                         self.saver.wait()
-                        seconds = self.watch.since_sigterm()
+                        seconds = self.watchdog.since_sigterm()
                         if self.step == steps:  # no other call would make up for it
                             self._look(signals)
         finally:
-            profile.close()
+            if profile:
+                profile.close()
             self.sinks.close()
         with self.goodput.spending("saving"):
             self.saver.wait()
@@ -217,11 +201,11 @@ class Trainer:
         return Result(self.step, self.step >= steps, self.stop_signal, None if loss is None else float(loss), seconds)
 
     def _ask(self, signals: StopSignals) -> None:
-        """Whether any process has had a signal to stop; all of them ask together."""
+        """Note a signal to stop that any process has had; all of them ask together."""
         self.stop_signal = self.processes.all_reduce_max(max(self.stop_signal, signals.number))
 
     def _look(self, signals: StopSignals) -> None:
-        """What is done between two steps to see how the model does."""
+        """Evaluate and call the hooks, between two steps."""
         with self.goodput.spending("evaluating"):
             if self._evaluate():
                 self._ask(signals)
@@ -232,15 +216,14 @@ class Trainer:
             self.sinks = build_sinks(self.config, self.run, self.step, self.quiet)
 
     def train_step(self) -> tuple[Number, Number, float, dict[str, Any]]:
-        """One optimizer step: its mean loss per token, the gradient norm before clipping, the learning rate, and what
-        else there is to tell.
+        """Take one optimizer step: (mean loss per token, gradient norm before clipping, learning rate, more figures).
 
-        Where the guard finds the step bad, and in fp16 on an overflow, the update is left out: nothing changes but the
-        guard's count and the loss scale.
+        For a bad step (see `SpikeDetector`), and in fp16 for an overflow, the update is skipped: nothing changes but
+        the detector's count and the loss scale.
         """
-        config, progress = self.config, self.progress
-        batches, valid = self.prefetch(self.step)
-        loss_scale = progress.scaler.scale if progress.scaler else 1.0
+        config, state = self.config, self.state
+        batches, valid = self.prefetch(state.loader, state.step)
+        loss_scale = state.scaler.scale if state.scaler else 1.0
         tokens = self.layout.sum_over_data(valid)
         for part in self.parts:
             part.train()
@@ -250,70 +233,55 @@ class Trainer:
         if with_norms:
             more |= norms(self.parts, loss_scale, self.layout)
         total = clip_gradients(self.parts, config.optim.clip, loss_scale, self.layout)
-        loss, norm, bad = self._judged(mean, total) if config.train.guard else (mean, total, None)
+        loss, norm, bad = state.check(mean, total, self.processes) if config.train.guard else (mean, total, None)
         if bad:
-            more["left_out"] = bad
-        overflow = progress.scaler is not None and not math.isfinite(norm)
-        if progress.scaler:
+            more["skip_reason"] = bad
+        overflow = state.scaler is not None and not math.isfinite(norm)
+        if state.scaler:
             more["loss_scale"] = loss_scale
             try:
-                progress.scaler.update(overflow)
+                state.scaler.update(overflow)
             except ValueError as error:
                 raise ValueError(f"{self.run}: step {self.step + 1}: {error}") from None
-        factor = lr_factor(config.schedule, config.optim.lr, progress.updates, config.train.steps)
+        factor = lr_factor(config.schedule, config.optim.lr, state.updates, config.train.steps)
         set_lr(self.optimizers, factor)
         before = copies(self.parts) if with_norms else []
-        left_out = overflow or bool(bad)
+        skipped = overflow or bool(bad)
         for optimizer in self.optimizers:
-            if not left_out:
+            if not skipped:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if with_norms:
             more |= update_norms(self.parts, before, self.layout)
-        progress.updates += not left_out
-        if progress.scaler or progress.updates <= self.step:
-            more["skipped"] = self.step + 1 - progress.updates
+        state.updates += not skipped
+        if state.scaler or state.updates <= self.step:
+            more["skipped"] = self.step + 1 - state.updates
         return loss, norm, config.optim.lr * factor, more
 
-    def _judged(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, str | None]:
-        """Loss and gradient norm on the host, and what is wrong with them. The one place where a step waits for the
-        device: the update depends on it, and is soon launched."""
-        progress = self.progress
-        mean, total = torch.stack((loss.float(), norm.float())).tolist()
-        bad = progress.guard.judge(mean, total, scaled=progress.scaler is not None)
-        # Rounding may differ from one process to the next, and they must all do the same.
-        if self.processes.all_reduce_max(bad is not None):
-            bad = bad or "another process found the step bad"
-        progress.guard.count(mean, total, bad is not None)
-        return mean, total, bad
-
     def _rewind(self, because: str) -> None:
-        """Back to a checkpoint from before the bad steps, and past their data. All processes call it together."""
-        progress = self.progress
+        """Rewind to a checkpoint before the bad steps and skip their data. All processes call it together."""
+        state = self.state
         self.saver.wait()
         kept = [step_number(folder) for folder in complete_steps(self.run)]
         try:
-            left, to, first = self.step, *progress.guard.way_back(self.step, kept)
+            left, to, first = self.step, *state.spikes.rewind_target(self.step, kept)
         except ValueError as error:
             if self.processes.rank:
-                raise OtherProcessFailed("no way back") from None  # rank 0 says so
+                raise OtherProcessFailed("no checkpoint to rewind to") from None  # rank 0 says so
             raise ValueError(f"{self.run}: {error}") from None
-        loader, rewinds = progress.loader.step_over(first, left), progress.guard.rewinds
         with self.processes.rank_zero_first():
             if not self.processes.rank:
                 invalidate_after(self.run, step_folder(self.run, to), "superseded")
         self.sinks.close()
-        folder, state = load_latest(self.run, self.parts, self.optimizers, self.processes)
+        folder, stored = load_latest(self.run, self.parts, self.optimizers, self.processes)
         if not self.processes.rank:
             invalidate_after(self.run, folder, "damaged")
-        progress.move(folder, state)
-        # All that is kept of the way that led astray.
-        progress.loader, progress.guard.rewinds = loader, [*rewinds, (left, self.step)]
-        self.news = {"rewound_from": left, "rewound_because": because, "stepped_over": loader.stepped_over}
+        state.rewind(folder, stored, first)
+        self.news = {"rewound_from": left, "rewind_reason": because, "stepped_over": state.loader.stepped_over}
         if not self.quiet:
             print(
-                f"neox: {progress.guard.limit} updates in a row left out up to step {left}: back to step {self.step}, "
-                f"and past the data of steps {first + 1} to {left}",
+                f"neox: {state.spikes.limit} consecutive updates skipped (last: step {left}); rewinding to step "
+                f"{self.step} and skipping the data of steps {first + 1}-{left}",
                 file=sys.stderr,
             )
         self._open_sinks()
@@ -326,7 +294,7 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or self.step == self.config.train.steps)
 
     def _evaluate(self) -> bool:
-        """Evaluate where the step is one after which that is due; whether it was."""
+        """Evaluate if that is due after this step; return whether it was."""
         if due := self._evaluates():
             self.sinks.write({"step": self.step, "valid_loss": self.validate()})
         return due
@@ -348,11 +316,11 @@ class Trainer:
         return whole_model(self.parts, self.layout)
 
     def save(self) -> Path:
-        """Write the checkpoint of the current step, or begin to, and let expired ones go."""
+        """Write the checkpoint of the current step, or begin to, and remove expired ones."""
         with self.goodput.spending("saving"):
-            # Of a run that may have to go back nothing older is let go.
-            sound = not self.progress.guard.bad_in_a_row
-            return self.saver.save(self.parts, self.optimizers, self.config, self.progress.state(), prunes=sound)
+            # A run that may have to rewind keeps its older checkpoints.
+            sound = not self.state.spikes.skipped_in_a_row
+            return self.saver.save(self.parts, self.optimizers, self.config, self.state.save(), prunes=sound)
 
     def _build(self) -> None:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
@@ -363,40 +331,31 @@ class Trainer:
             # The order depends on it: a run that is made longer keeps the one it began with.
             data = config.data.model_copy(update={"num_samples": samples})
             self.config = config = config.model_copy(update={"data": data})
-        # Tokenizing may take any time, for those who wait for it too.
-        with self.watch.paused(), processes.rank_zero_first():
+        with processes.rank_zero_first():
             if not self.resume and not processes.rank:
                 discard(config, self.run)
             if not done:  # before the text is tokenized, which may take long: from now on `resume=` continues
                 self._write_config()
-            files = _token_files(config, self.run, self.quiet)
+        with self.watchdog.paused():  # tokenizing may take any time, for those who wait for it too
+            datasets = run_datasets(config, self.run, done, samples, processes, self.quiet)
         self.peak_flops = matmul_flops(self.device, config.train.dtype)
-        with self.watch.paused(), processes.rank_zero_first():  # rank 0 writes a large order down, the others map it
-            datasets = build_datasets(
-                config.data,
-                files.train,
-                files.valid,
-                config.train.seed,
-                samples,
-                not self.quiet,
-                began_with(done),
-                self.run / "order",
-            )
-        self.progress = Progress(config, datasets.train, datasets.fingerprint, self.goodput, datasets.weights)
-        self.progress.epochs()  # what is wrong with the notes beside the tokens is said before the first step
+        self.state = TrainState(config, datasets.train, datasets.fingerprint, self.goodput, datasets.weights)
+        self.state.epochs()  # what is wrong with the notes beside the tokens is said before the first step
         self.valid = datasets.valid
         self.batches = Batches(config, self.layout, self.device)
-        self.prefetch = Prefetch(lambda step: self.batches(self.progress.loader, step), config.train.steps, self.device)
+        self.prefetch = Prefetch(self.batches, config.train.steps, self.device)
         self.parts, self.forward_backward = build(config, self.layout, self.tp_plan)
         self.optimizers = build_optimizers(self.parts, config.optim)
         self.saver = Saver(self.run, config.checkpoint, processes)
         if not done:
             if config.train.init:
+                from neox.checkpoint.initial import load_initial
+
                 load_initial(config.train.init, self.parts, processes)
             return
-        folder, state = load_latest(self.run, self.parts, self.optimizers, processes)
-        self.progress.move(folder, state)
-        self.goodput.resume(state["seconds"])
+        folder, stored = load_latest(self.run, self.parts, self.optimizers, processes)
+        self.state.load(folder, stored)
+        self.goodput.resume(stored["seconds"])
         if not processes.rank:
             invalidate_after(self.run, folder, "damaged")
         self._write_config()  # with what was changed for this call, now that it is known to fit
@@ -406,7 +365,6 @@ class Trainer:
             write_atomic(self.run / "config.toml", self.config.to_toml().encode())
 
     def _row(self, loss: float, norm: float, lr: float, seconds: float, elapsed: float) -> dict[str, Any]:
-        model, length = self.config.model, self.config.data.seq_length
         return make_row(
             self.config,
             step=self.step,
@@ -415,14 +373,13 @@ class Trainer:
             lr=lr,
             seconds=seconds,
             elapsed=elapsed,
-            samples=self.progress.loader.position(self.step),
+            samples=self.state.loader.position(self.step),
             spent=self.goodput.elapsed,
             memory=peak_memory(self.device),
             peak_flops=self.peak_flops,
             now=time.time(),
             world_size=self.processes.world,
-            recomputed=recomputed_share(model, length, self.config.train.activation_checkpointing),
-            epochs=self.progress.epochs(),
+            epochs=self.state.epochs(),
         )
 
     def _call_hooks(self) -> None:
@@ -430,13 +387,3 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):
             for hook in self.hooks:
                 hook(self, self.step)
-
-
-def _token_files(config: Config, run: Path, quiet: bool) -> Any:
-    """Token files of the run's data; text is tokenized first.
-
-    The one way from training to `corpus`, imported here because a run on prepared tokens needs none of it.
-    """
-    from neox.corpus.for_training import token_files
-
-    return token_files(config, run, quiet)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from neox.checkpoint import complete_steps
+from neox.checkpoint.steps import complete_steps
 from neox.config import TrainConfig
 from neox.system.files import write_atomic
 from neox.system.processes import Processes, flight_record
@@ -26,7 +26,7 @@ OTHERS = 5.0  # seconds that a process which hangs waits for what the others wri
 MARGIN = 0.05  # of the grace, left for the line that is printed and for the end itself
 
 
-class Watch:
+class Watchdog:
     """While inside, ends the process where no step is finished for `train.timeout` seconds, or where it has not ended
     `train.grace` seconds after SIGTERM. Both are said in one line; of a hang RUN/hang has the details.
 
@@ -81,7 +81,7 @@ class Watch:
         finally:
             self._last = time.monotonic()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         self._read, self._write = os.pipe()
         for end in (self._read, self._write):
             os.set_blocking(end, False)
@@ -89,7 +89,7 @@ class Watch:
         if self._main:
             # Python's own handlers wait until the main thread is back in Python, which may be long.
             self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._wait, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._wait, name="watchdog", daemon=True)
         self._thread.start()
         return self
 

@@ -9,7 +9,7 @@ from torch import nn
 from neox.checkpoint import complete_steps
 from neox.config import load_config
 from neox.model.decoder import GPTNeoX
-from neox.parallel.float8 import float8_blocks
+from neox.parallel.blocks import float8_blocks
 from neox.train import Trainer
 from tests.parallel.helpers import config
 from tests.parallel.test_blocks import gradients

@@ -31,7 +31,7 @@ def fit(config, flipped: int | None = None):
 
     trainer = Trainer(config, hooks=(flip,), quiet=True)
     assert trainer.fit().finished
-    state = trainer.progress.state()
+    state = trainer.state.save()
     del state["seconds"]
     return state
 
@@ -44,7 +44,7 @@ def same_run(one, many, scratch) -> None:
         for key, value in a.items():
             if isinstance(value, float):
                 assert b[key] == pytest.approx(value, abs=4e-6 if "norm" in key else 1e-6), (a["step"], key)
-            elif key != "left_out":  # rounded figures stand in it
+            elif key != "skip_reason":  # rounded figures stand in it
                 assert b[key] == value
     first, second = (tensors(complete(run)[-1], scratch) for run in (one, many))
     for name, tensor in first.items():
@@ -58,13 +58,13 @@ def test_a_document_of_repeated_rare_tokens(tmp_path, layout):
     alone = fit(settings(tmp_path, "alone", *options))
     found = together(2, tmp_path / "ranks", fit, settings(tmp_path, "many", *options, LAYOUTS[layout]))
     assert alone["stepped_over"] == [(44, 68)]
-    assert [row["step"] for row in rows(tmp_path / "alone") if "left_out" in row] == [12]
+    assert [row["step"] for row in rows(tmp_path / "alone") if "skip_reason" in row] == [12]
     for state in found:
         for kind in ("losses", "norms"):
-            assert state["guard"].pop(kind) == pytest.approx(alone["guard"][kind], abs=4e-6)
-        assert {**state, "guard": {**state["guard"], "losses": 0, "norms": 0}} == {
+            assert state["spikes"].pop(kind) == pytest.approx(alone["spikes"][kind], abs=4e-6)
+        assert {**state, "spikes": {**state["spikes"], "losses": 0, "norms": 0}} == {
             **alone,
-            "guard": {**alone["guard"], "losses": 0, "norms": 0},
+            "spikes": {**alone["spikes"], "losses": 0, "norms": 0},
         }
     same_run(tmp_path / "alone", tmp_path / "many", tmp_path)
 
@@ -74,7 +74,7 @@ def test_a_weight_of_one_process_that_turns_nan(tmp_path, layout):
     poisoned(tmp_path / "train")
     alone = fit(settings(tmp_path, "alone", *STEADY), 7)
     found = together(2, tmp_path / "ranks", fit, settings(tmp_path, "many", *STEADY, LAYOUTS[layout]), 7)
-    assert alone["guard"]["rewinds"] == [(10, 5)]
+    assert alone["spikes"]["rewinds"] == [(10, 5)]
     assert alone["stepped_over"] == [(20, 40)]
     assert found == [alone, alone]
     same_run(tmp_path / "alone", tmp_path / "many", tmp_path)

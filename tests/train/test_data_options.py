@@ -137,13 +137,13 @@ def test_weights_changed_on_resume_hold_from_there_on(tmp_path, order):
 
 
 def test_a_change_of_weights_can_be_taken_back_at_its_step():
-    from neox.train.blend_history import phases
+    from neox.train.state import blend_schedule
 
-    assert phases([[0, [1, 2]]], (1.0, 2.0), 8) == [(0, (1.0, 2.0))]
-    once = phases([[0, [1, 2]]], (5.0, 2.0), 8)
+    assert blend_schedule([[0, [1, 2]]], (1.0, 2.0), 8) == [(0, (1.0, 2.0))]
+    once = blend_schedule([[0, [1, 2]]], (5.0, 2.0), 8)
     assert once == [(0, (1.0, 2.0)), (8, (5.0, 2.0))]
-    assert phases(once, (1.0, 2.0), 8) == [(0, (1.0, 2.0))]
-    assert phases(once, (3.0, 2.0), 8) == [(0, (1.0, 2.0)), (8, (3.0, 2.0))]
-    assert phases(once, (1.0, 2.0), 9) == [*once, (9, (1.0, 2.0))]
-    assert phases(once, (5.0, 2.0), 4) == once  # a rewind went back behind the change, which stays where it was
-    assert phases([[0, [1, 2]]], (2.0, 2.0), 0) == [(0, (1.0, 2.0)), (0, (2.0, 2.0))]
+    assert blend_schedule(once, (1.0, 2.0), 8) == [(0, (1.0, 2.0))]
+    assert blend_schedule(once, (3.0, 2.0), 8) == [(0, (1.0, 2.0)), (8, (3.0, 2.0))]
+    assert blend_schedule(once, (1.0, 2.0), 9) == [*once, (9, (1.0, 2.0))]
+    assert blend_schedule(once, (5.0, 2.0), 4) == once  # a rewind went back behind the change, which stays where it was
+    assert blend_schedule([[0, [1, 2]]], (2.0, 2.0), 0) == [(0, (1.0, 2.0)), (0, (2.0, 2.0))]

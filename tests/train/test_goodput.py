@@ -29,7 +29,7 @@ def test_a_run_that_went_back_once():
     assert goodput.elapsed == 50 + 72
     assert goodput.line() == (
         "goodput 57.4%: 70.0 of 122.0 s; starting 15.0 s, waiting for checkpoints 2.0 s, "
-        "lost to restarts, rewinds and updates left out 35.0 s"
+        "lost to restarts, rewinds and skipped updates 35.0 s"
     )
 
 

@@ -19,7 +19,7 @@ from neox.system.processes import Processes
 from neox.train import Trainer, build_optimizers
 from neox.train.goodput import Goodput
 from neox.train.metrics import Meter
-from neox.train.state import Progress
+from neox.train.state import TrainState
 from tests.train.helpers import TINY, token_pair
 
 CPU = torch.device("cpu")
@@ -44,10 +44,10 @@ def trainer_without_values(monkeypatch, *options: str) -> Trainer:
     trainer.device, trainer.layout = CPU, Layout(Processes(), CPU, None)
     trainer.parts, trainer.forward_backward = build(config, trainer.layout)
     trainer.optimizers = build_optimizers(trainer.parts, config.optim)
-    trainer.progress = Progress(config, None, "", Goodput())
-    trainer.progress.step = trainer.progress.updates = 1
+    trainer.state = TrainState(config, None, "", Goodput())
+    trainer.state.step = trainer.state.updates = 1
 
-    def prefetch(step):
+    def prefetch(loader, step):
         ids = torch.zeros((2, 32), dtype=torch.int64)
         return [Batch(ids, ids, ids, ids if config.data.segments else None)] * 2, 128
 
@@ -73,11 +73,11 @@ def test_an_unlogged_step_reads_nothing_from_the_device(monkeypatch, options):
         loss, norm, _, more = trainer.train_step()
         assert loss.shape == norm.shape == ()
         assert more == {}
-        assert trainer.progress.updates == 2
+        assert trainer.state.updates == 2
 
 
-def test_the_guard_reads_in_one_place(monkeypatch):
-    monkeypatch.setattr(Trainer, "_judged", lambda self, loss, norm: (1.0, 1.0, None))
+def test_the_spike_detector_reads_in_one_place(monkeypatch):
+    monkeypatch.setattr(TrainState, "check", lambda self, loss, norm, processes: (1.0, 1.0, None))
     with FakeTensorMode(allow_non_fake_inputs=True):
         trainer = trainer_without_values(monkeypatch, "train.guard=true")
         assert trainer.train_step()[:2] == (1.0, 1.0)
@@ -102,7 +102,7 @@ def test_a_logged_step_may_read(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         trainer = trainer_without_values(monkeypatch, "log.norms=true")
         trainer.train_step()
-        trainer.progress.step = 999
+        trainer.state.step = 999
         with pytest.raises(DataDependentOutputException):
             trainer.train_step()
 

@@ -12,8 +12,8 @@ from neox.analysis.sample_hook import SampleHook
 from neox.config import load_config
 from neox.train import Trainer, run_config
 from neox.train.metrics import read_rows
-from neox.train.sinks import ConsoleSink, JsonlSink, build_sinks, visible
-from neox.train.trackers import TensorBoard, check_trackers, grouped
+from neox.train.sinks import ConsoleSink, JsonlSink, build_sinks, check_trackers, visible
+from neox.train.trackers import TensorBoard, grouped
 from tests.train.helpers import TINY, cut_back, rows, token_pair
 
 ROW = {
@@ -213,7 +213,7 @@ def test_one_that_cannot_begin(tmp_path, capsys):
     assert train(tmp_path, "log.tensorboard=true") == [1, 2, 3, 4]
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert err.startswith("warning: TensorBoard is left out from here on (")
+    assert err.startswith("warning: TensorBoard is disabled from here on (")
     assert err.endswith("; metrics.jsonl has every row\n")
 
 
@@ -226,7 +226,7 @@ def test_one_that_fails_later(tmp_path, capsys, monkeypatch, method):
     assert train(tmp_path, "log.tensorboard=true", "checkpoint.every=1") == [1, 2, 3, 4]
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "TensorBoard is left out from here on (the network is gone)" in err
+    assert "TensorBoard is disabled from here on (the network is gone)" in err
 
 
 def test_a_disk_that_fills_under_tensorboard(tmp_path, capsys, monkeypatch):

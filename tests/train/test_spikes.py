@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from neox.checkpoint import read_step
 from neox.config import TrainConfig
 from neox.train import Trainer
-from neox.train.spikes import Guard
+from neox.train.spikes import SpikeDetector
 from tests.train.helpers import Forked, assert_same_step, complete, rows
 from tests.train.poison import Without, poisoned, settings
 
@@ -26,7 +26,7 @@ values = st.floats(0.01, 100.0) | st.sampled_from([math.inf, math.nan])
 
 @given(st.lists(st.tuples(values, values), max_size=60), st.sampled_from([0.0, 1.0, 3.0]), st.integers(1, 9))
 def test_what_is_bad_by_numpy(steps, sigma, window):
-    guard = Guard(TrainConfig(spike_sigma=sigma, spike_window=window, rewind_after=4))
+    detector = SpikeDetector(TrainConfig(spike_sigma=sigma, spike_window=window, rewind_after=4))
     good: list[tuple[float, float]] = []
     in_a_row = 0
     for step in steps:
@@ -38,23 +38,25 @@ def test_what_is_bad_by_numpy(steps, sigma, window):
             if near.any():
                 return
             expected = bool((np.array(step) > limits).any())
-        found = guard.judge(*step)
+        found = detector.check(*step)
         assert (found is not None) == expected, found
-        guard = Guard(TrainConfig(spike_sigma=sigma, spike_window=window, rewind_after=4), _through_json(guard))
-        guard.count(*step, bad=expected)
+        detector = SpikeDetector(
+            TrainConfig(spike_sigma=sigma, spike_window=window, rewind_after=4), _through_json(detector)
+        )
+        detector.record(*step, skipped=expected)
         in_a_row = in_a_row + 1 if expected else 0
         good += [] if expected else [step]
-        assert guard.gives_up == (in_a_row >= 4)
+        assert detector.should_rewind == (in_a_row >= 4)
 
 
-def _through_json(guard):
-    return json.loads(json.dumps(guard.state(), allow_nan=False))
+def _through_json(detector):
+    return json.loads(json.dumps(detector.state(), allow_nan=False))
 
 
 def test_with_loss_scaling_an_overflow_of_the_gradients_is_left_to_the_scaler():
-    guard = Guard(TrainConfig())
-    assert guard.judge(1.0, math.inf, scaled=True) is None
-    assert guard.judge(math.nan, math.inf, scaled=True) == "loss is not finite"
+    detector = SpikeDetector(TrainConfig())
+    assert detector.check(1.0, math.inf, scaled=True) is None
+    assert detector.check(math.nan, math.inf, scaled=True) == "loss is not finite"
 
 
 @pytest.mark.parametrize(
@@ -72,9 +74,9 @@ def test_with_loss_scaling_an_overflow_of_the_gradients_is_left_to_the_scaler():
     ],
 )
 def test_the_way_back_by_hand(bad, rewinds, step, expected):
-    state = {"losses": [], "norms": [], "bad_in_a_row": bad, "rewinds": rewinds}
-    guard = Guard(TrainConfig(rewind_after=3, max_rewinds=5), state)
-    assert guard.way_back(step, [10, 20, 25, 40]) == expected
+    state = {"losses": [], "norms": [], "skipped_in_a_row": bad, "rewinds": rewinds}
+    detector = SpikeDetector(TrainConfig(rewind_after=3, max_rewinds=5), state)
+    assert detector.rewind_target(step, [10, 20, 25, 40]) == expected
 
 
 @pytest.mark.parametrize(
@@ -87,10 +89,10 @@ def test_the_way_back_by_hand(bad, rewinds, step, expected):
     ],
 )
 def test_no_way_back(rewinds, most, kept, words):
-    state = {"losses": [], "norms": [], "bad_in_a_row": 3, "rewinds": rewinds}
-    guard = Guard(TrainConfig(rewind_after=3, max_rewinds=most), state)
+    state = {"losses": [], "norms": [], "skipped_in_a_row": 3, "rewinds": rewinds}
+    detector = SpikeDetector(TrainConfig(rewind_after=3, max_rewinds=most), state)
     with pytest.raises(ValueError, match=words):
-        guard.way_back(23, kept)
+        detector.rewind_target(23, kept)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -102,16 +104,16 @@ def test_a_document_of_repeated_rare_tokens_is_learned_nothing_from(tmp_path, ca
     config = settings(tmp_path, "run", "steps=18", "spike_sigma=5", "checkpoint.every=1", "schedule.name=linear")
     Trainer(config).fit()
     found = rows(tmp_path / "run")
-    assert [row["step"] for row in found if "left_out" in row] == [15]
-    assert re.fullmatch(r"loss 5\.\d+ is above 4\.\d+, 5 standard deviations", found[14]["left_out"])
-    assert "step 15: update left out, loss 5." in capfd.readouterr().err
+    assert [row["step"] for row in found if "skip_reason" in row] == [15]
+    assert re.fullmatch(r"loss 5\.\d+ is above 4\.\d+, 5 standard deviations", found[14]["skip_reason"])
+    assert "step 15: update skipped: loss 5." in capfd.readouterr().err
     assert [row.get("skipped") for row in found] == [None] * 14 + [1] * 4
     before, after, next_one = complete(tmp_path / "run")[14 - 1 : 14 + 2]
     assert_same_step(before, after, tmp_path)
     with pytest.raises(AssertionError):
         assert_same_step(after, next_one, tmp_path)
     assert found[14]["lr"] == found[15]["lr"] > found[16]["lr"]
-    # Without a guard it is learned from.
+    # Without a detector it is learned from.
     options = ("steps=18", "checkpoint.every=1", "schedule.name=linear")
     Trainer(settings(tmp_path, "unguarded", *options), quiet=True).fit()
     assert rows(tmp_path / "unguarded")[:14] == found[:14]
@@ -125,7 +127,7 @@ def reference(tmp_path, steps: int, *ranges: tuple[int, int], options: tuple[str
 
     def strike_out(trainer, step):
         if not step:
-            trainer.progress.loader = Without(trainer.progress.loader, *ranges)
+            trainer.state.loader = Without(trainer.state.loader, *ranges)
 
     Trainer(settings(tmp_path, "reference", f"steps={steps}", *options), hooks=(strike_out,), quiet=True).fit()
     return complete(tmp_path / "reference")[-1]
@@ -140,18 +142,21 @@ def test_a_long_one_sends_the_run_back_and_past_it(tmp_path, capfd):
     over = (11 * 4, 17 * 4)
     found = rows(tmp_path / "run")
     err = capfd.readouterr().err
-    assert "3 updates in a row left out up to step 17: back to step 10, and past the data of steps 12 to 17" in err
+    assert (
+        "3 consecutive updates skipped (last: step 17); rewinding to step 10 and skipping the data of steps 12-17"
+        in err
+    )
     assert [(row["step"], row["rewound_from"], row["stepped_over"]) for row in found if "rewound_from" in row] == [
         (11, 17, [list(over)])
     ]
     assert [row["step"] for row in found] == list(range(1, 25))
-    assert [row["step"] for row in found if "left_out" in row] == [12]
+    assert [row["step"] for row in found if "skip_reason" in row] == [12]
     assert [row["samples"] for row in found[9:13]] == [40, 68, 72, 76]
-    # No run without a guard on would leave out step 12: it has the same, and steps over nothing by itself.
+    # No run without a detector on would leave out step 12: it has the same, and steps over nothing by itself.
     last = reference(tmp_path, 24, over, options=watched)
     assert_same_step(complete(tmp_path / "run")[-1], last, tmp_path)
     assert "rewound_from" not in json.dumps(rows(tmp_path / "reference"))
-    goodput = re.search(r"goodput (\d+\.\d)%: ([\d.]+) of ([\d.]+) s; .*updates left out [\d.]+ s", err)
+    goodput = re.search(r"goodput (\d+\.\d)%: ([\d.]+) of ([\d.]+) s; .*skipped updates [\d.]+ s", err)
     assert goodput, err
     assert 0 < float(goodput[2]) < float(goodput[3])
 
@@ -231,7 +236,7 @@ def test_a_save_among_the_bad_steps_does_not_let_go_of_the_way_back(tmp_path):
     Trainer(settings(tmp_path, "run", *options), quiet=True).fit()
     (row,) = [row for row in rows(tmp_path / "run") if "rewound_from" in row]
     assert (row["step"], row["rewound_from"]) == (11, 17)
-    assert "standard deviations" in row["rewound_because"]
+    assert "standard deviations" in row["rewind_reason"]
     assert [step.name for step in complete(tmp_path / "run")] == ["step_00000022"]
 
 
@@ -243,7 +248,7 @@ def test_without_a_guard_nothing_is_left_out(tmp_path):
     alone = settings(tmp_path, "run", "steps=20", *options, "rewind_after=1", "train.guard=false")
     Trainer(alone, resume=True, quiet=True).fit()
     found = rows(tmp_path / "run")
-    assert [row["step"] for row in found if "left_out" in row] == [15, 16]
+    assert [row["step"] for row in found if "skip_reason" in row] == [15, 16]
     assert not any("rewound_from" in row for row in found)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from neox.config import TrainConfig
 from neox.system.processes import Processes, agreed_attempt
-from neox.train.watchdog import Watch
+from neox.train.watchdog import Watchdog
 from tests.train.helpers import TINY, Forked, assert_same_run, complete, rows, token_pair, wait_for
 from tests.train.test_signals import slow_steps, stuck_after
 
@@ -101,12 +101,12 @@ def test_a_step_that_does_not_end_is_written_down(tmp_path):
 
 
 def test_a_long_start_is_no_hang(tmp_path):
-    with Watch(TrainConfig(timeout=0.2), tmp_path, Processes()) as watch, watch.paused():
+    with Watchdog(TrainConfig(timeout=0.2), tmp_path, Processes()) as watch, watch.paused():
         threading.Event().wait(0.6)
 
 
 def test_a_grace_that_is_too_short_is_said_once(tmp_path, capfd):
-    watch = Watch(TrainConfig(grace=10), tmp_path, Processes())
+    watch = Watchdog(TrainConfig(grace=10), tmp_path, Processes())
     watch.done(1, 100.0)
     watch.saved(5.0)  # the first step may have been compiled
     watch.done(2, 4.0)

@@ -7,8 +7,8 @@ import torch
 
 from neox.config import load_config
 from neox.data import TokenWriter
-from neox.data.prefetch import Prefetch
 from neox.train import Trainer
+from neox.train.batches import Prefetch
 from tests.train.helpers import TINY, VOCAB, rows, token_pair
 
 CPU = torch.device("cpu")
@@ -21,43 +21,41 @@ def threads() -> list[str]:
 def test_the_next_step_is_made_while_this_one_runs():
     made, second = [], threading.Event()
 
-    def make(step):
+    def make(source, step):
         made.append((step, threading.current_thread().name))
         if step == 1:
             second.set()
         return step * 10
 
     with Prefetch(make, 3, CPU) as prefetch:
-        assert prefetch(0) == 0
+        assert prefetch(None, 0) == 0
         assert second.wait(60), "nothing was made ahead"
-        assert [prefetch(1), prefetch(2)] == [10, 20]
+        assert [prefetch(None, 1), prefetch(None, 2)] == [10, 20]
     assert [step for step, _ in made] == [0, 1, 2], "each once, and none beyond the last"
     assert not any(name == threading.current_thread().name for _, name in made)
     assert not threads()
 
 
 def test_steps_in_another_order_are_made_anew():
-    source = {"version": 0}
-    with Prefetch(lambda step: (step, source["version"]), 100, CPU) as prefetch:
-        assert [prefetch(step)[0] for step in (0, 1, 2, 1, 7, 0)] == [0, 1, 2, 1, 7, 0]
-        prefetch(5)
-        source["version"] = 1  # a run that goes back reads what is there by then
-        assert prefetch(3) == (3, 1)
-        assert prefetch(4) == (4, 1)
+    with Prefetch(lambda source, step: (step, source), 100, CPU) as prefetch:
+        assert [prefetch("a", step)[0] for step in (0, 1, 2, 1, 7, 0)] == [0, 1, 2, 1, 7, 0]
+        prefetch("a", 5)
+        assert prefetch("b", 6) == (6, "b")  # a rewind replaces the loader: what was made ahead is dropped
+        assert prefetch("b", 4) == (4, "b")
 
 
 def test_an_error_surfaces_in_the_step_that_needs_it():
-    def make(step):
+    def make(source, step):
         if step == 2:
             raise ValueError(f"no step {step}")
         return step
 
     with Prefetch(make, 10, CPU) as prefetch:
-        assert [prefetch(0), prefetch(1)] == [0, 1]
+        assert [prefetch(None, 0), prefetch(None, 1)] == [0, 1]
         for _ in range(2):
             with pytest.raises(ValueError, match="no step 2"):
-                prefetch(2)
-        assert prefetch(3) == 3
+                prefetch(None, 2)
+        assert prefetch(None, 3) == 3
     assert not threads()
 
 
@@ -69,7 +67,7 @@ def test_a_run_is_that_of_batches_made_when_they_are_needed(tmp_path, monkeypatc
     token_pair(tmp_path / "train")
     assert Trainer(settings(tmp_path, f"out={tmp_path / 'ahead'}"), quiet=True).fit().finished
     assert not threads()
-    monkeypatch.setattr(Prefetch, "__call__", lambda self, step: self.make(step))
+    monkeypatch.setattr(Prefetch, "__call__", lambda self, source, step: self.make(source, step))
     assert Trainer(settings(tmp_path, f"out={tmp_path / 'plain'}"), quiet=True).fit().finished
     assert rows(tmp_path / "ahead") == rows(tmp_path / "plain")
 
