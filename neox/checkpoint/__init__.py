@@ -1,14 +1,12 @@
 """Load and save: Hugging Face folders, a run's own checkpoints, models by hub id."""
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from neox.checkpoint.checksums import DamagedCheckpoint
-from neox.checkpoint.export import convert, save
-from neox.checkpoint.formats import use_weights
-from neox.checkpoint.initial import load_initial
-from neox.checkpoint.model_loader import load_model
 from neox.checkpoint.retention import expired, is_due, prune
 from neox.checkpoint.step_weights import load_latest, load_tensors
 from neox.checkpoint.steps import (
@@ -23,7 +21,12 @@ from neox.checkpoint.steps import (
 from neox.checkpoint.weight_source import CheckpointError, Transform, WeightSource
 from neox.checkpoint.writer import Saver, save_step
 from neox.model.decoder import GPTNeoX
-from neox.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from neox.checkpoint.export import convert, save
+    from neox.checkpoint.formats import use_weights
+    from neox.checkpoint.initial import load_initial
+    from neox.tokenizer import Tokenizer
 
 __all__ = [
     "CheckpointError",
@@ -52,8 +55,25 @@ __all__ = [
 ]
 
 
+_HOME = {
+    "convert": "neox.checkpoint.export",
+    "load_initial": "neox.checkpoint.initial",
+    "save": "neox.checkpoint.export",
+    "use_weights": "neox.checkpoint.formats",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve what reads other formats on first use: training reads and writes a run's own alone."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
 def weights_dtype(source: str | Path) -> torch.dtype:
     """Type that the weights of a source, all that `load` takes, are stored in. Raises CheckpointError."""
+    from neox.checkpoint.formats import use_weights
+
     # `load` says it, of the same source, where a damaged step is passed over.
     return use_weights(source, lambda weights: weights.dtype, warn=False)
 
@@ -63,7 +83,7 @@ def load(
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
     transform: Transform | None = None,
-) -> tuple[GPTNeoX, Tokenizer | None]:
+) -> "tuple[GPTNeoX, Tokenizer | None]":
     """Load model and tokenizer of a Hugging Face folder, a hub id, a run directory (its latest step) or a step folder.
 
     `source` may end in @REVISION for a hub id. `transform(name, layer)` returns the replacement of each linear layer
@@ -72,7 +92,10 @@ def load(
     line on stderr. Raises CheckpointError (a ValueError) that names the file and its fault.
     """
 
-    def use(weights: WeightSource) -> tuple[GPTNeoX, Tokenizer | None]:
+    from neox.checkpoint.formats import use_weights
+    from neox.checkpoint.model_loader import load_model
+
+    def use(weights: WeightSource) -> "tuple[GPTNeoX, Tokenizer | None]":
         return load_model(weights, device, dtype, transform), weights.tokenizer()
 
     return use_weights(source, use)

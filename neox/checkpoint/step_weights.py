@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -40,7 +40,9 @@ from neox.checkpoint.weight_source import CheckpointError, WeightSource
 from neox.config import ModelConfig
 from neox.model.decoder import GPTNeoX
 from neox.system.processes import Processes
-from neox.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from neox.tokenizer import Tokenizer
 
 
 class _TensorsOnly(pickle.Unpickler):
@@ -89,7 +91,7 @@ class StepWeights(WeightSource):
         whole = self.shapes[name]
         return self._reader.read_slice(f"model.{name}", shape or whole, offsets or [0] * len(whole))
 
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> "Tokenizer | None":
         return step_tokenizer(self.folder)
 
 

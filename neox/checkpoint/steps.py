@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,7 +25,9 @@ from neox.checkpoint.weight_source import CheckpointError, read_json
 from neox.config import Config, load_config
 from neox.model.decoder import GPTNeoX
 from neox.system.processes import OtherProcessFailed, Processes
-from neox.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from neox.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 TOKENIZER = "tokenizer.json"
@@ -58,10 +60,14 @@ def is_step(folder: Path) -> bool:
     return (folder / ".metadata").exists() or folder.name.startswith("step_")
 
 
-def step_tokenizer(folder: Path) -> Tokenizer | None:
+def step_tokenizer(folder: Path) -> "Tokenizer | None":
     """Tokenizer beside a checkpoint, or that of its run; None where there is none."""
     path = next((p for p in (folder / TOKENIZER, folder.parent / TOKENIZER) if p.exists()), None)
-    return Tokenizer.from_file(path) if path else None
+    if path is None:
+        return None
+    from neox.tokenizer import Tokenizer
+
+    return Tokenizer.from_file(path)
 
 
 def named_state(parts: Iterable[GPTNeoX], optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:

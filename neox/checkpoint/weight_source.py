@@ -9,14 +9,16 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from neox.config import ModelConfig
 from neox.model.decoder import GPTNeoX
-from neox.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from neox.tokenizer import Tokenizer
 
 Transform = Callable[[str, torch.nn.Module], torch.nn.Module]
 """(name, nn.Linear or nn.Embedding) -> the module to use instead, or the layer itself. Called while weights are loaded,
@@ -73,7 +75,7 @@ class WeightSource(ABC):
     def read(self, name: str, shape: Sequence[int] | None = None, offsets: Sequence[int] | None = None) -> Tensor:
         """Return a parameter, or its slice of `shape` that begins at `offsets`, in the stored dtype on the CPU."""
 
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> "Tokenizer | None":
         """Tokenizer that is stored beside the weights, None where there is none."""
         return None
 
@@ -81,7 +83,7 @@ class WeightSource(ABC):
 class ModelWeights(WeightSource):
     """The weights of a model in memory: the source of `save`."""
 
-    def __init__(self, model: GPTNeoX, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, model: GPTNeoX, tokenizer: "Tokenizer | None" = None) -> None:
         super().__init__(Path(), model.config)
         self._parameters = dict(model.named_parameters())
         self._tokenizer = tokenizer
@@ -101,7 +103,7 @@ class ModelWeights(WeightSource):
     def read(self, name: str, shape: Sequence[int] | None = None, offsets: Sequence[int] | None = None) -> Tensor:
         return self._parameters[name].detach()[slices(self.shapes[name], shape, offsets)]
 
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> "Tokenizer | None":
         return self._tokenizer
 
 
