@@ -1,12 +1,11 @@
-"""Output held to a JSON schema, a regular expression or a grammar: the tokens that may come next.
+"""Constrained output: the tokens that a JSON schema, a regular expression or a grammar allows next.
 
-llguidance parses what has come and walks the vocabulary's bytes to say what may follow; it knows nothing of models or
+llguidance parses the tokens so far and walks the vocabulary's bytes for the allowed ones; it knows nothing of models or
 torch. A JSON schema is one of its subset of JSON Schema, a grammar is in its dialect of Lark. Shapes: V vocab.
 """
 
 import json
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ DEAD_END = "no token may come next: it has no end, or names special tokens"
 
 
 class Constraint:
-    """What may follow in one sequence. Every output that ends is whole: it matches, or validates."""
+    """The allowed tokens of one sequence, so that every finished output matches or validates."""
 
     def __init__(self, option: str, source: str, tokenizer: Tokenizer | None) -> None:
-        """`option` is one of OPTIONS, `source` its text, the whole vocabulary that of `tokenizer`.
+        """`option` is one of OPTIONS, `source` its text.
 
-        Raises ValueError where `source` is wrong, nothing can be written by it, or the tokenizer cannot tell.
+        Raises ValueError where `source` is wrong or allows no output, and without an end-of-document token.
         """
         if tokenizer is None:
             raise ValueError(f"generate.{option} needs a tokenizer: this model was loaded without one")
@@ -41,10 +40,10 @@ class Constraint:
         self.allowed()
 
     def allowed(self) -> Tensor:
-        """The tokens (bool [V]) that may come next; end-of-document exactly when what has come may stand as it is.
+        """Tokens (bool [V]) that may come next; end-of-document exactly where the output is complete.
 
-        Where only one text can follow, it comes in the tokens that the tokenizer cuts it into. Raises ValueError where
-        nothing may come (the grammar has no end, or names special tokens), and beyond the library's limits.
+        A text without alternatives comes in the tokens of its encoding. Raises ValueError where no token is allowed (a
+        grammar without an end, or with special tokens), and beyond the library's limits.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")).bool()
@@ -57,7 +56,7 @@ class Constraint:
         return allowed
 
     def take(self, token: int) -> None:
-        """The sequence goes on with `token`, one of those allowed. Raises ValueError beyond the library's limits."""
+        """Append `token`, an allowed one. Raises ValueError beyond the library's limits."""
         self._matcher.consume_token(token)
         self._check()
 
@@ -68,7 +67,7 @@ class Constraint:
 
 
 def read(option: str, value: str) -> tuple[str, str]:
-    """Text of `generate.OPTION`, and the file that it was read from, if it was: schemas may be, grammars always are."""
+    """(text, file name or "") of `generate.OPTION`; a schema may be a file, a grammar always is one."""
     if option == "regex" or (option == "json_schema" and value.lstrip().startswith("{")):
         return value, ""
     try:
@@ -82,7 +81,7 @@ def read(option: str, value: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=32)
 def check(option: str, source: str) -> str:
-    """llguidance's form of what `option` takes. Raises ValueError: where it is wrong and why, or what to install."""
+    """llguidance's form of an option's text. Raises ValueError with place and reason, or the package to install."""
     try:
         from llguidance import LLMatcher
     except ImportError:
@@ -96,7 +95,7 @@ def check(option: str, source: str) -> str:
             form = LLMatcher.grammar_from_regex(source) if option == "regex" else LLMatcher.grammar_from_lark(source)
         fault = LLMatcher.validate_grammar(form)
         if fault and option == "json_schema":
-            place = f" (at #{_place(parsed, fault)})"
+            place = f" (at #{_pointer(parsed, fault)})"
     except (json.JSONDecodeError, RecursionError) as error:
         at = f", line {error.lineno} column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"generate.{option}: not JSON{at}: {getattr(error, 'msg', 'nested too deeply')}") from None
@@ -107,26 +106,19 @@ def check(option: str, source: str) -> str:
     return form
 
 
-def _place(schema: Any, fault: str) -> str:
-    """JSON pointer of the innermost part that has the fault for itself: the library does not say where it is."""
+def _pointer(part: Any, fault: str, pointer: str = "") -> str:
+    """JSON pointer of an innermost schema with this fault, which the library does not give; "" for the whole."""
     from llguidance import LLMatcher
 
-    def fails(part: Any) -> bool:
-        return bool(LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(part)) == fault)
-
-    return max((pointer for pointer, part in _parts(schema, "") if fails(part)), key=len, default="")
-
-
-def _parts(value: Any, pointer: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        yield pointer, value
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in inner:
-        yield from _parts(part, f"{pointer}/{key}")
+    inner = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+    if deeper := next(filter(None, (_pointer(value, fault, f"{pointer}/{key}") for key, value in inner)), ""):
+        return deeper
+    fails = isinstance(part, dict) and fault == LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(part))
+    return pointer if fails else ""
 
 
 def _reason(option: str, message: str) -> str:
-    """One line of the library's several, with the place in words."""
+    """The library's error in one line, with its place in words."""
     first = message.partition("\n")[0]
     # A pattern is shown indented by four, its slashes escaped, with carets below.
     error = re.search(r"^    (.*)\n    ( *)\^+\nerror: (.*)$", message, re.MULTILINE)
@@ -165,7 +157,7 @@ def _vocabulary(tokenizer: Tokenizer) -> Any:
 
 @lru_cache(maxsize=32)
 def _matcher(option: str, source: str, tokenizer: Tokenizer) -> Any:
-    """A matcher at the start, to be copied: what it learns of the vocabulary there, its copies know."""
+    """A matcher before the first token, for copies that share its view of the vocabulary."""
     form = check(option, source)
     from llguidance import LLMatcher
 

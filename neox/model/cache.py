@@ -1,4 +1,4 @@
-"""The key-value cache: one pool of memory in blocks that sequences share, and what one forward pass does with it.
+"""The paged key-value cache: a pool of memory in blocks that sequences share, and a forward pass's view of it.
 
 Shapes: L layers, H heads, P positions in the pool, D head_dim, N packed tokens, S positions that a group attends to.
 """
@@ -18,9 +18,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class KVPool:
-    """Keys and values [L, H, P, D] of `blocks` blocks. Which block belongs to whom is the owner's business.
+    """Keys and values [L, H, P, D] of `blocks` blocks, which the engine's prefix cache allocates.
 
-    `heads` are those that this process holds; 0: all.
+    `heads` is the number of heads on this process; 0 means all.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class KVPool:
         return 2 * BLOCK * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize
 
     def clear(self, block: int) -> None:
-        """Zero a block. A masked position has weight zero, and zero times what memory happened to hold may be nan."""
-        place = slice(block * BLOCK, (block + 1) * BLOCK)
-        self.keys[:, :, place] = 0
-        self.values[:, :, place] = 0
+        """Zero a block: a masked position has weight zero, and zero times uninitialized memory may be nan."""
+        positions = slice(block * BLOCK, (block + 1) * BLOCK)
+        self.keys[:, :, positions] = 0
+        self.values[:, :, positions] = 0
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` positions of block `source` to block `target`."""
@@ -73,7 +73,7 @@ class _Group(NamedTuple):
 
 
 class KVCache:
-    """The pool as one forward pass sees it: spans of several sequences, packed one after the other in one row.
+    """The pool in one forward pass: spans of several sequences, packed one after the other in one row.
 
     Each token attends to its own sequence, up to its own position.
     """
@@ -96,8 +96,10 @@ class KVCache:
         self.groups = [_group(height, members, window, device) for (height, _), members in together.items()]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, local: bool, attention: Attend) -> Tensor:
-        """Store keys and values [1, H, N, D], then the result [1, H, N, D] of `attention` of queries over their own
-        sequences' keys, by groups: (q [b, H, t, D], k, v [b, H, S, D], mask [b, 1, t, S]) -> [b, H, t, D]."""
+        """Store keys and values [1, H, N, D]; returns attention [1, H, N, D] of each query over its own sequence.
+
+        `attention` computes a group: (q [b, H, t, D], k, v [b, H, S, D], mask [b, 1, t, S]) -> [b, H, t, D].
+        """
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         keys[:, self.slots] = k[0].to(keys.dtype)
         values[:, self.slots] = v[0].to(values.dtype)
@@ -143,21 +145,21 @@ def _read(memory: Tensor, blocks: Tensor | slice) -> Tensor:
     if isinstance(blocks, slice):
         return memory[None, :, blocks]
     heads, _, width = memory.shape
-    found = memory.view(heads, -1, BLOCK, width).index_select(1, blocks.flatten())
-    return found.view(heads, blocks.shape[0], -1, width).transpose(0, 1)
+    gathered = memory.view(heads, -1, BLOCK, width).index_select(1, blocks.flatten())
+    return gathered.view(heads, blocks.shape[0], -1, width).transpose(0, 1)
 
 
 class StaticCache:
-    """Keys and values of a fixed number of sequences, each in a row of memory of its own: copies of what the pool has.
+    """The static cache: keys and values of a fixed number of sequences, each in its own row, copied from the pool.
 
-    Shapes and addresses stay, and what differs from pass to pass is in tensors: a pass of one token a row can be
-    recorded and replayed, and its attention reads each key once. Which sequence has which row is the owner's business.
+    Shapes and addresses stay, and a pass's inputs are tensors: so a pass of one token a row can be captured as a CUDA
+    graph, and its attention reads each key once. The owner assigns rows to sequences.
     """
 
     def __init__(self, pool: KVPool, rows: int, extent: int, window: int = 0) -> None:
         self.pool, self.window = pool, window
         layers, heads, _, width = pool.keys.shape
-        # Zeroed: a masked position has weight zero, and zero times what memory happened to hold may be nan. One more,
+        # Zeroed: a masked position has weight zero, and zero times uninitialized memory may be nan. One more position,
         # that nothing reads, is for rows without a token.
         self.keys = pool.keys.new_zeros(layers, rows, heads, extent + 1, width)
         self.values = torch.zeros_like(self.keys)
@@ -169,17 +171,17 @@ class StaticCache:
         return 2 * layers * rows * heads * (extent + 1) * width * pool.keys.dtype.itemsize
 
     def clear(self) -> None:
-        """Zero all rows, whose addresses stay: what ended in values that are not finite would reach who comes next."""
+        """Zero all rows in place: values that are not finite would reach the next sequence."""
         self.keys.zero_()
         self.values.zero_()
 
     @property
     def longest(self) -> int:
-        """Positions that a row has."""
+        """Positions of a row."""
         return self.keys.shape[3] - 1
 
     def view(self, positions: Tensor, extent: int) -> "StaticCache":
-        """For a pass over one token of each of the first rows, at `positions` [b] below `extent`; -1: it has none."""
+        """Prepare a pass over one token a row, at `positions` [b] below `extent`; -1 for a row without a token."""
         self.extent, self.positions = extent, positions.clamp(min=0)[None]
         self._places = torch.where(positions < 0, self.longest, positions)
         distance = self.positions[0][:, None] - torch.arange(extent, device=positions.device)
@@ -188,7 +190,7 @@ class StaticCache:
         return self
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, local: bool, attention: Attend) -> Tensor:
-        """As `KVCache.attend`: q, k, v [1, H, b, D], one token a row."""
+        """`KVCache.attend` for q, k, v [1, H, b, D], one token a row."""
         rows = q.shape[2]
         keys, values = self.keys[layer, :rows], self.values[layer, :rows]
         place = self._places[:, None, None, None].expand(rows, q.shape[1], 1, q.shape[3])
@@ -200,7 +202,7 @@ class StaticCache:
         return result[:, :, 0].transpose(0, 1)[None]
 
     def load(self, row: int, table: Sequence[int], start: int, stop: int) -> None:
-        """Copy positions of a sequence from the pool, where its blocks are `table`."""
+        """Copy positions of a sequence with the blocks `table` from the pool."""
         positions = torch.arange(start, stop)
         places = (torch.tensor(table)[positions // BLOCK] * BLOCK + positions % BLOCK).to(self.keys.device)
         self.keys[:, row, :, start:stop] = self.pool.keys[:, :, places]
@@ -214,4 +216,4 @@ class StaticCache:
 
 
 Cache = KVCache | StaticCache
-"""What a forward pass takes."""
+"""The caches that a forward pass takes."""

@@ -1,1 +1,1 @@
-"""Weights in fewer bits: packed for the CPU, by torchao on CUDA."""
+"""Quantized weights: packed for the CPU, by torchao on CUDA."""

@@ -47,7 +47,7 @@ class _Cache(ctypes.Structure):
 
 
 class Decoder:
-    """The blocks of `model`, which it keeps; see `decoder`."""
+    """Compute the blocks of a packed `model` by the kernels; see `decoder`."""
 
     def __init__(self, loaded: ctypes.CDLL, model: GPTNeoX) -> None:
         config = model.config
@@ -81,17 +81,17 @@ class Decoder:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def __call__(self, tokens: Sequence[int], spans: Sequence[Span], pool: KVPool) -> Tensor:
-        """The final hidden states [N, C], float32, of the tokens of all spans, one after the other."""
-        places, tables, owned = array("q"), array("q"), array("i")
+        """Final hidden states [N, C], float32, of the tokens of all spans, one after the other."""
+        places, tables, blocks = array("q"), array("q"), array("i")
         for span in spans:
             places.extend(range(span.start, span.start + span.count))
-            tables.extend([len(owned)] * span.count)
-            owned.extend(span.table)
+            tables.extend([len(blocks)] * span.count)
+            blocks.extend(span.table)
         rows = len(places)
         assert len(tokens) == rows
         assert pool.keys.dtype == torch.float32
         cache = _Cache(
-            *(part.buffer_info()[0] for part in (places, tables, owned)),
+            *(part.buffer_info()[0] for part in (places, tables, blocks)),
             address(pool.keys),
             address(pool.values),
             pool.keys.shape[2] // BLOCK,
@@ -109,7 +109,7 @@ class Decoder:
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head's [R, V] of some of these hidden states [R, C]."""
+        """Logits [R, V] of hidden states [R, C]."""
         rows, head = len(hidden), self._head
         y = torch.empty(rows, head.outputs)
         scratch = self._memory(self._loaded.neox_scratch(head.kind, rows, head.inputs))
@@ -119,7 +119,7 @@ class Decoder:
         return y
 
     def _memory(self, size: int) -> int:
-        """The address of that many bytes, which the next call takes again."""
+        """Address of that many bytes of scratch memory, which the next call reuses."""
         if size > len(self._scratch):
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch.data_ptr()

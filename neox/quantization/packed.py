@@ -60,7 +60,7 @@ class StoredEmbedding(nn.Module):
 
 
 class TiedEmbedding(nn.Module):
-    """The rows of a head's packed weight as an embedding: one copy serves both."""
+    """An embedding that reads the rows of a head's packed weight: one copy serves both."""
 
     packed: Tensor
 
@@ -76,7 +76,7 @@ class TiedEmbedding(nn.Module):
 
 
 def replace(module: nn.Module, kind: Kind, name: str = "the module") -> nn.Module:
-    """What takes the place of an nn.Linear or nn.Embedding; it shares no memory with a weight that it packs.
+    """Pack an nn.Linear or nn.Embedding; returns its replacement, which shares no memory with a packed weight.
 
     An embedding takes 16 bits where kind has fewer. fp32 leaves an embedding as it is, and without compiled kernels a
     linear layer too. Raises ValueError naming the weight where a value is not finite, or does not fit float16.
@@ -92,12 +92,12 @@ def replace(module: nn.Module, kind: Kind, name: str = "the module") -> nn.Modul
 
 
 def packing(kind: Kind) -> Callable[[str, nn.Module], nn.Module]:
-    """(name, layer) -> the packed layer, for `checkpoint.load(transform=)`; `quantize` does what that leaves."""
+    """(name, layer) -> packed layer, for `checkpoint.load(transform=)`; `quantize` packs the rest."""
     return lambda name, module: replace(module, kind_of(name, kind), name)
 
 
 def kind_of(name: str, kind: Kind) -> Kind:
-    """How the module `name` is stored in a model of that kind: a head keeps 8 bits where the blocks have 4."""
+    """The kind of the module `name` in a model of that kind: a head may keep more bits than the blocks."""
     return (FORMATS[kind].head or kind) if name == "embed_out" else kind
 
 
@@ -105,7 +105,7 @@ def kind_of(name: str, kind: Kind) -> Kind:
 def quantize(model: GPTNeoX, kind: Kind) -> GPTNeoX:
     """Pack the model's weights in place, a layer at a time; it is returned, and can no longer be trained.
 
-    What is packed already stays: `checkpoint.load(transform=packing(kind))` packs while it reads, and leaves the rest.
+    Layers that `checkpoint.load(transform=packing(kind))` packed while reading stay as they are.
 
     Raises ValueError as `replace` does; the model is then partly packed.
     """
@@ -122,14 +122,16 @@ def quantize(model: GPTNeoX, kind: Kind) -> GPTNeoX:
 
 
 def lossless(dtype: torch.dtype) -> Kind | None:
-    """The kind that loses nothing of weights stored in `dtype`; None where there are no compiled kernels: torch's own
-    float32 products are the fastest exact ones then."""
+    """The kind that stores weights of `dtype` exactly; None without compiled kernels.
+
+    Without them torch's own float32 products are the fastest exact ones.
+    """
     exact = (kind for kind, stored in kernels.FLOATS.items() if stored == dtype and FORMATS[kind].activations == 32)
     return next(exact, "fp32") if kernels.compiled() else None
 
 
 def _sixteen(weight: Tensor, kind: Kind) -> Kind:
-    """The 16-bit kind in which a weight that `kind` does not shrink further is kept."""
+    """The 16-bit kind of a weight that `kind` does not store in fewer bits."""
     if kind in kernels.FLOATS:
         return kind
     return "bf16" if weight.dtype == torch.bfloat16 or weight.abs().max() > LARGEST_FP16 else "fp16"

@@ -1,4 +1,4 @@
-"""Linear layers with weights in fewer bits on CUDA, by torchao: the kinds of `packed` under the same names.
+"""Quantized linear layers on CUDA, by torchao: the kinds of `packed` under the same names.
 
     kind      blocks                          head     activations
     int8      a scale a row                   int8     bfloat16
@@ -25,7 +25,7 @@ GROUPS = (128, 64, 32)
 
 
 def packing(kind: Kind, device: torch.device) -> Callable[[str, nn.Module], nn.Module]:
-    """(name, layer) -> the layer with fewer bits, for `checkpoint.load(transform=)` with dtype bf16.
+    """(name, layer) -> quantized layer, for `checkpoint.load(transform=)` with dtype bf16.
 
     Raises ValueError where torchao is not installed, or the device has no such products.
     """
@@ -66,7 +66,7 @@ def _config(kind: Kind, module: nn.Linear, name: str) -> Any:
 
 
 def stored(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that one of torchao's is made of; any other is its own."""
+    """The plain tensors inside one of torchao's; any other tensor is returned as it is."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -76,7 +76,7 @@ def stored(tensor: Tensor) -> list[Tensor]:
 def compile_products(model: GPTNeoX) -> GPTNeoX:
     """Compile the layers that hold the weights, in place: a graph for one token and one for more, shared by the blocks.
 
-    What is around them, attention and the cache, stays as it is written.
+    Attention and the cache around them are not compiled.
     """
     for block in model.layers:
         assert isinstance(block, Block)

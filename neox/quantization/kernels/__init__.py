@@ -29,7 +29,7 @@ __all__ = [
 
 
 def compiled() -> bool:
-    """Whether the compiled kernels serve this processor; the first call compiles them."""
+    """True where the compiled kernels serve this processor; the first call compiles them."""
     return native.library() is not None
 
 
@@ -58,7 +58,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
 
 def plain_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """The same in plain torch, x [M, K] float32: the kernels' definition, and what stands in for them."""
+    """`linear` in plain torch for x [M, K] float32: the kernels' definition and fallback."""
     x = layout.round_activations(x, packed.kind)
     y = x.new_empty(x.shape[0], packed.outputs)
     for first, part in layout.chunks(packed):

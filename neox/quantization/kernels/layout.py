@@ -59,7 +59,7 @@ def allocate(kind: Kind, outputs: int, inputs: int) -> Packed:
 
 
 def chunk(packed: Packed, first: int) -> Packed:
-    """The part of `packed` with CHUNK outputs from `first` on, which begins a panel: the same memory."""
+    """CHUNK outputs of `packed` from `first` on, the start of a panel: a view of its memory."""
     count = min(CHUNK, packed.outputs - first)
     panels = slice(first // LANES, first // LANES + -(-count // LANES))
     scales = packed.scales
@@ -98,7 +98,7 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def unpack_rows(packed: Packed) -> Tensor:
-    """As `unpack`, of a part."""
+    """`unpack` for a part."""
     if packed.kind in FLOATS:
         return _by_output(packed.weights)[: packed.outputs, : packed.inputs].float()
     assert packed.scales is not None
@@ -112,8 +112,10 @@ def unpack_rows(packed: Packed) -> Tensor:
 
 
 def round_activations(x: Tensor, kind: Kind) -> Tensor:
-    """x [M, K], float32, as a kind sees it: the integer ones in each group of 128 of a row as -127 .. 127 times the
-    group's scale, or as nan where a value of the group is not finite.
+    """Round a product's input x [M, K], float32, as a kind does.
+
+    The integer kinds round each group of 128 of a row to -127 .. 127 times the group's scale, or to nan where a value
+    of the group is not finite.
     """
     if FORMATS[kind].activations > 8:
         return x.bfloat16().float() if FORMATS[kind].activations == 16 else x
@@ -125,8 +127,8 @@ def round_activations(x: Tensor, kind: Kind) -> Tensor:
 
 
 def check(weight: Tensor, kind: Kind, name: str) -> None:
-    """Raises ValueError naming the weight where a value is not finite, or too large for a float kind's type."""
-    # A sum is several times faster than a look at each value, and no finite one hides what is not.
+    """Raise ValueError naming the weight where a value is not finite, or too large for a float kind's type."""
+    # A sum is several times faster than a look at each value, and is not finite where a value is not.
     if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
         raise ValueError(f"{name} holds values that are not finite: the checkpoint is damaged, or its training failed")
     target = FLOATS.get(kind, weight.dtype)

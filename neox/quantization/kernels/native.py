@@ -1,4 +1,4 @@
-"""The C kernels: compiled on first use where there is a compiler, and kept in the cache folder."""
+"""The C kernels, compiled on first use where there is a compiler, and kept in the cache folder."""
 
 import ctypes
 import functools
@@ -31,7 +31,7 @@ DIGEST = hashlib.sha256().digest_size
 
 
 class NoKernels(Exception):
-    """Why the compiled kernels cannot be had."""
+    """The reason why the kernels cannot be compiled."""
 
 
 @functools.cache
@@ -51,8 +51,8 @@ def target() -> tuple[str, ...] | None:
     """The compiler's flags for this processor; None where the kernels do not run."""
     if platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
         return None
-    there = set(machine.instruction_sets())
-    return next((flags for wanted, flags in TARGETS.items() if there.issuperset(wanted)), None)
+    instructions = set(machine.instruction_sets())
+    return next((flags for needed, flags in TARGETS.items() if instructions.issuperset(needed)), None)
 
 
 def load(flags: tuple[str, ...], folder: Path | None = None) -> ctypes.CDLL:
@@ -122,7 +122,7 @@ def _run(command: list[str]) -> str:
 
 
 class Matrix(ctypes.Structure):
-    """A packed weight and its bias, as the kernels take them; what it points at is to be kept alive beside it."""
+    """A packed weight and its bias as the kernels take them; the caller keeps their memory alive."""
 
     _fields_ = (
         ("kind", ctypes.c_int64),
@@ -163,7 +163,7 @@ def linear(loaded: ctypes.CDLL, x: Tensor, packed: Packed, bias: Tensor | None) 
 
 
 def pack_rows(loaded: ctypes.CDLL, rows: Tensor, into: Packed) -> None:
-    """As layout.pack_rows; contiguous, on the CPU. Sums of squares are added in another order than there."""
+    """`layout.pack_rows` for contiguous rows on the CPU; sums of squares are added in another order."""
     shares = torch.tensor(CANDIDATES)
     loaded.neox_pack(
         KINDS.index(into.kind),
