@@ -64,17 +64,17 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Resolve what reads other formats on first use: training reads and writes a run's own alone."""
+    """Import readers and writers of other formats on first use: training needs a run's own alone."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def weights_dtype(source: str | Path) -> torch.dtype:
-    """Type that the weights of a source, all that `load` takes, are stored in. Raises CheckpointError."""
+    """Type that the weights of `source`, all that `load` takes, are stored in. Raises CheckpointError."""
     from neox.checkpoint.formats import use_weights
 
-    # `load` says it, of the same source, where a damaged step is passed over.
+    # No warning for a damaged step: `load` of the same source gives it.
     return use_weights(source, lambda weights: weights.dtype, warn=False)
 
 
@@ -84,12 +84,13 @@ def load(
     dtype: str | torch.dtype | None = None,
     transform: Transform | None = None,
 ) -> "tuple[GPTNeoX, Tokenizer | None]":
-    """Load model and tokenizer of a Hugging Face folder, a hub id, a run directory (its latest step) or a step folder.
+    """Load a model and its tokenizer.
 
-    `source` may end in @REVISION for a hub id. `transform(name, layer)` returns the replacement of each linear layer
-    and embedding, and is called while the next ones are still on the disk. The tokenizer is None where the folder has
-    none. dtype None: float32 on a CPU, the stored type elsewhere. Damaged steps of a run are passed over, each with a
-    line on stderr. Raises CheckpointError (a ValueError) that names the file and its fault.
+    `source` is a Hugging Face folder, a hub id (OWNER/MODEL or OWNER/MODEL@REVISION), a run directory (its latest step)
+    or a step folder. `transform(name, layer)` returns the replacement of each linear layer and embedding, and is called
+    while the next ones are still on the disk. The tokenizer is None where the folder has none. dtype None: float32 on a
+    CPU, the stored type elsewhere. Damaged steps of a run are passed over, each with a line on stderr. Raises
+    CheckpointError (a ValueError) that names the file and its fault.
     """
 
     from neox.checkpoint.formats import use_weights

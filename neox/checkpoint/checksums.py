@@ -1,9 +1,9 @@
-"""Digests of a checkpoint: what is read is what was written, or the file that differs is named.
+"""Digests of a checkpoint: a file whose bytes have changed is named, and never used.
 
 checksums.json is written before .metadata, which it covers, and so before the folder counts as complete:
 
     {"files": {".metadata": DIGEST, "config.toml": DIGEST, "state.json": DIGEST},
-     "pieces": {"__0_0.distcp": [[LENGTH, DIGEST], ...]},  one a tensor or part of one, as they lie in the file
+     "pieces": {"__0_0.distcp": [[LENGTH, DIGEST], ...]},  a tensor or a part of one each, in the order of the file
      "digest": of the above}
 
 A piece is checked when it is read, from the bytes that are then used: no file is read twice, and each process checks
@@ -27,7 +27,7 @@ _SHOWN = 10**9
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint that is not what was written: another one may take its place."""
+    """A checkpoint whose bytes have changed; an older one may take its place."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}; it is damaged: {REMEDY}")
@@ -39,6 +39,7 @@ class DamagedCheckpoint(CheckpointError):
 
 
 def digest(*content: bytes | memoryview) -> str:
+    """BLAKE2b digest of 16 bytes, in hexadecimal."""
     state = hashlib.blake2b(digest_size=16)
     for piece in content:
         state.update(piece)
@@ -46,13 +47,13 @@ def digest(*content: bytes | memoryview) -> str:
 
 
 def render(files: dict[str, str], pieces: dict[str, list[tuple[int, str]]]) -> bytes:
-    """The content of checksums.json."""
+    """Make the content of checksums.json."""
     table = {"files": files, "pieces": {name: [list(p) for p in pieces[name]] for name in sorted(pieces)}}
     return (json.dumps(table | {"digest": digest(json.dumps(table).encode())}, indent=1) + "\n").encode()
 
 
 class Checksums:
-    """The digests of one checkpoint. Every method raises DamagedCheckpoint naming the file that differs."""
+    """Digests of one checkpoint. Every method raises DamagedCheckpoint naming the file that differs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -79,7 +80,7 @@ class Checksums:
             self.sizes[file] = offset
 
     def check(self) -> None:
-        """The small files whole, of those with tensors the sizes."""
+        """Check the small files whole, and the sizes of those with tensors."""
         for name, expected in self.files.items():
             try:
                 content = (self.folder / name).read_bytes()
@@ -95,12 +96,12 @@ class Checksums:
                 raise DamagedCheckpoint(path, f"has {path.stat().st_size:,} bytes, {size:,} were written")
 
     def check_piece(self, file: str, offset: int, content: bytes | memoryview, tensor: str = "") -> None:
-        """The bytes of `file` from `offset` on that are, or belong to, `tensor`."""
+        """Check a piece of `file` at `offset`; the name `tensor` is for the message."""
         if self.pieces.get((file, offset)) != (len(content), digest(content)):
             raise _changed(self.folder / file, tensor)
 
     def check_all(self) -> None:
-        """Every byte of the checkpoint."""
+        """Check every byte of the checkpoint."""
         self.check()
         with byte_progress(sum(self.sizes.values()) > _SHOWN) as bar:
             task = bar.add_task(f"verifying {self.folder.name}", total=sum(self.sizes.values()))

@@ -1,4 +1,4 @@
-"""Models into Hugging Face folders: one in memory, or one of any format without ever being whole in memory."""
+"""Export to Hugging Face folders, of a model in memory or of one in any format, shard by shard."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from neox.tokenizer import Tokenizer
 
 
 def save(model: GPTNeoX, path: str | Path, tokenizer: Tokenizer | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model as the folder `path` that transformers loads, whole or not at all: see `write_huggingface`.
+    """Write a model as a Hugging Face folder, whole or not at all: see `write_huggingface`.
 
     Raises ValueError where the folder holds anything else, where the family's format cannot express the config, and for
     a quantized model; OSError for a failed write.
@@ -23,10 +23,10 @@ def save(model: GPTNeoX, path: str | Path, tokenizer: Tokenizer | None = None, s
 
 
 def convert(source: str | Path, out: str | Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> int:
-    """Write the model of `source` (as `load` takes it) as a Hugging Face folder, and return its number of parameters.
+    """Write the model of `source` as a Hugging Face folder, and return its number of parameters.
 
-    It goes tensor by tensor: memory holds one shard. dtype None writes float32. Raises CheckpointError and OSError as
-    `load` and `save` do; what is under `out` is replaced only by a whole folder.
+    `source` is all that `load` takes. Tensors are copied one by one: memory holds one shard. dtype None writes float32.
+    Raises CheckpointError and OSError as `load` and `save` do; what is under `out` is replaced only by a whole folder.
     """
 
     def use(weights: WeightSource) -> int:

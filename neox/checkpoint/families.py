@@ -1,4 +1,4 @@
-"""How each family spells its config and its weights on the Hugging Face hub: GPT-NeoX and Pythia, GPT-J, GPT-Neo.
+"""Config keys and weight names of the Hugging Face families: GPT-NeoX and Pythia, GPT-J, GPT-Neo.
 
 Our own names are those of GPT-NeoX without the `gpt_neox.` prefix; for the two relatives a table maps ours to theirs.
 Shapes: H heads, D head_dim, C hidden, R rotary dims.
@@ -40,7 +40,7 @@ ARCHITECTURES = {"gpt_neox": "GPTNeoXForCausalLM", "gptj": "GPTJForCausalLM", "g
 
 
 def their_names(config: ModelConfig, name: str) -> tuple[str, ...]:
-    """The stored tensor, or the three of q, k and v, that our parameter `name` is made of."""
+    """Stored names of our parameter `name`: one, or those of q, k and v."""
     if config.model_type == "gpt_neox":
         return (name if name.startswith("embed_out.") else f"gpt_neox.{name}",)
     table = _GPT_J if config.model_type == "gptj" else _GPT_NEO
@@ -56,20 +56,20 @@ def their_names(config: ModelConfig, name: str) -> tuple[str, ...]:
 
 
 def canonical(config: ModelConfig, stored: str) -> str:
-    """transformers 5 calls the GPT-NeoX head `lm_head` in memory; files of both spellings exist."""
+    """Spell a stored name in one way: GPT-NeoX's head is `embed_out`, since transformers 5 also `lm_head`."""
     return "embed_out.weight" if config.model_type == "gpt_neox" and stored == "lm_head.weight" else stored
 
 
 def _half_rotation_order(config: ModelConfig) -> Tensor:
-    """Order of a head's rows that turns GPT-J's interleaved rotary pairs into NeoX's two halves."""
+    """Row order [D] of a head from GPT-J's interleaved rotary pairs to NeoX's two halves."""
     r = config.rotary_dim
     return torch.cat((torch.arange(0, r, 2), torch.arange(1, r, 2), torch.arange(r, config.head_dim)))
 
 
 def fuse(config: ModelConfig, parts: list[Tensor]) -> Tensor:
-    """q, k, v [H * D, ...] -> [H * 3 * D, ...] in the order [head, q|k|v, head_dim]; a single part passes through.
+    """Fuse q, k, v [H * D, ...] into [H * 3 * D, ...] in the order [head, q|k|v, head_dim].
 
-    H may be some of the heads.
+    H may be some of the heads; a single part passes through.
     """
     if len(parts) == 1:
         return parts[0]
@@ -81,7 +81,7 @@ def fuse(config: ModelConfig, parts: list[Tensor]) -> Tensor:
 
 
 def unfuse(config: ModelConfig, fused: Tensor) -> list[Tensor]:
-    """The inverse of `fuse` for a fused projection."""
+    """Split a fused projection [H * 3 * D, ...] into q, k, v [H * D, ...]: the inverse of `fuse`."""
     split = list(fused.unflatten(0, (config.num_attention_heads, 3, config.head_dim)).unbind(1))
     if config.model_type == "gptj":
         order = _half_rotation_order(config).argsort().to(fused.device)
@@ -90,7 +90,7 @@ def unfuse(config: ModelConfig, fused: Tensor) -> list[Tensor]:
 
 
 def read_config(raw: dict[str, Any]) -> ModelConfig:
-    """ModelConfig of a Hugging Face config.json, old and new spellings; ValueError names what is not supported."""
+    """Make a ModelConfig from a Hugging Face config.json, old or new spelling. ValueError for what is not supported."""
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(f"model_type {kind!r} is not one that neox runs: expected one of {', '.join(ARCHITECTURES)}")
@@ -132,7 +132,7 @@ def _read_gpt_neox(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dropout(raw: dict[str, Any], hidden: str, attention: str, embedding: str | None = None) -> dict[str, Any]:
-    """Our three fractions, from keys that may be missing."""
+    """Our three dropout probabilities, from keys that may be missing."""
     branches, probabilities = float(raw.get(hidden) or 0), float(raw.get(attention) or 0)
     embedded = float(raw.get(embedding) or 0) if embedding else branches
     return {
@@ -143,7 +143,7 @@ def _dropout(raw: dict[str, Any], hidden: str, attention: str, embedding: str | 
 
 
 def _fraction(rotary_dim: int, head_dim: int) -> float:
-    """The rotary_pct whose product with head_dim, rounded down, is rotary_dim: 8 / 49 * 49 is below 8 in binary."""
+    """Find rotary_pct such that int(head_dim * rotary_pct) is rotary_dim: 8 / 49 * 49 is below 8 in binary."""
     pct = rotary_dim / head_dim
     return pct if int(head_dim * pct) == rotary_dim else math.nextafter(pct, 1.0)
 
@@ -199,9 +199,9 @@ def _read_gpt_neo(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_config(config: ModelConfig, dtype: torch.dtype, eos: int | None) -> dict[str, Any]:
-    """config.json for `config`, readable by transformers 4 (`rotary_pct`) and 5 (`rope_parameters`).
+    """Make the config.json that transformers 4 (`rotary_pct`) and 5 (`rope_parameters`) read.
 
-    Raises ValueError where the family's Hugging Face class has no way to say what the config asks for.
+    Raises ValueError where the family's Hugging Face class cannot express the config.
     """
     written = {"gpt_neox": _write_gpt_neox, "gptj": _write_gptj, "gpt_neo": _write_gpt_neo}[config.model_type](config)
     common = {
@@ -217,11 +217,8 @@ def write_config(config: ModelConfig, dtype: torch.dtype, eos: int | None) -> di
     }
     raw = {**common, **written}
     read_back = read_config(raw)
-    free = {
-        "init_method",
-        "mup_base_width",
-        "intermediate_size",
-    }  # no part of the function that the model computes, or written as ffn_size
+    # Without influence on the computed function, or written as ffn_size.
+    free = {"init_method", "mup_base_width", "intermediate_size"}
     if read_back.rotary_dim == config.rotary_dim:
         free.add("rotary_pct")  # GPT-J writes the number of dims
     if not config.rotary_dim:

@@ -1,4 +1,4 @@
-"""The formats that weights are read from: one line each, tried in this order."""
+"""Formats that weights are read from: one line each, tried in this order."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +21,11 @@ Result = TypeVar("Result")
 def use_weights(
     source: str | Path, use: Callable[[WeightSource], Result], processes: Processes = ALONE, warn: bool = True
 ) -> Result:
-    """Return use(weights) for a folder of any format, a hub id, or a run directory: its latest step that is valid.
+    """Open the weights of `source`, and return use(weights).
 
-    A step is passed over where opening or using it raises DamagedCheckpoint, with a line on stderr if `warn`. All
-    processes call this together; `use` makes no collective calls. Raises CheckpointError.
+    `source` is a folder of any format, a hub id, or a run directory: its latest valid step. A step is passed over where
+    opening or using it raises DamagedCheckpoint, with a line on stderr if `warn`. All processes call this together;
+    `use` makes no collective calls. Raises CheckpointError.
     """
     with processes.rank_zero_first():  # it may have to be fetched
         folder = local_folder(source)

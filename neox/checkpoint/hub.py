@@ -1,4 +1,4 @@
-"""A model's folder on this machine, fetched from the Hugging Face hub where it has to be."""
+"""Local folder of a model, downloaded from the Hugging Face hub where needed."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from neox.checkpoint.weight_source import CheckpointError
 
 
 def local_folder(source: str | Path) -> Path:
-    """Return the folder `source`, or the downloaded one of a hub id such as EleutherAI/pythia-160m@step3000.
+    """Return the folder of a path, or of a hub id such as EleutherAI/pythia-160m@step3000.
 
     Raises CheckpointError where there is neither.
     """

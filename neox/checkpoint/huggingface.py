@@ -18,7 +18,7 @@ _OPEN_FILES = 2
 
 
 class HuggingFaceFolder(WeightSource):
-    """The weights of a Hugging Face folder, of any family that `families` knows."""
+    """Weights of a Hugging Face folder, of any family in `families`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "config.json", read_config(folder))
@@ -87,7 +87,7 @@ class HuggingFaceFolder(WeightSource):
         )
 
     def _tensor(self, theirs: str) -> Any:
-        """A stored tensor: of a .bin file memory-mapped, of a safetensors file a handle that reads what is indexed."""
+        """Stored tensor of a .bin file (memory-mapped), or handle into a safetensors file that reads slices."""
         name, path = self._stored[theirs]
         file = self._open.pop(path, None) or _open_file(path)
         while len(self._open) >= _OPEN_FILES:
@@ -150,7 +150,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _open_file(path: Path) -> Any:
-    """Open a safetensors file, or read the table of a .bin file: {name: memory-mapped tensor}."""
+    """Open a safetensors file, or map a .bin file: {name: tensor}."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 

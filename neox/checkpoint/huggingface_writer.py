@@ -1,4 +1,4 @@
-"""Hugging Face folders that `transformers` loads, written whole or not at all, shard by shard from a `WeightSource`."""
+"""Writer of Hugging Face folders, whole or not at all, shard by shard from a `WeightSource`."""
 
 import errno
 import json
@@ -30,11 +30,11 @@ _OUR_FILES = (
 def write_huggingface(
     weights: WeightSource, path: str | Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write config, weights in safetensors shards, and tokenizer as the folder `path`; memory holds one shard.
+    """Write config, safetensors shards and tokenizer as a folder that `transformers` loads.
 
-    dtype None keeps the stored one. The folder appears whole or not at all. An older checkpoint under that name is
-    replaced; a folder that holds anything else is left alone with a ValueError. A failed write (full disk) leaves no
-    trace and raises OSError.
+    Memory holds one shard. dtype None keeps the stored one. The folder appears whole or not at all. An older checkpoint
+    under that name is replaced; a folder that holds anything else is left alone with a ValueError. A failed write (full
+    disk) leaves no trace and raises OSError.
     """
     path = Path(path).resolve()  # a link stays one, and "." has a name
     if path.exists():
@@ -129,7 +129,7 @@ def _write_weights(weights: WeightSource, dtype: torch.dtype | None, folder: Pat
 
 
 def _stored_tensors(weights: WeightSource, name: str, dtype: torch.dtype | None) -> Iterable[tuple[str, Tensor]]:
-    """(stored name, tensor) of the one tensor, or the three, that our parameter `name` becomes."""
+    """Stored names and tensors of our parameter `name`: one, or q, k and v."""
     theirs, value = families.their_names(weights.config, name), weights.read(name).to("cpu", dtype).contiguous()
     return zip(theirs, families.unfuse(weights.config, value) if len(theirs) > 1 else [value], strict=True)
 

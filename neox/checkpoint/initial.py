@@ -1,4 +1,4 @@
-"""The weights of an existing model as the start of a new run; each process reads only its slices."""
+"""Start of a new run from a model's weights: each process reads only its slices."""
 
 import shlex
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ _FREE = {
 
 
 def load_initial(source: str, parts: Sequence[GPTNeoX], processes: Processes) -> None:
-    """Fill the parts of a model, sharded in any way, with the weights of `source`, all that `load` takes.
+    """Fill the parts of a model with the weights of `source`.
 
-    All processes call this together. Raises CheckpointError where the weights are those of another model, with the
-    options that would fit them.
+    `source` is all that `load` takes; the parts may be sharded in any way. All processes call this together. Raises
+    CheckpointError where the weights are those of another model, with the options that would fit them.
     """
     use_weights(source, lambda weights: _fill(weights, parts), processes)
 

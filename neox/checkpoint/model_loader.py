@@ -1,4 +1,4 @@
-"""A model out of a `WeightSource`: parameter by parameter, each layer transformed before the next one is read."""
+"""Loader of a model from a `WeightSource`; each layer is transformed before the next is read."""
 
 import torch
 
@@ -50,7 +50,7 @@ def _assign(model: GPTNeoX, name: str, value: torch.Tensor) -> str:
 
 
 def _transform_layer(model: GPTNeoX, name: str, transform: Transform) -> None:
-    """Replace a complete linear layer or embedding by its transformed one; leave any other module alone."""
+    """Replace a complete linear layer or embedding by its transformed one."""
     module = model.get_submodule(name)
     tied = model.config.tie_word_embeddings and name in ("embed_in", "embed_out")
     replaceable = isinstance(module, torch.nn.Linear | torch.nn.Embedding) and not tied

@@ -1,4 +1,4 @@
-"""Which steps are saved, and which saved ones are let go."""
+"""Schedule of checkpoints, and removal of the expired ones."""
 
 import shutil
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ def _early(config: CheckpointConfig, step: int) -> bool:
 
 
 def is_due(config: CheckpointConfig, step: int) -> bool:
-    """Whether step `step` is saved, besides the last one. Pythia's schedule is early = 512, every = 1000."""
+    """Tell that the schedule saves a step. Pythia's is early = 512, every = 1000."""
     return _early(config, step) or (config.every > 0 and step > 0 and step % config.every == 0)
 
 
 def expired(config: CheckpointConfig, steps: Iterable[int]) -> list[int]:
-    """Those of the saved steps that are no longer kept: never the newest `keep_last`."""
+    """Saved steps that are no longer kept: never the newest `keep_last`."""
     if not config.keep_last:
         return []
     older = sorted(steps)[: -config.keep_last]
@@ -29,6 +29,6 @@ def prune(run: Path, config: CheckpointConfig) -> None:
     """Remove the run's expired checkpoints."""
     folders = {step_number(folder): folder for folder in complete_steps(run)}
     for step in expired(config, folders):
-        # First: a folder that is half removed must not read as complete.
+        # Metadata first: a folder that is half removed must not read as complete.
         (folders[step] / ".metadata").unlink()
         shutil.rmtree(folders[step], ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The tensors of a run's checkpoint: read by names and shapes, checked against their digests.
+"""Reader of the tensors of a run's checkpoint, checked against their digests.
 
 torch.distributed.checkpoint's .metadata is a pickle, so it is read here with an unpickler that admits the handful of
 classes that describe tensors and nothing else: loading executes nothing from a checkpoint.
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class _TensorsOnly(pickle.Unpickler):
-    """Unpickler of a DCP .metadata that refuses any class beyond those that describe tensors."""
+    """Unpickler of a DCP .metadata: classes that describe tensors, and no others."""
 
     _ADMITTED = (
         ("torch.distributed.checkpoint.metadata", None),
@@ -96,7 +96,7 @@ class StepWeights(WeightSource):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Reads the tensors of a checkpoint. Raises DamagedCheckpoint where they are not those that were written."""
+    """Reader of the tensors of a checkpoint. Raises DamagedCheckpoint where bytes have changed."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -105,7 +105,7 @@ class SafeReader(dcp.FileSystemReader):
         self._metadata: Metadata | None = None
 
     def entries(self) -> dict[str, TensorStorageMetadata]:
-        """Map names to stored tensors; anything but a tensor is refused, as it would be unpickled freely."""
+        """Map names to stored tensors; anything else is refused, as it would be unpickled freely."""
         stored = {}
         for key, entry in self.read_metadata().state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
@@ -145,7 +145,7 @@ class SafeReader(dcp.FileSystemReader):
         return io.BytesIO(content)
 
     def read(self, tensors: dict[str, Tensor], processes: Processes = ALONE) -> None:
-        """Fill the tensors from what is stored under their names. All processes call it together."""
+        """Fill the tensors by their names. All processes call this together."""
         with self._explained(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(tensors, storage_reader=self, no_dist=processes.world == 1)
@@ -197,10 +197,10 @@ def load_tensors(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     processes: Processes = ALONE,
 ) -> None:
-    """Fill the parts of a model, and the optimizers' state, from a complete checkpoint; names and shapes must agree.
+    """Fill the parts of a model, and the optimizers' state, from a complete checkpoint.
 
-    The layout of the processes that wrote it does not matter; all of those that read it call this together. Optimizers
-    hold the state to be filled already, as those of `build_optimizers` do.
+    Names and shapes must agree. The layout of the processes that wrote it does not matter; all of those that read it
+    call this together. Optimizers hold the state to be filled already, as those of `build_optimizers` do.
 
     Raises CheckpointError naming the tensor that is missing, left over or misshapen, DamagedCheckpoint (on all
     processes) naming the file that has changed.
@@ -214,7 +214,7 @@ def load_tensors(
 def load_latest(
     run: Path, parts: Sequence[GPTNeoX], optimizers: Sequence[torch.optim.Optimizer], processes: Processes
 ) -> tuple[Path, dict[str, Any]]:
-    """Fill model and optimizers from the run's latest valid checkpoint, and return its folder and state."""
+    """Fill model and optimizers from the run's latest valid checkpoint; return (folder, state)."""
 
     def use(folder: Path) -> tuple[Path, dict[str, Any]]:
         _, state = all_ranks_or_raise(lambda: read_step(folder), processes)
@@ -227,7 +227,10 @@ def load_latest(
 def matching_reader(
     folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], with_optimizers: bool
 ) -> SafeReader:
-    """Open a complete checkpoint that holds the model of `config`, the given `tensors`, and no others."""
+    """Open a complete checkpoint whose tensors are those of `config` and `tensors`.
+
+    Raises CheckpointError where one is missing, of another shape, or left over.
+    """
     reader = SafeReader(folder)
     stored = reader.entries()
     hint = "the run's own model and optim settings fit it"

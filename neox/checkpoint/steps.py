@@ -1,4 +1,4 @@
-"""A run's own checkpoints: one fresh folder a step, independent of the layout that wrote it, resumable bit for bit.
+"""Checkpoints of a run: one fresh folder a step, independent of the layout that wrote it.
 
     RUN_DIR/step_00001000/
         __0_0.distcp ...   tensors under their full logical names: model.NAME, optim.NAME.STATE
@@ -71,7 +71,7 @@ def step_tokenizer(folder: Path) -> "Tokenizer | None":
 
 
 def named_state(parts: Iterable[GPTNeoX], optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Map full logical names to the tensors of model and optimizers that this process holds."""
+    """Map full logical names to this process's tensors of model and optimizers."""
     names: dict[Tensor, str] = {parameter: name for part in parts for name, parameter in part.named_parameters()}
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
     for optimizer in optimizers:
@@ -83,7 +83,7 @@ def named_state(parts: Iterable[GPTNeoX], optimizers: Iterable[torch.optim.Optim
 
 
 def find_cause(error: BaseException, *types: type[Error]) -> Error | None:
-    """Find an error of the given types inside what torch.distributed.checkpoint raises around it."""
+    """Find an error of the given types inside one of torch.distributed.checkpoint."""
     seen: list[BaseException] = [error]
     for each in seen:
         if isinstance(each, types):
@@ -101,10 +101,10 @@ def reraise_interrupt(error: BaseException) -> None:
 
 
 def read_step(folder: Path) -> tuple[Config, dict[str, Any]]:
-    """Read the config and state of a complete checkpoint; of files with tensors only the sizes are checked.
+    """Read the config and state of a complete checkpoint.
 
-    Raises CheckpointError where it is incomplete or of another format version, and its subclass DamagedCheckpoint where
-    its bytes have changed.
+    Small files are checked byte for byte, files with tensors by their sizes. Raises CheckpointError where it is
+    incomplete or of another format version, and its subclass DamagedCheckpoint where its bytes have changed.
     """
     if not (folder / ".metadata").is_file():
         raise CheckpointError(f"{folder}: is not a complete checkpoint (no .metadata): use the step before it")
@@ -138,10 +138,11 @@ def is_valid(folder: Path) -> bool:
 
 
 def latest_valid(run: Path, use: Callable[[Path], Result], processes: Processes = ALONE, warn: bool = True) -> Result:
-    """Return use(folder) for the latest complete checkpoint for which it does not raise DamagedCheckpoint.
+    """Return use(folder) for the latest complete checkpoint that is not damaged.
 
-    With `warn` each one passed over is named by a line on stderr. All processes call this together, and `use` raises
-    DamagedCheckpoint on all of them or on none. Raises CheckpointError where there is no checkpoint, or none is valid.
+    A checkpoint for which `use` raises DamagedCheckpoint is passed over, with a line on stderr if `warn`. All processes
+    call this together, and `use` raises DamagedCheckpoint on all of them or on none. Raises CheckpointError where there
+    is no checkpoint, or none is valid.
     """
     steps = complete_steps(run)
     latest: DamagedCheckpoint | None = None
@@ -173,8 +174,9 @@ def invalidate_after(run: Path, used: Path, reason: Literal["damaged", "supersed
 
 
 def all_ranks_or_raise(call: Callable[[], Result], processes: Processes) -> Result:
-    """Return call() on each rank, or raise on all: DamagedCheckpoint, or another error on one and OtherProcessFailed.
+    """Return call() on each rank, or raise on all of them.
 
+    A DamagedCheckpoint is raised on all ranks; another error on its own rank, and OtherProcessFailed on the others.
     `call` makes no collective calls.
     """
     if processes.world == 1:

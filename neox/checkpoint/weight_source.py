@@ -1,4 +1,4 @@
-"""The weights of one model in any format: names, shapes, stored dtype, and slices that are read on demand.
+"""Weights of one model in any format: names, shapes, stored dtype, slices on demand.
 
 A format costs one module with a subclass of `WeightSource` and one line in `formats.FORMATS`. Loading, the start of a
 new run and export are written against this class alone. A format that is only written takes a `WeightSource` as
@@ -26,7 +26,7 @@ so that a layer can be packed before the next one is read. A tied head and embed
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, the fault and the remedy."""
+    """A checkpoint that cannot be used; the message names file, fault and remedy."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class WeightSource(ABC):
     @classmethod
     @abstractmethod
     def matches(cls, folder: Path) -> bool:
-        """Tell from the names of its files that a folder is of this format."""
+        """Tell from its file names that a folder is of this format."""
 
     @property
     @abstractmethod
@@ -73,7 +73,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read(self, name: str, shape: Sequence[int] | None = None, offsets: Sequence[int] | None = None) -> Tensor:
-        """Return a parameter, or its slice of `shape` that begins at `offsets`, in the stored dtype on the CPU."""
+        """Return a parameter, or its slice of `shape` at `offsets`, in the stored dtype."""
 
     def tokenizer(self) -> "Tokenizer | None":
         """Tokenizer that is stored beside the weights, None where there is none."""
@@ -108,6 +108,6 @@ class ModelWeights(WeightSource):
 
 
 def slices(whole: Sequence[int], shape: Sequence[int] | None, offsets: Sequence[int] | None) -> tuple[slice, ...]:
-    """Index of the part of a tensor of shape `whole` that `WeightSource.read` is asked for."""
+    """Index of the slice of `shape` at `offsets` of a tensor of shape `whole`."""
     shape, offsets = whole if shape is None else shape, offsets or [0] * len(whole)
     return tuple(slice(begin, begin + size) for begin, size in zip(offsets, shape, strict=True))

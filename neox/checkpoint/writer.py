@@ -1,4 +1,4 @@
-"""Writing a run's checkpoints: at once, or in the background from a copy in CPU memory. The format is steps.py's."""
+"""Writer of a run's checkpoints, in the foreground or from a copy in CPU memory; steps.py has the format."""
 
 import dataclasses
 import errno
@@ -41,7 +41,7 @@ from neox.model.decoder import GPTNeoX
 from neox.system.files import sync_folder, write_synced
 from neox.system.processes import OtherProcessFailed, Processes
 
-# That one process saves without a process group is intended. (For good: catch_warnings is not safe beside threads.)
+# One process saves without a process group on purpose. (Filtered for good: catch_warnings is not safe beside threads.)
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
@@ -53,29 +53,30 @@ def save_step(
     state: dict[str, Any],
     processes: Processes = ALONE,
 ) -> Path:
-    """Write the checkpoint of `state["step"]` and return its folder; it counts only once it is whole.
+    """Write the checkpoint of `state["step"]` and return its folder.
 
-    All processes of the run call it together, each with the parts of the model that it holds. Raises OSError (a full
-    disk) with nothing of it left behind.
+    It appears as complete only once it is whole. All processes of the run call this together, each with the parts
+    of the model that it holds. Raises OSError (a full disk) and leaves nothing of the checkpoint behind.
     """
     return Saver(run, CheckpointConfig(), processes).save(parts, optimizers, config, state)
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time, and lets the expired ones go when a newer one is whole.
+    """Writer of the checkpoints of a run, one at a time.
 
-    All processes of the run make the same calls. With `checkpoint.asynchronous` a call of `save` returns when the state
-    has been copied to CPU memory, where the copy stays for the next time; what goes wrong in the background is raised
-    by the next `poll`, `save` or `wait`: OSError (a full disk) on one process, OtherProcessFailed on the others. As a
-    context manager it waits for the write in flight, except when Ctrl-C ends the block.
+    Expired ones are removed when a newer one is whole. All processes of the run make the same calls. With
+    `checkpoint.asynchronous` a call of `save` returns when the state has been copied to CPU memory, which stays
+    reserved for the next copy. An error in the background is raised by the next `poll`, `save` or `wait`: OSError (a
+    full disk) on one process, OtherProcessFailed on the others. As a context manager it waits for the write in flight,
+    except when Ctrl-C ends the block.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, processes: Processes = ALONE) -> None:
         self.run, self.config, self.processes = run, config, processes
         self.timings: dict[str, float] = {}  # of the saves since `take_timings`, in seconds
         self.slowest = 0.0  # seconds of the longest write so far
-        self._flight: _Flight | None = None
-        # Of its own: the training's collective calls go on beside those of the write.
+        self._in_flight: _Write | None = None
+        # A group of its own: the training's collective calls go on beside those of the write.
         separate = config.asynchronous and processes.world > 1
         self._group = dist.new_group(backend="gloo") if separate else None
         self._stager: DefaultStager | None = None
@@ -88,42 +89,47 @@ class Saver:
         state: dict[str, Any],
         prunes: bool = True,
     ) -> Path:
-        """Write the checkpoint of `state["step"]`, or begin to; its folder, which counts only once it is whole. With
-        `prunes` expired ones go when it is."""
+        """Write the checkpoint of `state["step"]`, or begin to, and return its folder.
+
+        With `prunes` expired checkpoints are removed once it is whole.
+        """
         started = time.perf_counter()
         self.wait()
         folder = step_folder(self.run, state["step"])
         if (folder / ".metadata").is_file():
             return folder
         tensors = named_state(parts, optimizers)
-        written = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2) + "\n"
-        files = {"config.toml": config.to_toml().encode(), "state.json": written.encode()}
+        state_json = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2) + "\n"
+        files = {"config.toml": config.to_toml().encode(), "state.json": state_json.encode()}
         if self.config.asynchronous:
             tensors = self._staged(tensors)
-        self._flight = _Flight(lambda: self._write(folder, tensors, files, prunes))
+        self._in_flight = _Write(lambda: self._write(folder, tensors, files, prunes))
         if self.config.asynchronous:
-            self._flight.start()
+            self._in_flight.start()
         else:
-            self._flight.run()
+            self._in_flight.run()
             self.wait()
         self._count("save_stall", time.perf_counter() - started)
         return folder
 
     def poll(self) -> None:
-        """Look after the write in flight, without waiting for it."""
-        if self._flight and self.processes.all_reduce_sum(int(not self._flight.is_alive())) == self.processes.world:
+        """Finish the write in flight where all processes are done with it, without waiting."""
+        if (
+            self._in_flight
+            and self.processes.all_reduce_sum(int(not self._in_flight.is_alive())) == self.processes.world
+        ):
             self.wait()
 
     def wait(self) -> None:
         """Wait for the write in flight."""
-        if not self._flight:
+        if not self._in_flight:
             return
-        flight = self._flight
-        flight.join()
-        self._flight = None
-        self._count("save_seconds", flight.seconds)
-        self.slowest = max(self.slowest, flight.seconds)
-        error = flight.error
+        write = self._in_flight
+        write.join()
+        self._in_flight = None
+        self._count("save_seconds", write.seconds)
+        self.slowest = max(self.slowest, write.seconds)
+        error = write.error
         if isinstance(error, KeyboardInterrupt):
             raise error
         if self.processes.world == 1:
@@ -139,7 +145,7 @@ class Saver:
             raise OtherProcessFailed(f"rank {first} could not save")
 
     def take_timings(self) -> dict[str, float]:
-        """Seconds that training waited (`save_stall`) and that writing took (`save_seconds`) since the last call."""
+        """Return the seconds since the last call: training waited (`save_stall`), writing took (`save_seconds`)."""
         taken, self.timings = self.timings, {}
         return taken
 
@@ -149,8 +155,8 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif self._flight and not issubclass(kind, KeyboardInterrupt):
-            self._flight.join()  # what ends the run is said already; what was saved before it is kept
+        elif self._in_flight and not issubclass(kind, KeyboardInterrupt):
+            self._in_flight.join()  # the error that ends the run is raised; the checkpoint before it is kept
         if self._stager:
             self._stager.close()
 
@@ -168,12 +174,12 @@ class Saver:
                 sync_folder(folder)
                 sync_folder(folder.parent)
         except BaseException as error:
-            # Rank 0 alone knows whether it is whole: another may have been killed right after .metadata was written,
-            # and is missed only in the call by which all learn of that.
+            # Rank 0 alone knows that the checkpoint is whole: another rank may have been killed right after .metadata
+            # was written, which shows only in the collective call after it.
             whole = (folder / ".metadata").is_file() and not find_cause(error, OSError)
             if not self.processes.rank and not whole:
                 with suppress(OSError):
-                    (folder / ".metadata").unlink()  # first: what is half removed must not read as complete
+                    (folder / ".metadata").unlink()  # first: a folder that is half removed must not read as complete
                 shutil.rmtree(folder, ignore_errors=True)
             reraise_interrupt(error)
             if isinstance(error, FAILURES) and (cause := find_cause(error, OSError)):
@@ -191,8 +197,8 @@ class Saver:
         self.timings[name] = self.timings.get(name, 0.0) + seconds
 
 
-class _Flight(threading.Thread):
-    """One write, and what became of it. A daemon: a second Ctrl-C does not wait for it."""
+class _Write(threading.Thread):
+    """One write, its error and its seconds. A daemon: a second Ctrl-C does not wait for it."""
 
     def __init__(self, write: Callable[[], None]) -> None:
         super().__init__(name="checkpoint", daemon=True)
@@ -214,7 +220,7 @@ class _Flight(threading.Thread):
         self.seconds = time.perf_counter() - started
 
     def join(self, timeout: float | None = None) -> None:
-        if self._begun:  # otherwise it ran where it was called
+        if self._begun:  # otherwise it ran in the caller's thread
             super().join(timeout)
 
 
@@ -224,7 +230,7 @@ class _Digested(WriteResult):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Digests what it writes, and puts checksums.json down before .metadata. Its folder is always a fresh one."""
+    """DCP writer into a fresh folder, with checksums.json written before .metadata."""
 
     def __init__(self, folder: Path, files: dict[str, bytes]) -> None:
         super().__init__(folder, sync_files=True, overwrite=True)
@@ -236,12 +242,12 @@ class _Writer(dcp.FileSystemWriter):
         return plan  # the folder is made below, by one process
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Called on one process, before any of them writes: a fresh folder with all but the tensors."""
-        # What a killed writer left is never reused: an old .metadata over new data would read as complete.
+        """Make a fresh folder with the small files; called on one process, before any writes."""
+        # Leftovers of a killed writer are never reused: an old .metadata over new data would read as complete.
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         for name, content in self.small.items():
-            write_synced(self.folder / name, _writer(content))
+            write_synced(self.folder / name, _write_bytes(content))
         sync_folder(self.folder)
         return super().prepare_global_plan(plans)
 
@@ -252,29 +258,29 @@ class _Writer(dcp.FileSystemWriter):
         return done
 
     def _digested(self, result: WriteResult) -> WriteResult:
-        place = result.storage_data
-        digest = self.files.pieces[place.relative_path, place.offset, place.length]
-        return _Digested(result.index, result.size_in_bytes, place, digest)
+        stored = result.storage_data
+        digest = self.files.pieces[stored.relative_path, stored.offset, stored.length]
+        return _Digested(result.index, result.size_in_bytes, stored, digest)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Called on one process, after all of them have written."""
-        places: dict[str, dict[int, tuple[int, str]]] = {}
+        """Collect the digests of all processes; called on one process, after all have written."""
+        by_offset: dict[str, dict[int, tuple[int, str]]] = {}
         for result in (result for written in results for result in written):
             assert isinstance(result, _Digested)
-            place = result.storage_data
-            places.setdefault(place.relative_path, {})[place.offset] = place.length, result.digest
-        self.pieces = {file: [found[offset] for offset in sorted(found)] for file, found in places.items()}
+            stored = result.storage_data
+            by_offset.setdefault(stored.relative_path, {})[stored.offset] = stored.length, result.digest
+        self.pieces = {file: [pieces[offset] for offset in sorted(pieces)] for file, pieces in by_offset.items()}
         super().finish(metadata, results)
 
     def _before_metadata(self, digest: str) -> None:
         files = {name: checksums.digest(content) for name, content in self.small.items()}
         content = checksums.render({".metadata": digest, **files}, self.pieces)
-        write_synced(self.folder / checksums.NAME, _writer(content))
+        write_synced(self.folder / checksums.NAME, _write_bytes(content))
         sync_folder(self.folder)
 
 
 class _Files(FileSystem):
-    """Digests what goes through it, piece by piece: torch asks for the position before and after each."""
+    """File system that digests each piece: torch asks for the position before and after it."""
 
     def __init__(self, before_metadata: Callable[[str], None]) -> None:
         self.before_metadata = before_metadata
@@ -287,18 +293,20 @@ class _Files(FileSystem):
             digesting = _Digesting(cast(IO[bytes], stream))
             yield digesting
         digesting.tell()
-        self.pieces |= {(name, *place): found for place, found in digesting.pieces.items()}
+        self.pieces |= {(name, *extent): digest for extent, digest in digesting.pieces.items()}
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        ((_, digest),) = [(place, found) for place, found in self.pieces.items() if place[0] == Path(path).name]
+        (digest,) = [digest for (file, *_), digest in self.pieces.items() if file == Path(path).name]
         self.before_metadata(digest)
         super().rename(path, new_path)
 
 
 class _Digesting:
+    """Stream that digests the bytes between two calls of `tell`."""
+
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.state = stream, hashlib.blake2b(digest_size=16)
-        self.pieces: dict[tuple[int, int], str] = {}
+        self.pieces: dict[tuple[int, int], str] = {}  # by offset and length
         self.begun = self.position = 0
 
     def write(self, content: bytes | memoryview) -> int:
@@ -316,7 +324,7 @@ class _Digesting:
         return getattr(self.stream, name)
 
 
-def _writer(content: bytes) -> Callable[[IO[bytes]], None]:
+def _write_bytes(content: bytes) -> Callable[[IO[bytes]], None]:
     def write(file: IO[bytes]) -> None:
         file.write(content)
 

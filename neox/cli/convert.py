@@ -3,7 +3,7 @@
 neox convert MODEL out=FOLDER [dtype=fp32] [shard_size=5GB]
 
 MODEL is a run directory (its newest step), one of its step folders, a Hugging Face folder or a
-hub id. The weights of a run are written shard by shard: memory holds one file of shard_size.
+hub id. Weights are copied shard by shard: memory holds one file of shard_size.
 
 Examples:
   neox convert runs/mine out=exported
@@ -24,7 +24,7 @@ class ConvertOptions(Section):
     out: str = Field(default="", title="FOLDER")
     """Folder to write."""
     dtype: str | None = None
-    """Type of the written weights: fp32, bf16 or fp16; by default fp32 for a run, else the stored one."""
+    """Type of the written weights: fp32, bf16 or fp16; fp32 by default."""
     shard_size: str = "5GB"
     """Largest size of a safetensors file, such as 500MB."""
 

@@ -144,6 +144,9 @@ def test_a_run_begins_with_the_weights_of_another_run(tmp_path, capsys):
         config = settings(tmp_path, f"next-{len(source)}", f"train.init={tmp_path / source}", "steps=1")
         found, _, _ = weights(config)
         assert all(torch.equal(value, found[name]) for name, value in model.named_parameters())
+    config = settings(tmp_path, "sharded", f"train.init={tmp_path / 'first'}", "steps=1", "parallel.zero=3")
+    for found, _, _ in together(2, tmp_path / "ranks", weights, config):
+        assert all(torch.equal(value, found[name]) for name, value in model.named_parameters())
     # A resumed run goes on with what it has.
     assert cli.main(["train", f"resume={tmp_path / 'next-5'}", "steps=2"]) == 0
     assert len(rows(tmp_path / "next-5")) == 2
