@@ -1,4 +1,4 @@
-"""Coordinate check: do the entries of what a model computes keep their size as it grows wider, while it trains?
+"""Coordinate check: do activations keep their size as a model grows wider, while it trains?
 
 After a few steps, the mean absolute value of each kind of output is laid against the width, on two logarithmic axes. A
 slope of zero means that the width does not matter, so that settings which suit a narrow model suit a wide one; what
@@ -47,7 +47,9 @@ class Coordinates(NamedTuple):
 
 
 def at_width(model: ModelConfig, width: int, base: int | None) -> ModelConfig:
-    """The model with another hidden_size and number of heads, without dropout: standard where `base` is None, else muP.
+    """Change hidden_size and the number of heads of a model, without dropout.
+
+    The parametrisation is standard where `base` is None, else muP.
 
     Raises ValueError where head_dim or the ratio of the MLP's width to hidden_size could not stay.
     """
@@ -70,7 +72,9 @@ def at_width(model: ModelConfig, width: int, base: int | None) -> ModelConfig:
 
 
 def coordinates(config: Config, width: int, base: int | None, steps: int) -> Coordinates:
-    """Train the config's model at another width on one batch, at the peak rate without a schedule, and measure it.
+    """Train a model at another width on one batch and measure its outputs.
+
+    The learning rate is the peak rate, without a schedule.
 
     The batch is drawn at random from train.seed, as the weights are: micro_batch_size sequences of seq_length tokens.
     The same one at each step, so that outputs can be compared token by token. Raises ValueError as `at_width` does.
@@ -105,7 +109,7 @@ def coordinates(config: Config, width: int, base: int | None, steps: int) -> Coo
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """What the modules of each kind give in the forward pass that runs inside."""
+    """Record the outputs of the modules of each kind in the forward pass that runs inside."""
     outputs: dict[str, list[Tensor]] = {kind: [] for kind in OUTPUTS}
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output, kind=kind: outputs[kind].append(output.detach()))
@@ -131,7 +135,7 @@ def slopes(widths: Sequence[int], sizes: NDArray[np.float64]) -> NDArray[np.floa
 
 
 def table(widths: Sequence[int], found: dict[str, NDArray[np.float64]]) -> str:
-    """The slopes of each parametrisation's sizes [widths, MOMENTS, OUTPUTS], as text."""
+    """Table of the slopes of each parametrisation's sizes [widths, MOMENTS, OUTPUTS]."""
     lines = [" " * 10 + "".join(f"{title:>28}" for title in found)]
     lines.append(" " * 10 + f"{'':4}{''.join(f'{moment:>8}' for moment in MOMENTS)}" * len(found))
     fitted = [slopes(widths, sizes) for sizes in found.values()]
@@ -149,7 +153,7 @@ def write_coordinates(path: Path, widths: Sequence[int], found: dict[str, NDArra
 
 
 def coordinates_figure(widths: Sequence[int], found: dict[str, NDArray[np.float64]], steps: int) -> "Figure":
-    """A row a parametrisation, a column a moment, a line a kind of output; a column has one scale."""
+    """Draw the sizes over the width: rows are parametrisations, columns are moments, lines are kinds of output."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator

@@ -22,7 +22,7 @@ PLACEHOLDER = "@@RUNS@@"
 
 
 def write_page(path: Path, runs: Sequence[Run], x: str, y: str, share: float) -> None:
-    """Write the page; the file is the old one or the new one, never a half.
+    """Write the page atomically.
 
     x: steps, tokens or hours; y: log or linear; share: of the x axis that smoothing takes in. The reader may change
     all three.
@@ -35,7 +35,7 @@ def write_page(path: Path, runs: Sequence[Run], x: str, y: str, share: float) ->
 
 
 def page_data(runs: Sequence[Run], x: str, y: str, share: float) -> dict[str, Any]:
-    """What the page's script reads.
+    """Data that the page's script reads.
 
     A curve is {"step", "tokens", "hours", "y"}: base64 of little-endian uint32, float64, float32, float32.
     """

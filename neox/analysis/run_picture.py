@@ -35,7 +35,7 @@ def write_picture(path: Path, runs: Sequence[Run], x: str, y: str, share: float)
 
 
 def runs_figure(runs: Sequence[Run], x: str, y: str, share: float) -> "Figure":
-    """The picture as a matplotlib Figure that knows nothing of pyplot or of a display."""
+    """Draw the runs as a matplotlib Figure, without pyplot and without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -80,7 +80,7 @@ def runs_figure(runs: Sequence[Run], x: str, y: str, share: float) -> "Figure":
 
 
 def _draw(axes: Any, x: Array, y: Array, soft: Array, style: dict[str, Any], name: str) -> None:
-    """One curve: faint as logged, strong as smoothed; values that are not finite are crosses on the upper edge."""
+    """Draw one curve: logged values faint, smoothed values strong, non-finite ones as crosses at the top."""
     axes.plot(*decimate(x, np.where(np.isfinite(y), y, np.nan), BINS), **style, alpha=0.25, linewidth=0.8)
     axes.plot(*decimate(x, np.where(np.isfinite(y), soft, np.nan), BINS), **style, linewidth=1.8, label=name)
     lost = x[~np.isfinite(y)]
@@ -110,7 +110,7 @@ def _dress(axes: Any, title: str, unit: str, x: str) -> None:
 
 
 def _log(axes: Any, shown: Array) -> None:
-    """A logarithmic axis, with round numbers along it also where it spans less than a decade or two."""
+    """Make the y axis logarithmic, with round tick labels even below two decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = float(shown.min()), float(shown.max())

@@ -1,4 +1,4 @@
-"""What runs left in their directories, as curves and facts that can be laid beside each other. Needs no torch.
+"""Read run directories as curves and facts that can be compared, without torch.
 
 Shapes: N points of a curve, in order of step.
 """
@@ -24,7 +24,7 @@ KEYS = ("loss", "valid_loss", "grad_norm", "lr", "tokens_per_second")
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity over a run. `y` may hold NaN and infinities: they were logged."""
+    """One logged quantity over a run; `y` may hold NaN and infinities."""
 
     step: Array  # [N]
     tokens: Array  # [N] trained on
@@ -34,7 +34,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as far as it has come."""
+    """A finished or running training run."""
 
     name: str
     curves: dict[str, Curve]  # of KEYS, those that the run logged
@@ -43,7 +43,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """The runs in these directories; a run may still be going on, or have been cut off at any byte.
+    """Read the runs in these directories; each may still be running, or cut off at any byte.
 
     Raises ValueError that names the directory that is no run, or has logged no step yet.
     """
@@ -52,7 +52,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """For each path the shortest end of it that no other path shares; numbered where the same path comes twice."""
+    """Shortest unique suffix of each path, numbered where the same path comes twice."""
     parts = [path.resolve().parts for path in paths]
     names = []
     for number, own in enumerate(parts):
@@ -92,7 +92,7 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _by_step(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """The rows that hold `key`, one a step (the last that was written), in order."""
+    """Rows that hold `key`, in order of step; the last one written of each step."""
     return [row for _, row in sorted({row["step"]: row for row in rows if key in row}.items())]
 
 
@@ -102,7 +102,7 @@ def _column(rows: Sequence[dict[str, Any]], key: str) -> Array:
 
 
 def _along(at: Array, step: Array, grown: Array) -> Array:
-    """What had `grown` from 0 at step 0 to grown[i] at step[i], at other steps; beyond the last at the mean rate."""
+    """Interpolate a total that is 0 at step 0 and grown[i] at step[i]; beyond the last step at the mean rate."""
     inside = np.interp(at, np.concatenate([[0.0], step]), np.concatenate([[0.0], grown]))
     return np.where(at > step[-1], grown[-1] * at / max(step[-1], 1), inside)
 
@@ -126,7 +126,7 @@ def _facts(
 
 
 def summary(run: Run) -> str:
-    """How far a run is, in a line."""
+    """Progress of a run in one line."""
     facts = run.facts
     of = f" of {facts['steps']:,}" if "steps" in facts else ""
     held = f", held-out {facts['valid_loss']:.4f}" if "valid_loss" in facts else ""
@@ -142,7 +142,7 @@ def _flat(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Column names, and (key, a value for each column) for every option in which the runs differ.
+    """List the options in which the runs differ: column names, and (key, value of each column).
 
     A single run is laid beside the defaults. Runs without a config.toml are left out; `log.out` always differs.
     """
@@ -159,7 +159,9 @@ def differences(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[st
 
 
 def smooth(x: Array, y: Array, share: float, log: bool = False) -> Array:
-    """Mean of the finite y [N] within `share` / 2 of the span of x [N] to either side; NaN where y is not finite.
+    """Smooth y [N]: mean of the finite values within `share` / 2 of the span of x [N] on either side.
+
+    The result is NaN where y is not finite.
 
     In units of x, so that runs that log at different intervals are smoothed alike. Near the start the window is
     narrower, a quarter of the way come: a wider one would lag behind the first fall. With `log`, for a logarithmic
@@ -182,7 +184,7 @@ def smooth(x: Array, y: Array, share: float, log: bool = False) -> Array:
 
 
 def decimate(x: Array, y: Array, bins: int) -> tuple[Array, Array]:
-    """Of each of `bins` equal spans of x [N] the first, lowest, highest and last point, in order, or fewer.
+    """Thin a curve: keep the first, lowest, highest and last point of each of `bins` equal spans of x [N].
 
     Drawn on `bins` columns of pixels this looks like all N points, every spike included. Where a span holds values
     that are not finite, the first of them is kept too, so that the line is broken there.

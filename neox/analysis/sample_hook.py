@@ -1,4 +1,4 @@
-"""What a model writes while it learns: a hook for the trainer, which must not notice that it was there."""
+"""Trainer hook that generates sample text during training, without any effect on the run."""
 
 from pathlib import Path
 
@@ -11,22 +11,25 @@ from neox.train import Trainer
 
 
 class SampleHook:
-    """Continues `log.sample_prompt` before the first step, every `log.sample_every` steps, and after the last one.
+    """Generate from `log.sample_prompt` before the first step, every `log.sample_every` steps, and after the last.
 
-    `Trainer(config, hooks=(SampleHook(config),))`; silent where `log.sample_every` is 0. The same seed each time, drawn
-    as the section `generate` says; the text goes to the trainer's sinks. Losses are those of a run without it, to the
-    bit.
+    `Trainer(config, hooks=(SampleHook(config),))`; does nothing if `log.sample_every` is 0. It samples with
+    the options of the section `generate` and the same seed each time; the text goes to the trainer's sinks. The losses
+    are bit-identical to those of a run without the hook.
     """
 
     def __init__(self, config: Config) -> None:
         log = config.log
         self.every, self.prompt, self.last = log.sample_every, log.sample_prompt, config.train.steps
-        drawn = {key: getattr(config.generate, key) for key in ("temperature", "top_k", "top_p", "seed")}
-        self.sampling = Sampling(max_tokens=log.sample_tokens, **drawn)
+        options = {key: getattr(config.generate, key) for key in ("temperature", "top_k", "top_p", "seed")}
+        self.sampling = Sampling(max_tokens=log.sample_tokens, **options)
         self.tokenizer: Tokenizer | None = None
 
     def __call__(self, trainer: Trainer, step: int) -> None:
-        """Raises ValueError before the first step where the run has no tokenizer, or the prompt leaves no room."""
+        """Generate where a sample is due.
+
+        Raises ValueError before the first step if the run has no tokenizer or the prompt fills the context.
+        """
         if not self.every:
             return
         if self.tokenizer is None:

@@ -27,7 +27,7 @@ from neox.train.state import initial_weights, with_blend_schedule
 
 @dataclass(frozen=True)
 class Passage:
-    """The part of one document that a row holds, decoded."""
+    """Decoded part of one document in a row."""
 
     span: Piece
     file: str
@@ -42,7 +42,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a step's batch."""
+    """Row of a step's batch."""
 
     row: int
     sample: int

@@ -21,7 +21,7 @@ Range = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Hit:
-    """One occurrence of the string in text that was read."""
+    """Occurrence of the string in text that was read."""
 
     span: Piece  # the tokens that hold it
     reads: list[tuple[int, int, int]]  # (step, row, epoch) of each sample that holds any of these tokens

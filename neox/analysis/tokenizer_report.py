@@ -1,4 +1,4 @@
-"""What a tokenizer makes of given text, beside other tokenizers: compression, coverage, losses."""
+"""Compare tokenizers on given text: compression, coverage, losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEGEND = (
 
 @dataclass
 class Usage:
-    """What one tokenizer made of some text."""
+    """Statistics of one tokenizer on some text."""
 
     tokenizer: Tokenizer
     documents: int = 0
@@ -87,7 +87,7 @@ class Usage:
 
     @property
     def longest(self) -> list[tuple[str, int]]:
-        """The longest tokens that occur, special ones and white space left out, with how often."""
+        """Longest tokens that occur and their counts, without special tokens and white space."""
         specials = set(self.tokenizer.special_tokens.values())
         texts = {id: self.tokenizer.decode([id]) for id in self.used if id not in specials}
         order = sorted((id for id in texts if texts[id].strip()), key=lambda id: (-len(texts[id].encode("utf-8")), id))
@@ -95,7 +95,7 @@ class Usage:
 
     @property
     def round_trip(self) -> str:
-        """In a word, what becomes of a document that is encoded and decoded."""
+        """Result of encoding and decoding, in a word or two."""
         if self.changed:
             return f"{self.changed:,} changed"
         return "NFC" if self.normalised else "exact"
@@ -104,7 +104,9 @@ class Usage:
 def tokenizer_report(
     tokenizers: Sequence[str | Path], sources: Sequence[str | Path], text_key: str = "text", progress: bool = True
 ) -> str:
-    """Tables of what each tokenizer (a tokenizer.json, or a folder with one) makes of each source, and of all.
+    """Tables that compare tokenizers on each source and on all sources.
+
+    A tokenizer is a tokenizer.json, or a folder with one.
 
     The first tokenizer is the one that the others are compared with. Raises FileNotFoundError and ValueError on what
     cannot be read, and ValueError where there is no tokenizer, no source or no text.

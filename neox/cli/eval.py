@@ -75,7 +75,7 @@ def run(targets: list[str], options: list[str]) -> None:
         raise UsageError("give steps= for the checkpoints that are there or watch=true for those that come, not both")
 
     from neox.evaluation import evaluate
-    from neox.evaluation.curves import checkpoints, coming, evaluate_steps
+    from neox.evaluation.curves import checkpoints, evaluate_steps, follow_checkpoints
     from neox.evaluation.report import markdown
     from neox.system.device import local_device
     from neox.system.processes import joined_processes
@@ -90,7 +90,7 @@ def run(targets: list[str], options: list[str]) -> None:
             arguments["model_args"] = chosen.model_args
             if steps or chosen.watch:
                 numbers = None if steps in ("", "all") else [int(step) for step in chosen.steps]
-                models = coming(model) if chosen.watch else checkpoints(model, numbers)
+                models = follow_checkpoints(model) if chosen.watch else checkpoints(model, numbers)
                 curves = evaluate_steps(models, out, **arguments)
             else:
                 results = evaluate(model, out=out, **arguments)

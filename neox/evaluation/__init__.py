@@ -1,4 +1,4 @@
-"""Evaluation by lm-evaluation-harness: its tasks, prompts, metrics and standard errors, over our engine."""
+"""Evaluation by lm-evaluation-harness: NeoX provides the model backend, lm-eval all else."""
 
 try:
     import lm_eval  # noqa: F401

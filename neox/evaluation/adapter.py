@@ -1,4 +1,4 @@
-"""The engine as lm-evaluation-harness wants a model: what its `hf` backend answers, request by request."""
+"""Backend of lm-evaluation-harness over our engine; it answers as lm-eval's `hf` backend does."""
 
 import functools
 import itertools
@@ -14,23 +14,23 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from neox.evaluation.answers import is_drawn
+from neox.evaluation.answers import is_sampled
 from neox.generate import Engine, Sampling, Score
 from neox.model.flops import parameters
 
 logger = logging.getLogger(__name__)
 Pair = tuple[Sequence[int], Sequence[int]]
 Keyed = tuple[tuple[str, str], list[int], list[int]]
-CHUNK = 256  # requests that are scored between two looks at the bar, and stored at once
-SAMPLED = ("top_k", "top_p", "min_p", "repetition_penalty")  # generation options that Sampling has by the same name
+CHUNK = 256  # requests scored in one call, between two updates of the progress bar
+SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")  # generation options with the same name in Sampling
 
 
 class EngineLM(TemplateLM):
-    """An engine and its tokenizer, to be given to `lm_eval.simple_evaluate(model=...)`.
+    """An engine and its tokenizer as a model for `lm_eval.simple_evaluate(model=...)`.
 
-    Contexts are cut on the left, an empty one is the end-of-document token, white space that a context ends in belongs
-    to the continuation, texts longer than the context are scored in disjoint windows: lm-eval's own rules. Answers go
-    to `cache_hook` as they come. Raises ValueError for a model without a tokenizer or an end-of-document token.
+    It follows lm-eval's rules: contexts are truncated on the left; an empty one becomes the end-of-document token;
+    trailing white space of a context belongs to the continuation; longer texts are scored in disjoint windows. Answers
+    go to `cache_hook` one by one. Raises ValueError for a model without a tokenizer or an end-of-document token.
     """
 
     def __init__(self, engine: Engine, progress: bool = True) -> None:
@@ -41,7 +41,7 @@ class EngineLM(TemplateLM):
             raise ValueError("evaluation needs a tokenizer with an <|endoftext|> token: texts begin with it")
         self.engine, self.tokens, self.eod, self.progress = engine, engine.tokenizer, engine.eod, progress
         self._device = engine.weight.device
-        # lm-eval encodes the context anew for each choice: they come one after another, and share one list.
+        # lm-eval encodes the context again for each choice, one after another: cached, they share one list.
         self._encode = functools.lru_cache(maxsize=8)(engine.tokenizer.encode)
 
     @property
@@ -64,12 +64,12 @@ class EngineLM(TemplateLM):
         return self._encode(string)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval puts into the results beside the scores."""
+        """Facts about the model that lm-eval adds to the results."""
         count = parameters(self.engine.model.config).total
         return {"model_num_parameters": count, "model_dtype": str(self.engine.weight.dtype)}
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=not self.progress)  # its bar counts what is encoded
+        return super().loglikelihood(requests, disable_tqdm=not self.progress)  # its bar counts encoded requests
 
     def _loglikelihood_tokens(self, requests: list[Keyed], **kwargs: Any) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
@@ -84,7 +84,7 @@ class EngineLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         pairs: list[Pair] = []
-        owners: list[int] = []  # which request a pair is of
+        owners: list[int] = []  # number of the request of each pair
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
@@ -103,10 +103,10 @@ class EngineLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         answers = [""] * len(requests)
-        # What is drawn counts by itself: which greedy requests are answered already, or elsewhere, does not matter.
+        # Seeds count sampled requests only, so that they do not depend on which greedy ones are cached or elsewhere.
         seeds = itertools.count()
         asked = [
-            self._sampling(request.args[1], next(seeds) if is_drawn("generate_until", request.args) else 0)
+            self._sampling(request.args[1], next(seeds) if is_sampled("generate_until", request.args) else 0)
             for request in requests
         ]
         whole = [self.tok_encode(request.args[0]) for request in requests]
@@ -114,7 +114,7 @@ class EngineLM(TemplateLM):
             tokens[-(self.max_length - sampling.max_tokens) :] for tokens, sampling in zip(whole, asked, strict=True)
         ]
         self._count_cuts(prompts, whole)
-        # Neighbours in the alphabet of tokens share the most, while it is still in the cache.
+        # In sorted order neighbours share the longest prefixes, while these are still in the cache.
         order = sorted(range(len(requests)), key=prompts.__getitem__)
         events = self.engine.events([prompts[n] for n in order], [asked[n] for n in order], stream=False)
         with self._bar("generate_until", len(requests)) as bar:
@@ -122,8 +122,8 @@ class EngineLM(TemplateLM):
                 if event.done is None:
                     continue
                 number = order[event.number]
-                # The tokens, not the completion's text: of stop strings that overlap, lm-eval looks for the first in
-                # its list, the engine for the first in the text.
+                # The tokens, not the completion's text: of overlapping stop strings lm-eval takes the first of its
+                # list, the engine the first in the text.
                 text = self.tokens.decode(event.done.tokens, skip_special=True)
                 answers[number] = postprocess_generated_text(text, list(asked[number].stop), None)
                 self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
@@ -131,39 +131,41 @@ class EngineLM(TemplateLM):
         return answers
 
     def _cut(self, key: tuple[str, str], context: list[int], continuation: list[int]) -> Pair:
-        """What is scored of a request: the last tokens that there is room for."""
+        """Truncate a request on the left to the context; returns (context, continuation)."""
         if not 0 < len(continuation) <= self.max_length:
             raise ValueError(
                 f"a continuation must have 1 to {self.max_length} tokens, the model's context; {len(continuation)} in "
                 f"{key[1][:60]!r}"
             )
-        # Of white space alone nothing is left once it belongs to the continuation; lm-eval's own backend fails there.
+        # A context of white space alone is empty once that belongs to the continuation; lm-eval's hf backend fails.
         context = context or [self.prefix_token_id]
         room = self.max_length + 1 - len(continuation)
-        # Uncut it stays the one list that the choices share.
+        # Not truncated, it stays the list that the choices share.
         return context if len(context) <= room else context[-room:], continuation
 
-    def _count_cuts(self, kept: Iterable[Sequence[int]], whole: Iterable[Sequence[int]]) -> None:
-        """Warn of prompts that lose their beginning."""
-        cuts = [len(mine) < len(theirs) for mine, theirs in zip(kept, whole, strict=True)]
-        if cut := sum(cuts):
-            logger.warning("%d of %d prompts lose their beginning: the context is %d", cut, len(cuts), self.max_length)
+    def _count_cuts(self, cut: Iterable[Sequence[int]], whole: Iterable[Sequence[int]]) -> None:
+        """Warn of truncated prompts."""
+        cuts = [len(mine) < len(theirs) for mine, theirs in zip(cut, whole, strict=True)]
+        if count := sum(cuts):
+            logger.warning(
+                "%d of %d prompts lose their beginning: the context is %d", count, len(cuts), self.max_length
+            )
 
     def _scores(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:
-        """The score of each pair with its number, in an order in which neighbours share the most."""
+        """Score the pairs in sorted order, so that shared prefixes come together; yields (number, score)."""
         order = sorted(range(len(pairs)), key=pairs.__getitem__)
         for start in range(0, len(order), CHUNK):
             chunk = order[start : start + CHUNK]
             yield from zip(chunk, self.engine.score([pairs[number] for number in chunk]), strict=True)
 
     def _sampling(self, options: dict[str, Any], seed: int) -> Sampling:
-        """lm-eval's generation options. Raises ValueError for those that the engine has no counterpart of."""
+        """Translate lm-eval's generation options. Raises ValueError for those that the engine does not have."""
         options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
         stop = handle_stop_sequences(options.pop("until"), eos=self.tokens.decode([self.eod]))
         length, temperature = options.pop("max_gen_toks"), options.pop("temperature", 0.0)
         if not options.pop("do_sample"):
             temperature = 0.0
-        sampled = {name: options.pop(name) for name in SAMPLED if name in options}
+        sampled = {name: options.pop(name) for name in SAMPLING if name in options}
         if options.pop("num_beams", 1) != 1 or options:
             raise ValueError(f"generation_kwargs: {', '.join(options) or 'num_beams'} is not supported by the engine")
         if length >= self.max_length:

@@ -1,4 +1,4 @@
-"""Answers of models to requests, kept in a file as they come: what was asked once is not asked again."""
+"""Cache of model answers in a file, so that an evaluation resumes where it was interrupted."""
 
 import contextlib
 import hashlib
@@ -20,12 +20,12 @@ from neox.system.files import read_rows
 
 Ask = Callable[..., list[Any]]
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
-SECONDS = 5.0  # between two times that the file is forced onto the disk
-VALUES = 4096  # of each tensor, spread over it, that tell two models apart
+SECONDS = 5.0  # between two fsyncs of the file
+VALUES = 4096  # values of each tensor that enter the hash, evenly spaced
 
 
 def fingerprint(tensors: Mapping[str, Tensor], *others: Any) -> str:
-    """Which model this is: a hash of names, shapes, types and some values of its tensors, and of `others`, as JSON."""
+    """Hash of a model: names, shapes, dtypes and some values of its tensors, and `others` as JSON."""
     digest = hashlib.sha256(json.dumps(others, default=str).encode())
     for name, tensor in tensors.items():
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
@@ -36,17 +36,17 @@ def fingerprint(tensors: Mapping[str, Tensor], *others: Any) -> str:
     return digest.hexdigest()
 
 
-class Answers:
-    """The file `path`, one JSON object a line: a key, made of who was asked and what, and the answer.
+class AnswerCache:
+    """Answers in a file, one JSON object a line: a hash of the model and the request, and the answer.
 
-    Stands where lm-eval has its cache hook, which a model tells each answer as it comes. Several models and several
-    processes may share a file. A line that a crash cut is left out. Raises OSError where it cannot be written.
+    Takes the place of lm-eval's cache hook, which a model gives each answer as soon as it has it. Several models and
+    processes may share a file. A line cut by a crash is ignored. Raises OSError if the file cannot be written.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.identity, self.added = path, identity, 0
-        # Unbuffered: a line is one write, and what could not be written is not tried again when the file is closed.
+        # Unbuffered: a line is one write, and a failed write is not repeated when the file is closed.
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  (__exit__ closes it)
         self._known = {row["key"]: row["answer"] for row in read_rows(path) if row.keys() >= {"key", "answer"}}
         size = self._file.seek(0, os.SEEK_END)
@@ -62,13 +62,13 @@ class Answers:
             os.fsync(self._file.fileno())
 
     def key(self, method: str, arguments: Sequence[Any] | None) -> str | None:
-        """None for what is drawn at random, as such answers are not alike, and for a part of a request."""
-        if arguments is None or is_drawn(method, arguments):
+        """Cache key of a request; None for a sampled answer, which differs each time, and for part of a request."""
+        if arguments is None or is_sampled(method, arguments):
             return None
         return hash_args(f"{self.identity} {method}", arguments)
 
     def add_partial(self, method: str, arguments: Sequence[Any] | None, answer: Any) -> None:
-        """Keep an answer; lm-eval's name for it. A window of a rolling request comes without arguments."""
+        """Store an answer; the name is lm-eval's. A window of a rolling request comes without arguments."""
         key = self.key(method, arguments)
         if key is None or key in self._known:
             return
@@ -80,59 +80,59 @@ class Answers:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:
-            reason = f"{error.strerror or error}: what was written is kept, the same command continues"
+            reason = f"{error.strerror or error}: the answers so far are kept, the same command continues"
             raise OSError(error.errno, reason, str(self.path)) from error
 
-    def asked(self, method: str, ask: Ask) -> Ask:
-        """`ask`, a method of a model, for those requests only that are not answered yet, and once for equal ones."""
+    def wrap(self, method: str, ask: Ask) -> Ask:
+        """Wrap `ask`, a method of a model, to be called only for requests without an answer, once for equal ones."""
 
         def answers(requests: list[Instance], **options: Any) -> list[Any]:
             keys = [self.key(method, request.args) for request in requests]
             missing: list[int] = []
-            asking = set(self._known)
+            answered = set(self._known)
             for number, key in enumerate(keys):
-                if key is None or key not in asking:
+                if key is None or key not in answered:
                     missing.append(number)
-                    asking |= {key} if key else set()
+                    answered |= {key} if key else set()
             new = ask([requests[number] for number in missing], **options) if missing else []
-            drawn = {}
+            sampled = {}
             for number, answer in zip(missing, new, strict=True):
-                drawn[number] = answer
+                sampled[number] = answer
                 self.add_partial(method, requests[number].args, answer)
-            found = [drawn[number] if key is None else self._known[key] for number, key in enumerate(keys)]
+            result = [sampled[number] if key is None else self._known[key] for number, key in enumerate(keys)]
             # JSON has no tuples; lm-eval's are (log-likelihood, is_greedy).
-            return [tuple(answer) if isinstance(answer, list) else answer for answer in found]
+            return [tuple(answer) if isinstance(answer, list) else answer for answer in result]
 
         return answers
 
 
 @contextlib.contextmanager
 def wrapped(model: LM, wrap: Callable[[str, Ask], Ask]) -> Iterator[None]:
-    """Inside, each method by which lm-eval asks `model` is what `wrap` makes of its name and it."""
-    own = {method: vars(model)[method] for method in METHODS if method in vars(model)}
+    """Wrap the methods of `model` that lm-eval calls: each becomes wrap(name, method) inside."""
+    before = {method: vars(model)[method] for method in METHODS if method in vars(model)}
     vars(model).update({method: wrap(method, getattr(model, method)) for method in METHODS})
     try:
         yield
     finally:
         for method in METHODS:
             delattr(model, method)
-        vars(model).update(own)
+        vars(model).update(before)
 
 
 @contextlib.contextmanager
-def remembered(model: LM, answers: Answers) -> Iterator[None]:
-    """Inside, `model` answers from `answers` what is known there, and adds to it what is not."""
+def cached_answers(model: LM, answers: AnswerCache) -> Iterator[None]:
+    """Answer from the cache inside, and add new answers to it."""
     hook = model.cache_hook
     model.set_cache_hook(answers)
     try:
-        with wrapped(model, answers.asked):
+        with wrapped(model, answers.wrap):
             yield
     finally:
         model.set_cache_hook(hook)
 
 
-def is_drawn(method: str, arguments: Sequence[Any]) -> bool:
-    """Whether the answer is drawn at random, by lm-eval's reading of a task's options."""
+def is_sampled(method: str, arguments: Sequence[Any]) -> bool:
+    """True if the answer is sampled, by lm-eval's reading of a task's options."""
     if method != "generate_until":
         return False
     do_sample = arguments[1].get("do_sample")

@@ -1,4 +1,4 @@
-"""Who is asked: a model of ours in the engine, one of `transformers`, or whatever else lm-eval has a backend for."""
+"""Backends to evaluate: our engine, a model of `transformers`, or any other backend of lm-eval."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from neox.generate import Engine
 from neox.generate.loading import load_engine
 from neox.system.device import resolve_device, resolve_dtype
 
-# These say how a backend is asked, never what it answers; some are secret.
-MANNERS = ("auth_token", "batch_size", "header", "max_retries", "num_concurrent", "timeout")
+# Options of the connection to a backend, which never change its answers; some are secret.
+TRANSPORT = ("auth_token", "batch_size", "header", "max_retries", "num_concurrent", "timeout")
 
 
 def load_model(
@@ -28,7 +28,7 @@ def load_model(
     batch_size: int | str = 8,
     progress: bool = True,
 ) -> tuple[LM, str, dict[str, Any]]:
-    """What lm-eval asks, a hash that says who that is, and lm-eval's `model` and `model_args` to name it by.
+    """Load a model to evaluate: lm-eval's LM, a hash of the model, and its `model` and `model_args` in the results.
 
     `model` is an engine; or what `checkpoint.load` takes; or hf:ID, with an @REVISION if wanted, a model that
     `transformers` loads, in lm-eval's own backend; or lm-eval:BACKEND, any backend of lm-eval by its name.
@@ -41,11 +41,11 @@ def load_model(
             raise ValueError("model_args= is for hf:ID and lm-eval:BACKEND; others take device=, dtype=, weights=")
         return _ours(model, device, dtype, weights, progress)
     if weights != "auto":
-        raise ValueError(f"weights={weights}: {model} is run by its own library, which takes dtype= or model_args=")
+        raise ValueError(f"weights={weights}: {model} runs in its own library, which takes dtype= or model_args=")
     arguments = simple_parse_args_string(model_args)
     if kind == "hf":
-        place, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
-        where = {"pretrained": place, **({"revision": revision} if revision else {})}
+        repository, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+        where = {"pretrained": repository, **({"revision": revision} if revision else {})}
         named = str(resolve_dtype(dtype)).removeprefix("torch.") if dtype else "auto"
         how = {"device": str(resolve_device(device)), "dtype": named}
         arguments = where | how | arguments
@@ -61,11 +61,15 @@ def _ours(
     engine = model if isinstance(model, Engine) else load_engine(model, device, dtype, weights)
     source = "engine" if isinstance(model, Engine) else str(model)
     try:
-        asked = EngineLM(engine, progress)
+        backend = EngineLM(engine, progress)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    identity = fingerprint(engine.model.state_dict(), engine.model.config.model_dump(), asked.tokens.sha256)
-    return asked, identity, {"model": "neox", "model_args": {"pretrained": source, "weights": weights, "dtype": dtype}}
+    identity = fingerprint(engine.model.state_dict(), engine.model.config.model_dump(), backend.tokens.sha256)
+    return (
+        backend,
+        identity,
+        {"model": "neox", "model_args": {"pretrained": source, "weights": weights, "dtype": dtype}},
+    )
 
 
 def _theirs(model: str, backend: str, arguments: dict[str, Any]) -> tuple[LM, str, dict[str, Any]]:
@@ -73,10 +77,12 @@ def _theirs(model: str, backend: str, arguments: dict[str, Any]) -> tuple[LM, st
         hint = did_you_mean(backend, sorted(model_registry))
         raise ValueError(f"{model}: lm-eval has no backend {backend!r}; {hint}")
     try:
-        asked = get_model(backend).create_from_arg_obj(arguments)
+        loaded = get_model(backend).create_from_arg_obj(arguments)
     except Exception as error:  # each backend has its own
         raise ValueError(f"{model}: cannot be loaded: {one_line(error)}") from error
-    told = {name: value for name, value in arguments.items() if name not in MANNERS}
-    loaded: Any = getattr(asked, "model", None)  # an API's is its name
-    identity = fingerprint(loaded.state_dict() if hasattr(loaded, "state_dict") else {}, backend, sorted(told.items()))
-    return asked, identity, {"model": backend, "model_args": told}
+    options = {name: value for name, value in arguments.items() if name not in TRANSPORT}
+    network: Any = getattr(loaded, "model", None)  # of an API: a string
+    identity = fingerprint(
+        network.state_dict() if hasattr(network, "state_dict") else {}, backend, sorted(options.items())
+    )
+    return loaded, identity, {"model": backend, "model_args": options}

@@ -1,9 +1,9 @@
-"""Bits per byte of any model on text of the Pile, by component and group, as the Pile's paper defines it.
+"""Bits per byte on the Pile by component and group, as the Pile's paper defines it.
 
-Each document is scored by itself, never after another one; a long one is cut into segments of at most the context's
-length which do not overlap, and each token is scored once (appendix E.2). A document's first token is predicted from
-the end-of-document token, another segment's first from the token before it, as lm-eval does; lm-eval's own score of
-the last segment is a little better, since it lets that one look back as far as it can.
+Each document is scored alone. A long one is cut into disjoint segments of at most the context's length, and each token
+is scored once (appendix E.2). The first token of a document is predicted from the end-of-document token, the first of a
+later segment from the token before it, as in lm-eval. lm-eval's score of the last segment is slightly better, because
+it extends that segment backwards to the full context.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def score(
     window: int,
     batch: int = 8,
 ) -> dict[str, Likelihood]:
-    """How likely the model finds the documents (component, text), summed by component.
+    """Log-likelihood of documents (component, text), summed by component.
 
-    `logits_of` maps tokens [B, T] to logits [B, T, V], `window` is the most tokens that it takes. Text that spells a
-    special token is text. Raises ValueError where the tokenizer has no end-of-document token.
+    `logits_of` maps tokens [B, T] to logits [B, T, V] with T <= `window`. Text that spells a special token is encoded
+    as text. Raises ValueError where the tokenizer has no end-of-document token.
     """
     if tokenizer.eod_id is None:
         raise ValueError("bits per byte need a tokenizer with an end-of-document token, to predict first tokens from")
-    found: dict[str, Likelihood] = {}
+    by_component: dict[str, Likelihood] = {}
     for component, text in documents:
         tokens = tokenizer.encode(text, specials=False)
         logprobs = token_logprobs(logits_of, tokens, window, stride=window, batch=batch, first=tokenizer.eod_id)
         more = Likelihood(logprobs.double().sum().item(), len(text.encode()), len(tokens))
-        found[component] = found.get(component, Likelihood()) + more
-    return found
+        by_component[component] = by_component.get(component, Likelihood()) + more
+    return by_component
 
 
 def score_files(
@@ -80,7 +80,7 @@ def score_files(
         raise ValueError(f"{sources}: holds no document to score")
     rows = {**{component: found[component] for component in in_order(found)}, **by_group(found)}
     rows["total"] = total(found.values())
-    # Of no text there is no figure, and JSON has no nan.
+    # Without text there is no figure, and JSON has no NaN.
     content = {
         key: asdict(row) | {"bits_per_byte": None if math.isnan(row.bits_per_byte) else row.bits_per_byte}
         for key, row in rows.items()

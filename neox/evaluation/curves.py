@@ -1,4 +1,4 @@
-"""What a model learns while it is trained: each of its checkpoints evaluated, and each task's curve over the steps.
+"""Evaluate the checkpoints of a run, and draw each task's curve over the steps.
 
 A folder holds step_NNNNNNNN/ with the results of one checkpoint each, and what is drawn of them: curves.json,
 curves.png, curves.html.
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 Point = tuple[int, float, float | None]  # step, value, standard error
 Curves = dict[str, list[Point]]  # "task metric": its points in order of steps
 
-COLUMNS, WIDE = 3, 64  # a logarithmic axis where the last step is so many times the first
+COLUMNS, WIDE = 3, 64  # panels a row; last step / first step from which the axis is logarithmic
 COLOUR, INK, GRID = "#0b6e66", "#1d1a16", "#e2dacd"
 
 
 def checkpoints(source: str, steps: Sequence[int] | None) -> list[tuple[int, str]]:
-    """(step, what to load) of the checkpoints of a run directory, or of a hub id whose revisions are stepN (Pythia).
+    """List (step, model to load) of a run directory, or of a hub id with revisions stepN (Pythia).
 
     Raises ValueError for steps that a run does not have, and for a hub id without steps.
     """
@@ -45,10 +45,10 @@ def checkpoints(source: str, steps: Sequence[int] | None) -> list[tuple[int, str
     return [(step, folder) for step, folder in sorted(folders.items()) if steps is None or step in steps]
 
 
-def coming(run: str, every: float = 5.0) -> Iterator[tuple[int, str]]:
-    """The checkpoints of a run that may still be going on, each once, the newest first, until its last step is there.
+def follow_checkpoints(run: str, every: float = 5.0) -> Iterator[tuple[int, str]]:
+    """Yield the checkpoints of a running run, each once, newest first, until its last step is there.
 
-    `every` is how many seconds pass between two looks. Raises ValueError where there is no run.
+    It looks every `every` seconds. Raises ValueError where there is no run.
     """
     config = Path(run) / "config.toml"
     if not config.is_file():
@@ -66,14 +66,14 @@ def coming(run: str, every: float = 5.0) -> Iterator[tuple[int, str]]:
             time.sleep(every)
 
 
-def evaluate_steps(found: Iterable[tuple[int, str]], out: Path, **options: Any) -> Curves:
+def evaluate_steps(models: Iterable[tuple[int, str]], out: Path, **options: Any) -> Curves:
     """Evaluate each of these checkpoints into OUT/step_NNNNNNNN, drawing the curves anew after each.
 
-    `options` are those of `evaluate`. What OUT holds for the same options is not asked again. A checkpoint that cannot
-    be loaded, damaged or removed since, is passed over with a line on stderr.
+    `options` are those of `evaluate`. Results that OUT holds for the same options are kept. A checkpoint that cannot
+    be loaded (damaged, or removed since) is skipped with a line on stderr.
     """
     first, drawn = not options.get("processes", ALONE).rank, False
-    for step, model in found:
+    for step, model in models:
         folder = out / f"step_{step:08d}"
         note, asked = folder / "asked.json", _asked(model, options)
         if note.is_file() and note.read_text() == asked:
@@ -81,7 +81,7 @@ def evaluate_steps(found: Iterable[tuple[int, str]], out: Path, **options: Any) 
         try:
             evaluate(model, out=folder, **options)
         except CheckpointError as error:
-            print(f"neox: step {step} is passed over: {error}", file=sys.stderr)
+            print(f"neox: step {step} is skipped: {error}", file=sys.stderr)
             continue
         if first:
             write_atomic(note, asked.encode())
@@ -98,7 +98,7 @@ def _asked(model: str, options: dict[str, Any]) -> str:
 
 
 def read(out: Path) -> Curves:
-    """The curves of the results that a folder holds."""
+    """Read the curves from the results in a folder."""
     curves: Curves = {}
     for file in sorted(out.glob("step_*/results.json")):
         for name, value, error in scores(json.loads(file.read_text())):
@@ -107,7 +107,7 @@ def read(out: Path) -> Curves:
 
 
 def write(out: Path) -> None:
-    """Draw what the folder holds: curves.json, curves.png, curves.html. Nothing is written where it holds nothing."""
+    """Write curves.json, curves.png and curves.html of the results in a folder; nothing if it holds none."""
     if not (curves := read(out)):
         return
     named = {
@@ -122,7 +122,7 @@ def write(out: Path) -> None:
 
 
 def figure(curves: Curves) -> "Figure":
-    """A panel for each curve; the band is one standard error to either side."""
+    """Draw a panel for each curve; the band is one standard error on either side."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -151,10 +151,10 @@ def figure(curves: Curves) -> "Figure":
 
 
 def _page(curves: Curves, picture: bytes) -> str:
-    """One page that needs no other file: the picture, and every point in a table."""
+    """Self-contained page: the picture, and every point in a table."""
     steps = sorted({step for points in curves.values() for step, _, _ in points})
     cells = [{step: _cell(value, error) for step, value, error in points} for points in curves.values()]
-    lines = [[f"{step:,}", *(own.get(step, "") for own in cells)] for step in steps]
+    lines = [[f"{step:,}", *(column.get(step, "") for column in cells)] for step in steps]
     drawn = base64.b64encode(picture).decode()
     above = f'<p><img alt="a curve for each metric" src="data:image/png;base64,{drawn}"></p>'
     return table_page("Over training", above, ("Step", *curves), lines)

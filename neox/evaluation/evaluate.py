@@ -1,4 +1,4 @@
-"""An evaluation: tasks asked of a model by lm-evaluation-harness, every answer kept, and what came of it."""
+"""Evaluate a model on tasks of lm-evaluation-harness, cache every answer, and write the results."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,9 +13,9 @@ from neox.config import EvalConfig
 from neox.corpus.readers.errors import one_line
 from neox.evaluation import report
 from neox.evaluation.adapter import EngineLM
-from neox.evaluation.answers import Answers, remembered
+from neox.evaluation.answers import AnswerCache, cached_answers
 from neox.evaluation.backends import load_model
-from neox.evaluation.sharing import shared
+from neox.evaluation.sharing import distributed
 from neox.evaluation.tasks import load_tasks
 from neox.generate import Engine
 from neox.system.processes import Processes
@@ -36,39 +36,39 @@ def evaluate(
     processes: Processes = ALONE,
     **options: Any,
 ) -> report.Results:
-    """The results of `model` on `tasks`, as `lm_eval.simple_evaluate` returns and its result files hold them.
+    """Evaluate `model` on `tasks`; returns the results as `lm_eval.simple_evaluate` does.
 
     `model`, `device`, `dtype`, `weights` and `model_args` are described at `backends.load_model`; `options` are those
-    of the config's section `eval`. With `out`, a folder, every answer is kept in OUT/answers.jsonl as it comes, and
-    what it holds already is not asked again; at the end results.json, .md, .html and, on request, samples are written.
+    of the config's section `eval`. With `out`, a folder, every answer is cached in OUT/answers.jsonl at once and not
+    computed again; at the end results.json, .md, .html and, on request, samples are written.
 
-    With several `processes`, all of which make this call, each asks its share and keeps the answers; the first one
-    writes the results, and the others return nothing, {}.
+    With several `processes`, all of them call this function. Each answers its share of the requests and caches the
+    answers; rank 0 writes the results, the others return {}.
 
-    Raises ValueError, one line, for tasks and models that cannot be loaded, and for a backend that fails on the way.
+    Raises ValueError, one line, for tasks and models that cannot be loaded, and for a backend that fails.
     """
     config = EvalConfig(**{"tasks": tasks, **options})
     if not config.tasks:
         raise ValueError("eval.tasks: name at least one task, such as tasks=lambada_openai,arc_easy")
     batch_size = config.batch_size or "auto"
-    found, manager = load_tasks(config.tasks, config.include_path)
-    asked, identity, named = load_model(model, device, dtype, weights, model_args, batch_size, progress)
-    if processes.world > 1 and not isinstance(asked, EngineLM):
+    loaded, manager = load_tasks(config.tasks, config.include_path)
+    backend, identity, named = load_model(model, device, dtype, weights, model_args, batch_size, progress)
+    if processes.world > 1 and not isinstance(backend, EngineLM):
         raise ValueError(f"{model}: several processes share the requests of our own engine only: leave torchrun away")
     tracker = GeneralConfigTracker()
     tracker.log_experiment_args(named["model"], named["model_args"], None, None, True)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     with ExitStack() as stack:
-        answers: Answers | None = None
+        answers: AnswerCache | None = None
         if out is not None:
-            answers = stack.enter_context(Answers(Path(out) / ANSWERS, identity))
-            stack.enter_context(remembered(asked, answers))
-        stack.enter_context(shared(asked, processes))
+            answers = stack.enter_context(AnswerCache(Path(out) / ANSWERS, identity))
+            stack.enter_context(cached_answers(backend, answers))
+        stack.enter_context(distributed(backend, processes))
         try:
             results: report.Results = lm_eval.simple_evaluate(
-                model=asked,
+                model=backend,
                 model_args=named["model_args"],
-                tasks=found,
+                tasks=loaded,
                 task_manager=manager,
                 num_fewshot=config.num_fewshot,
                 batch_size=batch_size,
@@ -77,10 +77,10 @@ def evaluate(
                 **({} if config.seed is None else dict.fromkeys(seeds, config.seed)),
             )
         except Exception as error:
-            if isinstance(asked, EngineLM):
+            if isinstance(backend, EngineLM):
                 raise
-            kept = f"; {answers.path} keeps what was answered, the same command asks the rest" if answers else ""
-            raise ValueError(f"{model}: failed: {one_line(error)}{kept}") from error
+            resume = f"; {answers.path} keeps the answers so far, the same command continues" if answers else ""
+            raise ValueError(f"{model}: failed: {one_line(error)}{resume}") from error
     if processes.rank:
         return {}
     results["config"] |= named

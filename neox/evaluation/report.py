@@ -22,7 +22,7 @@ img { max-width: 100% }
 
 
 def metrics(row: Results) -> Iterator[tuple[str, str, Any, Any]]:
-    """(metric, filter, value, standard error) of what lm-eval found of a task, under keys "metric,filter"."""
+    """Yield (metric, filter, value, standard error) of a task's results, whose keys are "metric,filter"."""
     for key, value in row.items():
         metric, comma, filter = key.partition(",")
         if comma and not metric.endswith("_stderr"):
@@ -39,7 +39,7 @@ def scores(results: Results) -> Iterator[tuple[str, float, float | None]]:
 
 
 def rows(results: Results) -> Iterator[list[str]]:
-    """A line of text for each metric of each task, as HEADS names its cells; tasks of a group below it, indented."""
+    """Yield the cells (HEADS) of each metric of each task; tasks of a group follow it, indented."""
     members = results.get("group_subtasks", {})
     inner = {name for names in members.values() for name in names}
 
@@ -56,20 +56,20 @@ def rows(results: Results) -> Iterator[list[str]]:
 
 
 def markdown(results: Results) -> str:
-    """The rows as a Markdown table that is also readable as it is."""
+    """Results as an aligned Markdown table."""
     table = [list(HEADS), *([cell.replace("|", "\\|") for cell in row] for row in rows(results))]
     head, *others = padded(table, "<" * len(HEADS))
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["-" * len(cell) for cell in head], *others))
 
 
 def page(results: Results) -> str:
-    """The rows as one HTML page that needs no other file."""
+    """Results as a self-contained HTML page."""
     above = f"<p>lm-evaluation-harness {html.escape(results['lm_eval_version'])}</p>"
     return table_page(str(results["model_name"]), above, HEADS, rows(results))
 
 
 def table_page(title: str, above: str, heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """A table as one HTML page; `above`, which is HTML, stands before it."""
+    """Table as a self-contained HTML page; `above`, which is HTML, precedes the table."""
     title = html.escape(title)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
     body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
@@ -98,7 +98,7 @@ def task_hashes(samples: dict[str, list[Results]]) -> dict[str, str]:
 
 
 def _flat(sample: Results) -> Results:
-    """A sample as lm-eval's files have it: what a data set reader can make columns of."""
+    """Convert a sample to the form of lm-eval's files, which a data set reader splits into columns."""
     arguments = {
         f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(one)} for i, one in enumerate(sample["arguments"])
     }

@@ -1,4 +1,4 @@
-"""Tasks while a model is trained: a hook for the trainer, which must not notice that it was there."""
+"""Trainer hook that evaluates tasks during training, without any effect on the run."""
 
 import random
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ from neox.train import Trainer
 
 
 class TaskHook:
-    """Evaluates `eval.tasks` before the first step, every `eval.tasks_every` steps, and after the last one.
+    """Evaluate `eval.tasks` before the first step, every `eval.tasks_every` steps, and after the last.
 
     `Trainer(config, hooks=(TaskHook(config),))`. Results and curves are in RUN/evals, scores go to the trainer's sinks.
-    The first process evaluates, the others wait for it. Losses are those of a run without it, to the bit.
-    Raises ValueError, when it is made, for tasks that cannot be loaded.
+    Rank 0 evaluates, the other processes wait. The losses are bit-identical to those of a run without the hook.
+    Raises ValueError on construction for tasks that cannot be loaded.
     """
 
     def __init__(self, config: Config) -> None:
@@ -34,7 +34,7 @@ class TaskHook:
         self.config, self.begun = config, False
 
     def __call__(self, trainer: Trainer, step: int) -> None:
-        """Raises ValueError where the run has no tokenizer."""
+        """Evaluate where it is due. Raises ValueError if the run has no tokenizer."""
         if not (begun := self.begun):
             self.begun = True
             if not (trainer.run / "tokenizer.json").exists():
@@ -50,10 +50,10 @@ class TaskHook:
         with trainer.watchdog.paused():
             model = trainer.whole_model()
             if model is not None:  # on rank 0
-                with _unnoticed(model):
+                with _state_restored(model):
                     trainer.sinks.write({"step": step, **self._scores(trainer, model, folder)})
                 write(folder.parent)
-            trainer.processes.all_reduce_max(0)  # the others wait here: a pause of theirs ends with this one's
+            trainer.processes.all_reduce_max(0)  # the other processes wait here for rank 0
 
     def _scores(self, trainer: Trainer, model: GPTNeoX, folder: Path) -> dict[str, float]:
         engine = Engine(model, Tokenizer.from_file(trainer.run / "tokenizer.json"))
@@ -62,8 +62,8 @@ class TaskHook:
 
 
 @contextmanager
-def _unnoticed(model: GPTNeoX) -> Iterator[None]:
-    """Leaves the model's mode and the random streams, which lm-eval seeds, as they were."""
+def _state_restored(model: GPTNeoX) -> Iterator[None]:
+    """Restore the model's mode and the random states, which lm-eval seeds."""
     training, streams = model.training, (random.getstate(), np.random.get_state())
     try:
         with torch.random.fork_rng():

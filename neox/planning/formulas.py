@@ -11,7 +11,7 @@ from neox.planning.dry_run import StepCost
 
 
 def stage(config: Config, number: int) -> StepCost:
-    """Memory and traffic of stage `number` of a 1f1b pipeline, or of the whole model; the dry run's counterpart."""
+    """Memory and traffic of stage `number` of a 1f1b pipeline, or of the whole model."""
     model, pp = config.model, config.parallel.pp
     layers = len(layers_of_stages(config)[number]) if pp > 1 else model.num_hidden_layers
     first, last = number == 0, number == pp - 1

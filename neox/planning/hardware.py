@@ -1,4 +1,4 @@
-"""GPUs by name, and an estimate of the step time from their peak figures and two assumed efficiencies."""
+"""GPUs by name, and the step time estimated from their peak figures."""
 
 from dataclasses import dataclass, replace
 

@@ -17,7 +17,7 @@ TRIES = 3
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its cost by formula."""
+    """Layout with its cost by formula."""
 
     config: Config
     memory: dict[str, int]  # bytes by kind, of the process that holds most
@@ -121,7 +121,9 @@ def layouts(tried: list[Candidate], room: float) -> list[Candidate]:
 
 
 def propose(config: Config, gpus: int, name: str, device: GPU) -> str:
-    """Write a table of layouts that fit, of those that do not, and the plan of the fastest; one line if none fits.
+    """Write tables of the layouts that fit and that do not, and the plan of the fastest.
+
+    The result is one line if no layout fits.
 
     Raises ValueError if no layout has `gpus` processes.
     """

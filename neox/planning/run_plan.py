@@ -18,7 +18,7 @@ from neox.planning.summary import _bytes
 
 @dataclass(frozen=True)
 class PipelineRank:
-    """One rank of the axis pp with the cost of its dry run."""
+    """Rank of the axis pp with the cost of its dry run."""
 
     stages: list[int]
     layers: int
@@ -27,7 +27,7 @@ class PipelineRank:
 
 
 def dry_run_ranks(config: Config) -> list[PipelineRank]:
-    """Dry-run the first and the last pipeline rank, and one rank for each number of layers between them.
+    """Dry-run the first and last pipeline rank, and one rank per number of layers between.
 
     Each runs in a process of its own. Of the ranks with as many layers the first is run, since it keeps the most
     microbatches in flight; the others get its cost.

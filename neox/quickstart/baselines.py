@@ -1,4 +1,4 @@
-"""What compressors make of the held-out text: the figures a language model has to beat.
+"""Compression baselines on the held-out text: figures that a language model has to beat.
 
 A compressor that turns N bytes into n predicts them at 8 n / N bits per byte, the unit in which a model's loss is
 counted too. Three of them, none of which knows anything but bytes:

@@ -1,4 +1,4 @@
-"""What this computer can train and run: two measurements of about a second each, and the arithmetic that follows.
+"""Estimate of the models that this computer can train and run, from two measurements of a second each.
 
 Training. A step costs 6 FLOPs per parameter and token (2 forward, 4 backward; Kaplan et al. 2020, arXiv 2001.08361),
 and 20 tokens per parameter use compute well (Hoffmann et al. 2022, arXiv 2203.15556). N parameters then cost
@@ -33,7 +33,7 @@ WEIGHT_BYTES = {"fp32": 4, "int8": 1}
 
 @dataclass(frozen=True)
 class Machine:
-    """A computer as a language model sees it."""
+    """Figures of a computer that limit a language model."""
 
     cores: int  # that this process may use
     ram_bytes: int  # that this process may use
@@ -59,7 +59,7 @@ class Machine:
         return fitting[-1] if fitting else None
 
     def lines(self) -> list[str]:
-        """Three short lines for the terminal: what it is, what it can train, what it can run."""
+        """Describe the machine, the models it can train and those it can run, in three lines."""
         found = (
             f"This machine: {self.cores} core{'s' * (self.cores != 1)}, {self.ram_bytes / 2**30:.1f} GiB of memory, "
             f"{self.matmul_flops / 1e9:,.0f} GFLOP/s (fp32 matmul), {self.read_bytes / 1e9:,.1f} GB/s read"

@@ -39,7 +39,7 @@ Document = tuple[str, str]  # (path such as "sympy/core/add.py", text)
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in order of path, and how the install they were read from compares with the pinned one."""
+    """Documents in order of path, and differences between the install and the pinned one."""
 
     train: list[Document]
     heldout: list[Document]
@@ -50,12 +50,12 @@ class Corpus:
 
     @cached_property
     def train_bytes(self) -> bytes:
-        """The training texts, UTF-8, end to end in order: what the primed compressor gets to see."""
+        """Training texts concatenated in order, UTF-8: the input that primes the compressor."""
         return b"".join(text.encode() for _, text in self.train)
 
     @cached_property
     def heldout_bytes(self) -> bytes:
-        """The held-out texts, UTF-8, end to end in order: the bytes of every bits-per-byte figure."""
+        """Held-out texts concatenated in order, UTF-8: the bytes of every bits-per-byte figure."""
         return b"".join(text.encode() for _, text in self.heldout)
 
     @property
@@ -79,7 +79,7 @@ class Corpus:
 
 
 def is_heldout(path: str) -> bool:
-    """Whether a file is held out: a function of its path alone, so that no other file, edit or order can move it."""
+    """True if a file is held out; depends on its path alone, so no other file or edit changes it."""
     return zlib.crc32(path.encode()) % HELDOUT_ONE_IN == 0
 
 
@@ -180,7 +180,7 @@ def manifest_lines() -> Iterator[str]:
 
 
 def is_readable(text: str) -> bool:
-    """Whether a source is documented code rather than bare code or a table: at least a third docstrings, few digits."""
+    """True for documented code: at least a third docstrings, few digits."""
     data = text.encode()
     digits = sum(data.count(digit) for digit in b"0123456789")
     return bool(data) and digits <= MAX_DIGITS * len(data) and docstring_bytes(text) >= MIN_DOCSTRINGS * len(data)

@@ -1,4 +1,4 @@
-"""The loss curve as a picture: training loss, validation points, and the compressors to beat."""
+"""Picture of the loss curve: training loss, validation points, compression baselines."""
 
 import io
 import math
@@ -36,7 +36,7 @@ def loss_figure(
     baselines: Mapping[str, float] | None = None,
     bytes_per_token: float | None = None,
 ) -> "Figure":
-    """The picture of a run, as a matplotlib Figure that knows nothing of pyplot or of a display.
+    """Draw the loss of a run as a matplotlib Figure, without pyplot and without a display.
 
     rows: one per record, in any order, with "step" and any of
         loss        training, nats per token
@@ -126,7 +126,7 @@ def _points(rows: Iterable[Mapping[str, Any]], key: str, scale: float) -> list[t
 
 
 def _label_values(axes: Any) -> None:
-    """Round numbers along a logarithmic axis that spans less than two decades, where the default has one or two."""
+    """Label a short logarithmic axis with round numbers; matplotlib would show one or two labels."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     axes.yaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10]))

@@ -1,4 +1,4 @@
-"""The flipbook: one HTML page in which the same prompts are continued at steps 0, 1, 2, 4 .. last of a training run.
+"""Flipbook: an HTML page that continues the same prompts at steps 0, 1, 2, 4 .. last of a run.
 
 The page is whole: no network, no other file, it opens from file:// and says so to the browser (a content security
 policy that admits nothing from outside). The template is `flipbook.html`, with one placeholder for the data as JSON.
@@ -52,7 +52,7 @@ def write_flipbook(
 def flipbook_data(
     pages: Sequence[Mapping[str, Any]], heldout: Mapping[str, str], meta: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the page's script reads: as given, but token texts once instead of on every page, bits to two decimals.
+    """Data of the page's script: the arguments, with token texts once and bits to two decimals.
 
     Raises ValueError as `write_flipbook` does.
     """

@@ -1,4 +1,4 @@
-"""The whole of NeoX in a few minutes: measure, read, tokenize, train, export, score, draw, print what comes next."""
+"""`neox quickstart`: measure the machine, tokenize, train, export, score and draw in minutes."""
 
 import hashlib
 import json
@@ -82,7 +82,7 @@ def quickstart(overrides: Sequence[str] = (), corpus: Corpus | None = None, out:
 
 
 def _baselines(kept: Path, corpus: Corpus) -> Callable[[], dict[str, float]]:
-    """The compressors' figures, from an earlier call of this run or computed behind the tokenizer's training."""
+    """Compression baselines, from an earlier call or computed in the background."""
     if kept.exists():
         stored: dict[str, float] = json.loads(kept.read_bytes())
         return lambda: stored
@@ -115,7 +115,7 @@ def _tokens(config: Config, corpus: Corpus, folder: Path) -> tuple[Config, Token
 
 
 def _started(folder: Path, config: Config) -> bool:
-    """Whether there is a run to continue; ValueError where it was started with other options."""
+    """True if there is a run to continue. Raises ValueError if it has other options."""
     path = folder / "config.toml"
     if not path.exists():
         return False
@@ -130,7 +130,7 @@ def _started(folder: Path, config: Config) -> bool:
 
 
 class _Witness:
-    """Checks that a continued run goes on bit-identically, by what the interrupted one left behind.
+    """Check that a continued run is bit-identical to the interrupted one.
 
     A run that was stopped leaves a hash of its weights and optimizer state; one that was killed leaves logged losses
     beyond its last checkpoint, whose steps are computed again.
@@ -184,7 +184,7 @@ def _digest(trainer: Trainer) -> str:
 
 
 class _Pages:
-    """The flipbook's pages, one file each, so that an interrupted run keeps those it has."""
+    """Pages of the flipbook, one file each, so that an interrupted run keeps them."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, corpus: Corpus) -> None:
         self.folder, self.tokenizer = folder, tokenizer
@@ -222,7 +222,7 @@ class _Pages:
         trainer.model.train()
 
     def _spot_check(self, model: GPTNeoX, window: int) -> tuple[float, float]:
-        """Nats per token and bits per byte on evenly spaced windows, the second half of each given the first.
+        """Nats per token and bits per byte of the second half of evenly spaced windows.
 
         That is the context that the final score gives a token, so the curve runs into it.
         """
@@ -263,7 +263,7 @@ def _scorer(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _exported(folder: Path, model: GPTNeoX) -> tuple[Callable[[Tensor], Tensor], str]:
-    """What scores the held-out text: the exported files in transformers where that is installed, else our model."""
+    """Model that scores the held-out text: the export loaded by transformers if installed, else ours."""
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging

@@ -125,7 +125,7 @@ def test_one_that_dies_leaves_what_it_answered(ours, command, tmp_path, capsys):
         assert cli.main(asked) == 1
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert "neox: error: lm-eval:local-completions: failed: 500 " in line
-        assert f"{out / 'answers.jsonl'} keeps what was answered" in line
+        assert f"{out / 'answers.jsonl'} keeps the answers so far" in line
         assert len(answered) == 7
         patience.clear()  # it lives again
         assert cli.main(asked) == 0

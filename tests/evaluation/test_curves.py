@@ -104,7 +104,7 @@ def test_a_run_is_watched_to_its_end(run, tmp_path):
     live.mkdir()
     shutil.copy(run / "config.toml", live)
     shutil.copytree(run / "step_00000000", live / "step_00000000")
-    looked = curves.coming(str(live), every=0.01)
+    looked = curves.follow_checkpoints(str(live), every=0.01)
     assert next(looked)[0] == 0
 
     def go_on():
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, tasks, tmp_path, capsys):
         progress=False,
     )
     assert [step for step, *_ in found["sums_choose acc"]] == [2]
-    assert "step 1 is passed over" in capsys.readouterr().err
+    assert "step 1 is skipped" in capsys.readouterr().err
 
 
 def test_which_checkpoints(run, tmp_path):
@@ -146,7 +146,7 @@ def test_which_checkpoints(run, tmp_path):
     with pytest.raises(ValueError, match="of a hub id name the steps"):
         curves.checkpoints("A/b", None)
     with pytest.raises(ValueError, match=r"holds no run \(no config.toml\)"):
-        next(curves.coming(str(tmp_path)))
+        next(curves.follow_checkpoints(str(tmp_path)))
 
 
 @pytest.mark.parametrize(

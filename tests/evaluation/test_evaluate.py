@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 import neox
 from neox import cli
 from neox.evaluation.adapter import EngineLM
-from neox.evaluation.answers import METHODS, Answers, fingerprint
+from neox.evaluation.answers import METHODS, AnswerCache, fingerprint
 from neox.generate.loading import load_engine
 from neox.quantization import torchao_weights
 from tests import tiny
@@ -135,7 +135,7 @@ def test_weights_of_torchao_are_told_apart_too():
 
 
 def test_a_killed_run_asks_only_the_rest(folder, tasks, tmp_path, asked, monkeypatch):
-    out, keep = tmp_path / "out", Answers.add_partial
+    out, keep = tmp_path / "out", AnswerCache.add_partial
 
     def add_and_die(self, *answer):
         keep(self, *answer)
@@ -144,7 +144,7 @@ def test_a_killed_run_asks_only_the_rest(folder, tasks, tmp_path, asked, monkeyp
 
     run = partial(neox.evaluate, folder, ["sums_choose"], include_path=str(tasks), progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(Answers, "add_partial", add_and_die)
+        patch.setattr(AnswerCache, "add_partial", add_and_die)
         child = multiprocessing.get_context("fork").Process(target=run, kwargs={"out": out})
         child.start()
         child.join()
@@ -157,7 +157,7 @@ def test_a_killed_run_asks_only_the_rest(folder, tasks, tmp_path, asked, monkeyp
 
 
 def test_an_interrupted_command_says_how_to_go_on(folder, tasks, tmp_path, capsys, asked, monkeypatch):
-    keep = Answers.add_partial
+    keep = AnswerCache.add_partial
 
     def add_and_interrupt(self, *answer):
         keep(self, *answer)
@@ -166,7 +166,7 @@ def test_an_interrupted_command_says_how_to_go_on(folder, tasks, tmp_path, capsy
 
     command = ["eval", str(folder), "tasks=sums_choose", f"include_path={tasks}", f"out={tmp_path / 'out'}"]
     with monkeypatch.context() as patch:
-        patch.setattr(Answers, "add_partial", add_and_interrupt)
+        patch.setattr(AnswerCache, "add_partial", add_and_interrupt)
         assert cli.main(command) == 130
     assert f"the same command asks what {tmp_path / 'out'} does not answer yet" in capsys.readouterr().err
     asked.clear()
@@ -175,7 +175,7 @@ def test_an_interrupted_command_says_how_to_go_on(folder, tasks, tmp_path, capsy
 
 
 def test_what_is_drawn_at_random_is_not_kept(tmp_path):
-    with Answers(tmp_path / "answers.jsonl", "someone") as answers:
+    with AnswerCache(tmp_path / "answers.jsonl", "someone") as answers:
         for options in ({"do_sample": True}, {"temperature": 0.5}):
             answers.add_partial("generate_until", ("context", options), "drawn")
         answers.add_partial("generate_until", ("context", {"do_sample": False, "temperature": 0.5}), "greedy")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import neox
 from neox.evaluation import sharing
-from neox.evaluation.sharing import shares
+from neox.evaluation.sharing import split_requests
 from neox.system.processes import Processes, joined_processes
 from tests.evaluation.helpers import ALL, write_tasks
 from tests.parallel.helpers import together
@@ -21,7 +21,7 @@ TEXTS = st.lists(st.text("ab", max_size=40), max_size=30)
 
 @given(TEXTS, st.integers(1, 5))
 def test_each_text_is_of_one_process_and_stretches_follow_the_alphabet(texts, world):
-    parts = shares(texts, world)
+    parts = split_requests(texts, world)
     assert len(parts) == world
     whole = [number for part in parts for number in part]
     assert sorted(whole) == list(range(len(texts)))
@@ -34,18 +34,18 @@ def test_no_process_has_more_than_its_part_and_one_text(texts, world):
 
     def cost(numbers):
         beginnings = {texts[number][:end] for number in numbers for end in range(1, len(texts[number]) + 1)}
-        return len(beginnings) + sharing.EACH * len(numbers)
+        return len(beginnings) + sharing.REQUEST_COST * len(numbers)
 
-    parts = shares(texts, world)
-    # What the first text of a stretch shares with the one before it is computed twice.
-    most = cost(range(len(texts))) / world + 2 * max((len(text) for text in texts), default=0) + sharing.EACH
+    parts = split_requests(texts, world)
+    # What the first text of a part shares with the one before it is computed twice.
+    most = cost(range(len(texts))) / world + 2 * max((len(text) for text in texts), default=0) + sharing.REQUEST_COST
     assert all(cost(part) <= most + 1e-6 for part in parts)
 
 
 def test_a_common_beginning_stays_together():
     first, second = "x" * 500, "y" * 500
     texts = [beginning + str(number) for number in range(40) for beginning in (first, second)]
-    parts = shares(texts, 2)
+    parts = split_requests(texts, 2)
     assert {texts[number][0] for number in parts[0]} == {"x"}
     assert {texts[number][0] for number in parts[1]} == {"y"}
 
@@ -56,17 +56,17 @@ def evaluated(folder, tasks, out):
     asked = []
     with joined_processes("cpu") as processes:
         os.environ["LOCAL_RANK"] = str(processes.rank)  # as torchrun does, which lm-eval looks at
-        plain = sharing._divided
+        plain = sharing._distributed
 
         def counted(ask, group):
             return plain(lambda requests, **options: asked.append(len(requests)) or ask(requests, **options), group)
 
-        sharing._divided = counted
+        sharing._distributed = counted
         try:
             options = {"include_path": str(tasks), "log_samples": True, "progress": False}
             results = neox.evaluate(folder, ALL, out, processes=processes, **options)
         finally:
-            sharing._divided = plain
+            sharing._distributed = plain
     if not results:
         return None, None, sum(asked)
     answers = {
