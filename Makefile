@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-online lint benchmark clean
+.PHONY: quickstart test test-slow test-online lint reference benchmark clean
 
 # Stamps, so that a second call does not install again; a changed pin does.
 $(VENV)/.hf: pyproject.toml constraints.txt
@@ -34,6 +34,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The tables of options in the guides, from the options' descriptions.
+reference: $(VENV)/.dev
+	$(BIN)/python -m neox.cli.reference docs/*.md
 
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/train_cpu.py

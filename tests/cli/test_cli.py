@@ -93,13 +93,13 @@ def test_show_does_not_load_torch():
     assert python(code).splitlines()[-1] == "False"
 
 
-def test_help_takes_less_than_half_a_second():
+def test_help_is_fast():
     def once() -> float:
         started = time.perf_counter()
         assert run("--help").returncode == 0
         return time.perf_counter() - started
 
-    assert min(once() for _ in range(3)) < 0.5
+    assert min(once() for _ in range(5)) < 0.15
 
 
 # --- show ------------------------------------------------------------------------------------------------------------

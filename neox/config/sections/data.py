@@ -25,9 +25,9 @@ class BPEConfig(Section):
     vocab_size: Positive = 8192
     """Number of tokens of a trained tokenizer, special tokens included; fewer if the text has too few merges."""
     special_tokens: Strings = ()
-    """Special tokens of a trained tokenizer after <|endoftext|> and <|padding|>, in this order."""
+    """Special tokens of a trained tokenizer: ids 2, 3, .. after <|endoftext|> = 0 and <|padding|> = 1."""
     space_runs: NotNegative = 24
-    """Longest run of spaces that a trained tokenizer has as one token; 0 = no such tokens."""
+    """Longest run of spaces that a trained tokenizer has as one token, at the end of the ids; 0 = no such tokens."""
     digits: Literal["joined", "single"] = "joined"
     """Digits in a trained tokenizer: joined splits text as GPT-2 does, single lets no token hold two digits."""
     normalizer: Literal["nfc", "none"] = "nfc"

@@ -34,7 +34,7 @@ class ModelConfig(Section):
     rotary_emb_base: float = Field(default=10000.0, gt=0)
     """Base of the geometric sequence of rotary frequencies."""
     layer_norm_eps: float = Field(default=1e-5, gt=0)
-    """Added to the variance in every layer norm."""
+    """Term added to the variance in every layer norm."""
     use_parallel_residual: bool = True
     """Residual: true = x + attention(ln1(x)) + mlp(ln2(x)); false = attention, then MLP on its sum."""
     tie_word_embeddings: bool = False

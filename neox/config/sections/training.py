@@ -45,7 +45,7 @@ class TrainConfig(Section):
     rewind_after: Positive = 10
     """Loss spikes: consecutive skipped updates that rewind the run to its last valid checkpoint, past their data."""
     max_rewinds: NotNegative = 3
-    """Loss spikes: number of rewinds before the run ends with an error."""
+    """Loss spikes: number of rewinds before the run ends with an error; 0 = it ends instead of the first."""
     compile: Literal["auto", True, False] = "auto"
     """Compile each block with torch.compile: slow to start, fewer passes over memory afterwards; auto = on CUDA without
     tp, cp and pp."""

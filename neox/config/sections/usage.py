@@ -62,7 +62,7 @@ class SamplingConfig(Section):
     max_tokens: Positive = 128
     """Most new tokens per prompt; the end of the context ends the output too."""
     temperature: float = Field(default=1.0, ge=0)
-    """Divides the logits; 0 = greedy: the most likely token."""
+    """Divisor of the logits; 0 = greedy: the most likely token."""
     top_k: NotNegative = 0
     """Sample from the k most likely tokens; 0 = from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -72,16 +72,16 @@ class SamplingConfig(Section):
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Factor above 1: tokens of the prompt and of the output so far become less likely; 1 = off."""
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    """Subtracted from the logit of every token that the output already holds; -2 to 2."""
+    """Penalty subtracted from the logit of every token that the output already holds; -2 to 2."""
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    """Subtracted from a token's logit once for each time that the output already holds it; -2 to 2."""
+    """Penalty subtracted from a token's logit once for each time that the output already holds it; -2 to 2."""
     logit_bias: Biases = ()
     """Table of biases added to the logits, -100 to 100, keyed by token id or by a text that is one token:
     {" the" = -100, 262 = 5}."""
     seed: NotNegative = 1234
     """Seed of the sampling; the same seed and prompt give the same text."""
     stop: Strings = ()
-    """Texts that end the output; the output ends before the first of them. Several: ["\\n\\n", "Q:"]."""
+    """Texts that end the output before the first of them, also while streaming. Several: ["\\n\\n", "Q:"]."""
     stop_tokens: Annotated[tuple[NotNegative, ...], BeforeValidator(listed)] = ()
     """Token ids that end the output and are left out of it: [187, 535]."""
     stop_at_eod: bool = True
@@ -95,7 +95,8 @@ class SamplingConfig(Section):
     logprobs: OptionalInt = Field(default=None, ge=0)
     """Record each token's log-probability and those of this many alternatives; none = record nothing."""
     echo: bool = False
-    """Begin text and log-probabilities with the prompt's; the first token has no log-probability."""
+    """Begin text and log-probabilities with the prompt's (an empty one's is the end-of-document token); the first token
+    has log-probability null."""
 
     @field_validator("stop")
     @classmethod
@@ -111,7 +112,7 @@ class GenerateConfig(SamplingConfig):
     n: Positive = 1
     """Samples per prompt; sample k of all draws with seed + k."""
     slots: Positive = 8
-    """Sequences generated at the same time."""
+    """Sequences generated at the same time; more is faster until memory or cores run out."""
 
 
 class LoadingConfig(Section):
@@ -119,7 +120,7 @@ class LoadingConfig(Section):
 
     weights: str = "auto"
     """Form of the weights: auto loses nothing; torch = layers of torch; fp16, bf16, int8, int4, float8 and more: see
-    docs/weights.md."""
+    docs/weights.md. int8 and int4 change the output."""
     device: str = "auto"
     """Device: cpu, cuda or mps; auto = an accelerator if there is one."""
     dtype: str | None = None
