@@ -1,6 +1,7 @@
-"""The layer table: imports go down only, siblings never import each other."""
+"""The layer table: imports go down only, siblings never import each other; and how much code a reader has to open."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,83 @@ def test_a_planted_violation_is_caught(path, source):
 )
 def test_what_is_allowed_passes(path, source):
     assert violations({path: source}) == []
+
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+def modules() -> dict[str, Path]:
+    """Files of the package by their dotted names."""
+    named = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def always_imported(tree: ast.AST) -> list[str]:
+    """Dotted names that a module imports when it is imported itself: not in a function, not for type checking."""
+    names = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            names += [name for branch in node.orelse for name in always_imported(ast.Module([branch], []))]
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            names += always_imported(node)
+    return names
+
+
+def lazy_names(tree: ast.AST) -> dict[str, str]:
+    """A package's table of names that it resolves on first use: an import of one imports its module after all."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOME":
+            return ast.literal_eval(node.value)
+    return {}
+
+
+def reached(start: str) -> list[Path]:
+    """Files that an import of `start` reads, the packages on the way included."""
+    files, seen, waiting = modules(), set(), [start]
+    trees = {name: ast.parse(path.read_text()) for name, path in files.items()}
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for name in always_imported(trees[module]):
+            package, _, attribute = name.rpartition(".")
+            if package in trees and attribute in (lazy := lazy_names(trees[package])):
+                waiting.append(lazy[attribute])
+            while name:
+                if name in trees:
+                    waiting.append(name)
+                name = name.rpartition(".")[0]
+    return sorted(files[module] for module in seen)
+
+
+def lines(files) -> int:
+    return sum(len(path.read_text().splitlines()) for path in files)
+
+
+def test_what_the_trainer_imports_can_be_read():
+    files = reached("neox.train.trainer")
+    listed = "\n".join(f"{lines([path]):5} {path.relative_to(PACKAGE)}" for path in files)
+    said = f"neox.train.trainer reaches {len(files)} files, {lines(files)} lines:\n{listed}"
+    assert len(files) <= 60, said
+    assert lines(files) <= 9_500, said
+    assert PACKAGE / "data" / "loader.py" in files, "imported by a name that neox.data resolves lazily"
+
+
+def test_a_file_name_stands_for_one_file():
+    counts = Counter(path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
+def test_the_root_holds_rooms_and_the_tokenizer():
+    python = ("__init__.py", "__main__.py", "__pycache__", "py.typed")  # what Python and its tools want there
+    entries = sorted(path.name for path in PACKAGE.iterdir() if path.name not in python)
+    assert len(entries) <= 16, entries

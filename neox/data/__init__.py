@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from neox.data.datasets import Datasets, build_datasets
@@ -27,10 +28,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Loader and Batch on first use: they import torch, which `prepare` has no need to wait for."""
-    if name in ("Batch", "Loader"):
-        from neox.data import loader
+_HOME = {"Batch": "neox.data.loader", "Loader": "neox.data.loader"}
 
-        return getattr(loader, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    """Resolve Loader and Batch on first use: they import torch, which `prepare` has no need to wait for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -13,7 +13,6 @@ from neox.config import Config, DataConfig
 from neox.data.blend import BlendedDataset, shares
 from neox.data.manifest import Manifest
 from neox.data.split import Documents, split, whole
-from neox.data.weights import blend_weights
 from neox.data.windows import Dataset, TokenDataset
 
 
@@ -65,7 +64,11 @@ def build_datasets(
     else:
         parts, held_out = whole(train), whole(valid)
     num_samples = data.num_samples or train_samples
-    weights = blend_weights(data, parts)
+    weights = data.weights
+    if data.weigh != "given":
+        from neox.data.weights import blend_weights
+
+        weights = blend_weights(data, parts)
     first = tuple(began) if weights else ()
     first = first or weights
     dataset: Dataset

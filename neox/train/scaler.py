@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from neox.config import Config
+from neox.config import OptimConfig
 
 FACTOR = 2.0
 LONGEST = 50
@@ -65,11 +65,8 @@ class LossScaler:
 _STATE: dict[str, type] = {"scale": float, "tolerated": int, "step": int, "last_overflow": int, "skipped": int}
 
 
-def build_scaler(config: Config, state: dict[str, Any]) -> LossScaler | None:
-    """The scaler that a config asks for, none but in fp16; it goes on from `state`, where there is any."""
-    if config.train.dtype != "fp16":
-        return None
-    optim = config.optim
+def build_scaler(optim: OptimConfig, state: dict[str, Any]) -> LossScaler:
+    """The scaler that a config asks for; it goes on from `state`, where there is any."""
     scaler = LossScaler(optim.loss_scale, optim.loss_scale_window, optim.loss_scale_hysteresis, optim.loss_scale_min)
     if state:
         scaler.load(state)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from neox.data.provenance import Sources
 from neox.data.windows import Dataset
 from neox.system.processes import Processes
 from neox.train.goodput import Goodput
-from neox.train.scaler import build_scaler
 from neox.train.spikes import SpikeDetector
+
+if TYPE_CHECKING:
+    from neox.train.scaler import LossScaler
 
 
 class TrainState:
@@ -40,7 +42,7 @@ class TrainState:
         self.config, self.order, self.goodput, self.weights = config, order, goodput, weights
         self.step = 0  # steps done
         self.updates = 0  # of them applied
-        self.scaler = build_scaler(config, {})
+        self.scaler = _loss_scaler(config, {})
         self.spikes = SpikeDetector(config.train)
         self.loader = Loader(dataset, config.train.global_batch_size)
         self.consumed = ConsumedSamples()
@@ -73,7 +75,7 @@ class TrainState:
         step, samples = state["step"], state["samples"]
         try:
             updates = int(state["updates"])
-            scaler = build_scaler(self.config, state["loss_scaler"])
+            scaler = _loss_scaler(self.config, state["loss_scaler"])
             spikes = SpikeDetector(self.config.train, state["spikes"])
             over = [(int(first), int(last)) for first, last in state["stepped_over"]]
             seconds = dict(state["seconds"])
@@ -116,6 +118,15 @@ class TrainState:
             reason = reason or "another process found the step bad"
         self.spikes.record(mean, total, reason is not None)
         return mean, total, reason
+
+
+def _loss_scaler(config: Config, state: dict[str, Any]) -> "LossScaler | None":
+    """Loss scaler of an fp16 run, None for other precisions."""
+    if config.train.dtype != "fp16":
+        return None
+    from neox.train.scaler import build_scaler
+
+    return build_scaler(config.optim, state)
 
 
 class ConsumedSamples:

@@ -35,7 +35,6 @@ from neox.train.goodput import Goodput
 from neox.train.lr_schedule import lr_factor
 from neox.train.memory import out_of_memory_explained, remembered_allocations
 from neox.train.metrics import Meter, make_row
-from neox.train.norms import copies, norms, update_norms
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
 from neox.train.run_directory import StopSignals, discard, is_evaluated, opened
 from neox.train.sinks import Sinks, build_sinks, check_trackers
@@ -231,6 +230,8 @@ class Trainer:
         more, self.news = self.news, {}
         with_norms = config.log.norms and self._logged(self.step + 1)
         if with_norms:
+            from neox.train.norms import copies, norms, update_norms
+
             more |= norms(self.parts, loss_scale, self.layout)
         total = clip_gradients(self.parts, config.optim.clip, loss_scale, self.layout)
         loss, norm, bad = state.check(mean, total, self.processes) if config.train.guard else (mean, total, None)
