@@ -301,7 +301,7 @@ def test_a_missing_library_is_named(monkeypatch):
 
 def test_the_guides_examples_work_as_printed(engine, tmp_path, monkeypatch, capsys):
     guide = (Path(__file__).resolve().parents[2] / "docs" / "generation.md").read_text()
-    section = guide.partition("## Output of a given form\n")[2].partition("\n## ")[0]
+    section = guide.partition("## Constrained output\n")[2].partition("\n## ")[0]
     blocks = dict(re.findall(r"```(\w*)\n(.*?)```", section, re.DOTALL))
     monkeypatch.chdir(tmp_path)
     neox.save(engine.model, "hf", engine.tokenizer)
