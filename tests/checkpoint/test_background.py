@@ -71,7 +71,7 @@ def saver(folder, **options) -> Saver:
 # --- the state of the moment -----------------------------------------------------------------------------------------
 
 
-def test_what_is_changed_after_the_call_is_not_saved(tmp_path, model, gate):
+def test_asynchronous_save_holds_the_state_of_the_call(tmp_path, model, gate):
     optimizers = build_optimizers([model], CONFIG.optim)
     model(torch.tensor([[1, 2, 3]])).square().mean().backward()
     optimizers[0].step()
@@ -104,7 +104,7 @@ def each_step(tmp_path_factory):
     return folder / "run"
 
 
-def test_every_step_is_that_of_a_run_that_waits(each_step, tmp_path):
+def test_asynchronous_checkpoints_equal_synchronous_ones(each_step, tmp_path):
     run = cut_back(each_step, tmp_path / "run", 1)
     assert cli.main(["train", f"resume={run}", LATER]) == 0
     assert_same_run(run, each_step, tmp_path)
@@ -114,7 +114,7 @@ def test_every_step_is_that_of_a_run_that_waits(each_step, tmp_path):
         assert_same_step(mine, theirs, tmp_path)
 
 
-def test_what_a_save_costs_is_in_a_later_row(each_step, tmp_path):
+def test_rows_have_the_seconds_of_asynchronous_saves(each_step, tmp_path):
     run = cut_back(each_step, tmp_path / "run", 1)
     assert cli.main(["train", f"resume={run}", LATER]) == 0
     for folder, first in ((run, 3), (each_step, 2)):
@@ -128,7 +128,7 @@ def test_what_a_save_costs_is_in_a_later_row(each_step, tmp_path):
 # --- one at a time, and the last one too ------------------------------------------------------------------------------
 
 
-def test_the_next_save_waits_for_the_one_in_flight(tmp_path, model, gate):
+def test_the_next_asynchronous_save_waits_for_the_one_in_flight(tmp_path, model, gate):
     with saver(tmp_path) as background:
         background.save([model], [], CONFIG, state(1))
         background.poll()  # does not wait
@@ -140,7 +140,7 @@ def test_the_next_save_waits_for_the_one_in_flight(tmp_path, model, gate):
     assert len(complete_steps(tmp_path)) == 2
 
 
-def test_older_ones_go_when_the_newer_is_whole(tmp_path, model, gate):
+def test_keep_last_removes_older_checkpoints_when_the_newer_is_complete(tmp_path, model, gate):
     gate.set()
     with saver(tmp_path, keep_last=1) as background:
         background.save([model], [], CONFIG, state(1))
@@ -158,14 +158,14 @@ def save_and_raise(folder, model, error: BaseException) -> None:
         raise error
 
 
-def test_an_error_of_the_run_does_not_lose_what_was_saved_before_it(tmp_path, model, gate):
+def test_an_error_of_the_run_does_not_lose_the_asynchronous_save_before_it(tmp_path, model, gate):
     threading.Timer(0.1, gate.set).start()
     with pytest.raises(ValueError, match="elsewhere"):
         save_and_raise(tmp_path, model, ValueError("elsewhere"))
     assert is_valid(complete_steps(tmp_path)[0])
 
 
-def test_an_interrupt_does_not_wait(tmp_path, model, gate):
+def test_a_keyboard_interrupt_does_not_wait_for_the_asynchronous_save(tmp_path, model, gate):
     with pytest.raises(KeyboardInterrupt):
         save_and_raise(tmp_path, model, KeyboardInterrupt())
     assert "done" not in gate.order
@@ -173,7 +173,7 @@ def test_an_interrupt_does_not_wait(tmp_path, model, gate):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_with_its_last_save_done(each_step, tmp_path, number):
+def test_a_signal_ends_the_run_with_its_asynchronous_save_complete(each_step, tmp_path, number):
     run = cut_back(each_step, tmp_path / "run", 1)
     process = Forked(tmp_path / "log", f"resume={run}", "steps=100000", LATER)
     wait_for(lambda: len(complete(run)) > 3, process)
@@ -195,7 +195,7 @@ def poll_on(background: Saver) -> None:
         background.poll()
 
 
-def test_a_failed_write_is_said_at_the_next_step(tmp_path, model, monkeypatch):
+def test_a_failed_asynchronous_save_is_raised_at_the_next_step(tmp_path, model, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -234,7 +234,7 @@ def fit(*each: Config) -> None:
         Trainer(settings, quiet=True).fit()
 
 
-def test_several_processes(tmp_path):
+def test_asynchronous_save_of_several_processes(tmp_path):
     options = (*TINY, f"data.train={token_pair(tmp_path / 'train')}", "steps=3", "checkpoint.every=1")
     runs = [load_config(overrides=(*options, f"out={tmp_path / name}", *more)) for name, more in RUNS.items()]
     together(2, tmp_path / "ranks", fit, *runs)

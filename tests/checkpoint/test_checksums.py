@@ -49,7 +49,7 @@ def flip(path, draw=None):
     path.write_bytes(content)
 
 
-def test_the_table_is_as_described(whole):
+def test_checksums_json_is_as_described(whole):
     step = complete_steps(whole)[-1]
     assert {path.name for path in step.iterdir()} == FILES
     table = json.loads((step / "checksums.json").read_text())
@@ -71,7 +71,7 @@ def test_the_table_is_as_described(whole):
     assert sum(tensor.numel() for tensor in found) == sum(tensor.numel() for tensor in stored.values())
 
 
-def test_every_flipped_byte_is_noticed(whole, tmp_path):
+def test_every_flipped_byte_fails_its_checksum(whole, tmp_path):
     step = shutil.copytree(whole / "step_00000006", tmp_path / "step_00000006")
     read_all(step)
     draw = random.Random(3)
@@ -89,21 +89,22 @@ def test_every_flipped_byte_is_noticed(whole, tmp_path):
     assert is_valid(step)
 
 
-@pytest.mark.parametrize("name", sorted(FILES - {".metadata"}))  # without it, it is no checkpoint
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.9999, None])
-def test_a_file_that_is_cut_or_missing(whole, tmp_path, name, share):
+def test_a_truncated_or_missing_file_fails_its_checksum(whole, tmp_path):
     step = shutil.copytree(whole / "step_00000006", tmp_path / "step_00000006")
-    path = step / name
-    content = path.read_bytes()
-    path.unlink()
-    if share is not None:
-        path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(DamagedCheckpoint) as caught:
-        read_all(step)
-    assert str(caught.value).startswith(f"{path}: ")
+    for name in sorted(FILES - {".metadata"}):  # without .metadata the checkpoint is incomplete
+        path = step / name
+        content = path.read_bytes()
+        for share in (0.0, 0.5, 0.9999, None):
+            path.unlink()
+            if share is not None:
+                path.write_bytes(content[: int(share * len(content))])
+            with pytest.raises(DamagedCheckpoint) as caught:
+                read_all(step)
+            assert str(caught.value).startswith(f"{path}: "), share
+            path.write_bytes(content)
 
 
-def test_a_wrong_tensor_is_named(whole, tmp_path):
+def test_a_failed_checksum_names_the_tensor(whole, tmp_path):
     step = shutil.copytree(whole / "step_00000006", tmp_path / "step_00000006")
     sums = Checksums(step)
     (file, offset), _ = list(sums.pieces.items())[5]
@@ -120,7 +121,7 @@ def test_a_wrong_tensor_is_named(whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "state.json", ".metadata"])
-def test_a_resumed_run_takes_the_one_before(run, whole, tmp_path, capsys, name):
+def test_resume_falls_back_from_a_damaged_checkpoint(run, whole, tmp_path, capsys, name):
     flip(run / "step_00000004" / name)
     assert cli.main(["train", f"resume={run}", "checkpoint.keep_last=2"]) == 0
     err = capsys.readouterr().err
@@ -132,7 +133,7 @@ def test_a_resumed_run_takes_the_one_before(run, whole, tmp_path, capsys, name):
     assert_same_run(run, whole, tmp_path)
 
 
-def test_a_damaged_one_does_not_outlive_the_good_one(run, capsys):
+def test_keep_last_does_not_count_a_damaged_checkpoint(run, capsys):
     """It counts no longer: else keep_last would let the good one go that the run goes on from."""
     flip(run / "step_00000004" / "__0_0.distcp")
     assert cli.main(["train", f"resume={run}", "steps=3", "checkpoint.keep_last=1"]) == 0
@@ -140,7 +141,7 @@ def test_a_damaged_one_does_not_outlive_the_good_one(run, capsys):
     assert (run / "step_00000004" / ".metadata.damaged").exists()
 
 
-def test_a_finished_run_whose_last_one_is_damaged(whole, tmp_path, capsys):
+def test_resume_of_a_finished_run_rewrites_its_damaged_checkpoint(whole, tmp_path, capsys):
     run = cut_back(whole, tmp_path / "run", 6)
     flip(run / "step_00000006" / "__0_0.distcp")
     assert cli.main(["train", f"resume={run}"]) == 0
@@ -150,7 +151,7 @@ def test_a_finished_run_whose_last_one_is_damaged(whole, tmp_path, capsys):
     assert "finished at step 6" in capsys.readouterr().out
 
 
-def test_all_damaged(run, capsys):
+def test_all_checkpoints_damaged_is_one_line(run, capsys):
     for step in complete_steps(run):
         flip(step / "__0_0.distcp")
     before = {path: path.read_bytes() for path in run.rglob("step_*/*")}
@@ -165,7 +166,7 @@ def test_all_damaged(run, capsys):
         neox.load(run)
 
 
-def test_load_and_convert_take_the_one_before(run, tmp_path, capsys):
+def test_load_and_convert_fall_back_from_a_damaged_checkpoint(run, tmp_path, capsys):
     newest, older = complete_steps(run)[::-1]
     good = neox.load(newest)[0]
     assert torch.equal(neox.load(run)[0].embed_in.weight, good.embed_in.weight)
@@ -195,7 +196,7 @@ def test_a_config_that_does_not_fit_is_the_users_error(run, capsys):
     assert "warning" not in err
 
 
-def test_the_config_of_a_copied_run_comes_from_a_sound_step(run, whole, tmp_path):
+def test_the_config_of_a_copied_run_comes_from_a_valid_checkpoint(run, whole, tmp_path):
     (run / "config.toml").unlink()
     (run / "step_00000004" / "config.toml").write_bytes(b"\x00" * 40)
     assert cli.main(["train", f"resume={run}"]) == 0

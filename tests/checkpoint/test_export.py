@@ -31,7 +31,7 @@ def step(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("kind", [{}, {"tie_word_embeddings": True}, GPT_J, GPT_NEO], ids=["neox", "tied", "j", "neo"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_files_are_those_of_a_model_that_is_saved(tmp_path, step, tokenizer, kind, dtype):
+def test_converted_files_equal_those_of_a_saved_model(tmp_path, step, tokenizer, kind, dtype):
     model, folder = step(**kind)
     count = convert(folder.parent, tmp_path / "streamed", dtype, SHARD)
     assert count == sum(parameter.numel() for parameter in model.parameters())
@@ -44,7 +44,7 @@ def test_the_files_are_those_of_a_model_that_is_saved(tmp_path, step, tokenizer,
 
 
 @torch.no_grad()
-def test_transformers_reads_it(tmp_path, step):
+def test_transformers_loads_a_converted_run(tmp_path, step):
     from transformers import AutoModelForCausalLM
 
     model, folder = step()
@@ -54,7 +54,7 @@ def test_transformers_reads_it(tmp_path, step):
     torch.testing.assert_close(theirs(tokens()).logits, model.eval()(tokens()), rtol=0, atol=1e-5)
 
 
-def test_memory_holds_one_shard(tmp_path, step, monkeypatch):
+def test_convert_holds_one_shard_in_memory(tmp_path, step, monkeypatch):
     model, folder = step(num_hidden_layers=6)
     alive, peak = [], 0
     plain = StepWeights.read
@@ -74,7 +74,7 @@ def test_memory_holds_one_shard(tmp_path, step, monkeypatch):
     assert peak <= largest
 
 
-def test_sizes(capsys, tmp_path):
+def test_shard_size_is_parsed(capsys, tmp_path):
     assert [parse_bytes(text) for text in ("5GB", "500MB", "1.5k", "70", "2T")] == [5e9, 5e8, 1500, 70, 2e12]
     for text in ("", "GB", "-1", "0", "5 apples", "1.2.3"):
         with pytest.raises(ValueError, match="write it as 5GB or 500MB"):

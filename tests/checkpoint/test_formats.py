@@ -32,7 +32,7 @@ class TorchFile(WeightSource):
 
 
 @pytest.mark.parametrize("flags", [{}, GPT_J], ids=["gpt_neox", "gptj"])
-def test_a_format_of_one_class_is_loaded_begun_from_and_converted(tmp_path, monkeypatch, flags):
+def test_a_weight_format_of_one_class_loads_starts_a_run_and_converts(tmp_path, monkeypatch, flags):
     model = ours(**flags).half()
     folder = tmp_path / "model"
     folder.mkdir()

@@ -57,7 +57,7 @@ def run(layout: Layout, folder: Path, function, *each: Config) -> None:
 
 
 @pytest.mark.parametrize("names", [("one", "fsdp2"), pytest.param(tuple(LAYOUTS), marks=pytest.mark.slow)])
-def test_the_matrix_of_saving_and_resuming(tmp_path, names):
+def test_resharding_matrix_of_saving_and_resuming(tmp_path, names):
     token_pair(tmp_path / "train")
     layouts = {name: LAYOUTS[name] for name in names}
     for name, layout in layouts.items():
@@ -116,7 +116,7 @@ def option(key: str, value: object) -> str:
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "gptj", "gpt_neo"])
 @pytest.mark.parametrize("shards", [1, 8])
-def test_a_run_begins_with_the_weights_of_a_folder(tmp_path, kind, shards):
+def test_train_init_from_a_hugging_face_folder(tmp_path, kind, shards):
     model = ours(seed=3, **{"gpt_neox": {}, "gptj": GPT_J, "gpt_neo": GPT_NEO}[kind])
     neox.save(model, tmp_path / "hf", shard_bytes=10**9 if shards == 1 else 40_000)
     shape = [option(key, value) for key, value in model.config]
@@ -136,7 +136,7 @@ def test_a_run_begins_with_the_weights_of_a_folder(tmp_path, kind, shards):
             assert held <= sum(p.numel() for p in expected.values()) / world + 4 * size * 8
 
 
-def test_a_run_begins_with_the_weights_of_another_run(tmp_path, capsys):
+def test_train_init_from_another_run(tmp_path, capsys):
     token_pair(tmp_path / "train")
     fit(settings(tmp_path, "first"))
     model, _ = neox.load(tmp_path / "first")
@@ -165,7 +165,7 @@ def test_a_run_begins_with_the_weights_of_another_run(tmp_path, capsys):
         (("train.init=nowhere",), ("nowhere: no such folder",)),
     ],
 )
-def test_weights_that_do_not_fit(tmp_path, capsys, tokenizer, options, words):
+def test_train_init_with_weights_of_another_model(tmp_path, capsys, tokenizer, options, words):
     folder = released.write(tmp_path / "hf", released.CONFIG_PYTHIA, released.state(3), "sharded", tokenizer)
     shape = [option(key, value) for key, value in neox.load(folder)[0].config]
     token_pair(tmp_path / "train")
@@ -181,7 +181,7 @@ def test_weights_that_do_not_fit(tmp_path, capsys, tokenizer, options, words):
     one_line(capsys.readouterr().err, *words)
 
 
-def test_what_the_hint_says_fits(tmp_path, tokenizer):
+def test_train_init_fits_with_the_options_of_the_error(tmp_path, tokenizer):
     folder = released.write(tmp_path / "hf", released.CONFIG_PYTHIA, released.state(3), "sharded", tokenizer)
     token_pair(tmp_path / "train")
     with pytest.raises(CheckpointError) as caught:
@@ -192,7 +192,7 @@ def test_what_the_hint_says_fits(tmp_path, tokenizer):
     assert all(torch.equal(value, found[name]) for name, value in neox.load(folder)[0].named_parameters())
 
 
-def test_a_damaged_shard(tmp_path, tokenizer):
+def test_train_init_names_a_damaged_shard(tmp_path, tokenizer):
     folder = released.write(tmp_path / "hf", released.CONFIG_PYTHIA, released.state(3), "sharded", tokenizer)
     model = neox.load(folder)[0]
     shard = sorted(folder.glob("*.safetensors"))[1]

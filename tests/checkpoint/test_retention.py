@@ -41,7 +41,7 @@ def test_the_newest_always_stay(steps, last, every, early):
     assert not any(every and step % every == 0 for step in gone)
 
 
-def test_a_run_keeps_what_was_asked_for(tmp_path):
+def test_keep_last_and_keep_every_of_a_run(tmp_path):
     options = (*TINY, f"data.train={token_pair(tmp_path / 'train')}", "steps=9", f"out={tmp_path / 'run'}")
     kept = ("checkpoint.every=2", "checkpoint.early=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4")
     Trainer(load_config(overrides=(*options, *kept)), quiet=True).fit()

@@ -82,7 +82,7 @@ def refused(capsys, run: Path, *words: str, options: tuple[str, ...] = ()) -> No
 # --- any complete step continues the run -----------------------------------------------------------------------------
 
 
-def test_every_complete_step_gives_the_same_continuation(each_run, tmp_path):
+def test_resume_from_any_checkpoint_is_bit_exact(each_run, tmp_path):
     steps = [int(path.name.removeprefix("step_")) for path in complete(each_run)]
     assert steps == [2, 4, 6]
     for step in steps[:-1]:
@@ -92,7 +92,7 @@ def test_every_complete_step_gives_the_same_continuation(each_run, tmp_path):
         assert_same_run(copy, each_run, tmp_path)
 
 
-def test_half_a_step_is_passed_over_and_replaced(run, whole, tmp_path):
+def test_an_incomplete_checkpoint_is_ignored_and_replaced(run, whole, tmp_path):
     half = run / "step_00000006"
     shutil.copytree(run / "step_00000004", half)
     (half / ".metadata").rename(half / ".metadata.tmp")
@@ -106,21 +106,21 @@ def test_half_a_step_is_passed_over_and_replaced(run, whole, tmp_path):
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 5, "lo', b"\x00" * 40, b"7\n", b'{"other": 1}\n', b""])
-def test_rows_beyond_the_checkpoint_and_a_cut_row_are_dropped(run, whole, tmp_path, tail):
+def test_resume_drops_rows_beyond_the_checkpoint_and_a_cut_row(run, whole, tmp_path, tail):
     metrics = run / "metrics.jsonl"
     metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:5]) + tail)
     assert cli.main(["train", f"resume={run}"]) == 0
     assert_same_run(run, whole, tmp_path)
 
 
-def test_the_config_beside_a_step_stands_in_for_that_of_the_run(run, whole, tmp_path):
+def test_resume_without_the_run_s_config_takes_that_of_its_checkpoint(run, whole, tmp_path):
     (run / "config.toml").unlink()
     assert cli.main(["train", f"resume={run}"]) == 0
     assert_same_run(run, whole, tmp_path)
     assert load_config(files=[run / "config.toml"]).train.steps == STEPS
 
 
-def test_what_is_changed_on_resuming_stays_changed(run):
+def test_options_changed_on_resume_stay_changed(run):
     """Also when the process is killed before its first checkpoint: the next resume needs no reminding."""
     assert cli.main(["train", f"resume={run}", "steps=5"]) == 0
     assert load_config(files=[run / "config.toml"]).train.steps == 5
@@ -130,18 +130,17 @@ def test_what_is_changed_on_resuming_stays_changed(run):
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.999])
-def test_cut_tensors(only, capsys, keep):
+def test_a_truncated_or_missing_tensor_file(only, capsys):
     file = only / "step_00000004" / "__0_0.distcp"
-    content = file.read_bytes()
-    file.write_bytes(content[: int(keep * len(content))])
-    refused(capsys, only, "no checkpoint can be used, 1 damaged", "has .* bytes, .* were written", "begin the run anew")
-    seal(only / "step_00000004")
-    refused(capsys, only, "step_00000004: cannot be read")
-
-
-def test_missing_tensor_file(only, capsys):
-    (only / "step_00000004" / "__0_0.distcp").unlink()
+    content, table = file.read_bytes(), (file.parent / "checksums.json").read_bytes()
+    for keep in (0.0, 0.3, 0.999):
+        file.write_bytes(content[: int(keep * len(content))])
+        words = "no checkpoint can be used, 1 damaged", "has .* bytes, .* were written", "begin the run anew"
+        refused(capsys, only, *words)
+        seal(file.parent)
+        refused(capsys, only, "step_00000004: cannot be read")
+        (file.parent / "checksums.json").write_bytes(table)
+    file.unlink()
     refused(capsys, only, "__0_0.distcp: is missing", "restore one from a copy")
 
 
@@ -215,26 +214,19 @@ def test_flipped_bytes_of_metadata_are_refused_or_harmless(whole, tmp_path):
     assert 20 < refusals < 150
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"format_version": 9}, ("format version 9, this neox reads 1: upgrade neox",)),
-        ({"step": "four"}, ("state.json: step or samples is no number",)),
-        ({"samples": 17}, ("a step: a run keeps its train.global_batch_size",)),
-    ],
-)
-def test_state(only, capsys, change, words):
+def test_a_wrong_state_json_is_one_line(only, capsys):
     file = only / "step_00000004" / "state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    seal(file.parent)
-    refused(capsys, only, *words)
-
-
-def test_state_that_is_cut(only, capsys):
-    file = only / "step_00000004" / "state.json"
-    file.write_text(file.read_text()[:20])
-    seal(file.parent)
-    refused(capsys, only, "state.json: not valid JSON")
+    good = json.loads(file.read_text())
+    for content, words in (
+        (json.dumps(good | {"format_version": 9}), "format version 9, this neox reads 1: upgrade neox"),
+        (json.dumps(good | {"step": "four"}), "state.json: step or samples is no number"),
+        (json.dumps(good | {"samples": 17}), "a step: a run keeps its train.global_batch_size"),
+        (json.dumps({key: value for key, value in good.items() if key != "read"}), "state.json: cannot be read"),
+        (json.dumps(good)[:20], "state.json: not valid JSON"),
+    ):
+        file.write_text(content)
+        seal(file.parent)
+        refused(capsys, only, words)
 
 
 def test_config_with_an_unknown_key_names_file_and_line(only, capsys):

@@ -40,7 +40,7 @@ def folder_of(kind: str, model, path):
 
 @pytest.mark.parametrize("kind", ["huggingface", "run"])
 @pytest.mark.parametrize("flags", [{}, {"tie_word_embeddings": True}, GPT_J, GPT_NEO])
-def test_every_linear_layer_is_given_once_with_its_weights(tmp_path, kind, flags):
+def test_transform_gets_every_layer_once_with_its_weights(tmp_path, kind, flags):
     model, ids = ours(**flags).eval(), tokens()
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
@@ -66,7 +66,7 @@ def test_every_linear_layer_is_given_once_with_its_weights(tmp_path, kind, flags
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["huggingface", "run"])
-def test_memory_holds_what_is_made_and_little_more(tmp_path, kind):
+def test_peak_memory_of_a_transformed_load_is_what_it_makes_and_little_more(tmp_path, kind):
     """1.2 GB of fp32 weights in 44 layers, each thrown away: anonymous memory stays below an eighth of that."""
     options = ["hidden_size=1024", "num_hidden_layers=24", "num_attention_heads=8", "model.vocab_size=512"]
     model = neox.GPTNeoX(load_config(overrides=options).model).initialize()
