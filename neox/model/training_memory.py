@@ -91,14 +91,13 @@ def stage_memory(
     output 4C, and the MLP before its activation F. The outputs of the norms and of the activation are recomputed.
     """
     model, train, parallel = config.model, config.train, config.parallel
-    c, v, tp, shards = model.hidden_size, model.vocab_size, parallel.tp, parallel.dp_shard or 1
+    c, v, tp, shards = model.hidden_size, model.vocab_size, parallel.tp, parallel.shards
     stage = stage_parameters(model, tp, layers, first, last)
     memory = state_memory(config, stage, shards)
     sharded, half = shards * parallel.dp_replicate > 1, train.dtype != "fp32"
     value = 2 if half else 4
     stream = value if sharded else 4  # the residual stream: autocast alone leaves it in fp32
-    share = -(-train.global_batch_size // (parallel.dp_replicate * shards))
-    tokens = min(train.micro_batch_size, share) * config.data.seq_length
+    tokens = config.microbatches[0] * config.data.seq_length
     per_token = _activations_per_token(config, sharded, value, stream)
     memory["activations"] = in_flight * layers * tokens * per_token + 2 * tokens * c * stream
     # A later stage received the input of its first block; the gradient comes in a buffer of its own.
