@@ -152,6 +152,8 @@ _NO_RECIPE = (
 )
 _FAMILY_NOTES: dict[str, tuple[str, ...]] = {
     "20b": (
+        "Run: recipes/neox-20b.toml repeats it (fp16, TP 2 x PP 4 x DP 12, ZeRO-1, checkpointed activations); "
+        "the preset alone resolves to fp32 on one device.",
         "Learning rate: 0.97e-4, as in gpt-neox's configs/20B.yml and the run log of gpt-neox issue #792. The paper "
         "and the model card print 0.97e-5, which is the config's min_lr.",
         "Batch: 1536 sequences = micro batch 4 x 32 accumulations x 12 data-parallel ranks (configs/20B.yml). "
