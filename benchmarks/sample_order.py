@@ -89,8 +89,8 @@ def opened(prefix):
     dataset.order(samples)
     rate = len(samples) * LENGTH / (time.perf_counter() - started)
     return {
-        "tokens": len(dataset.parts[0].tokens),
-        "documents": len(dataset.parts[0]),
+        "tokens": len(dataset.sources[0].tokens),
+        "documents": len(dataset.sources[0]),
         "open": seconds,
         "peak": peak,
         "more": peak - before,
@@ -111,7 +111,7 @@ def served(prefix):
             dataset.sample(np.arange(first, first + 64))
         count = -(-dataset.num_windows // 64) * 64
         rates.append(count * LENGTH / (time.perf_counter() - started))
-    return {"bytes": 2 * len(dataset.parts[0].tokens), "rate": float(np.median(rates))}
+    return {"bytes": 2 * len(dataset.sources[0].tokens), "rate": float(np.median(rates))}
 
 
 def python_loop(sizes, doc_idx, samples):

@@ -19,8 +19,8 @@ from neox.checkpoint import complete_steps, read_step
 from neox.config import Config, load_config
 from neox.corpus.for_training import named_files
 from neox.data import Datasets, Loader, build_datasets
-from neox.data.provenance import Origin, Sources
-from neox.data.windows import Dataset, Piece
+from neox.data.provenance import Origin, Provenance
+from neox.data.windows import Dataset, DocumentSpan
 from neox.tokenizer import Tokenizer
 from neox.train.state import initial_weights, with_blend_schedule
 
@@ -29,7 +29,7 @@ from neox.train.state import initial_weights, with_blend_schedule
 class Passage:
     """Decoded part of one document in a row."""
 
-    span: Piece
+    span: DocumentSpan
     file: str
     origin: Origin
     text: str
@@ -97,9 +97,9 @@ class SampleInspector:
         return self.loader.dataset
 
     @cached_property
-    def sources(self) -> list[Sources]:
+    def sources(self) -> list[Provenance]:
         """Provenance of the documents of each token file."""
-        return [Sources.of(part.file) for part in self.dataset.parts]
+        return [Provenance.of(part.file) for part in self.dataset.sources]
 
     def samples_before(self, step: int) -> int:
         """Number of samples that steps 1 to `step` read."""
@@ -116,11 +116,11 @@ class SampleInspector:
             tokens, spans = self.dataset.sample([numbers[row]])[0], self.dataset.trace([numbers[row]])[0]
             yield Row(row, int(numbers[row]), tokens, [self.passage(span) for span in spans])
 
-    def passage(self, span: Piece) -> Passage:
+    def passage(self, span: DocumentSpan) -> Passage:
         """Decode a document span and look up its provenance."""
-        part = self.dataset.parts[span.part]
+        part = self.dataset.sources[span.source]
         tokens = part.file.document(span.document)[span.offset : span.offset + span.tokens]
-        return Passage(span, part.file.bin.stem, self.sources[span.part][span.document], self.text(tokens))
+        return Passage(span, part.file.bin.stem, self.sources[span.source][span.document], self.text(tokens))
 
     def text(self, tokens: npt.NDArray[Any]) -> str:
         """Decode tokens; without a tokenizer, list their ids."""
@@ -129,10 +129,10 @@ class SampleInspector:
         known = self.tokenizer.vocab_size
         return self.tokenizer.decode([token for token in tokens.tolist() if token < known])
 
-    def document(self, name: str) -> Piece:
+    def document(self, name: str) -> DocumentSpan:
         """Span of a whole document, by NUMBER, or FILE:NUMBER if there are several files. Raises ValueError."""
         file, _, number = name.rpartition(":")
-        parts = self.dataset.parts
+        parts = self.dataset.sources
         matching = [n for n, part in enumerate(parts) if file in ("", part.file.bin.stem, str(part.file.bin)[:-4])]
         if not number.isdecimal() or len(matching) != 1:
             files = ", ".join(part.file.bin.stem for part in parts)
@@ -140,9 +140,9 @@ class SampleInspector:
         part = parts[matching[0]]
         if not part.first <= int(number) < part.last:
             raise ValueError(f"document={name}: {part.file.bin} has documents {part.first} to {part.last - 1} here")
-        return Piece(matching[0], int(number), 0, int(part.file.sizes[int(number)]))
+        return DocumentSpan(matching[0], int(number), 0, int(part.file.sizes[int(number)]))
 
-    def reads(self, span: Piece, until: int) -> list[tuple[int, int, int]]:
+    def reads(self, span: DocumentSpan, until: int) -> list[tuple[int, int, int]]:
         """(step, row, epoch) of each sample of steps 1 to `until` that holds any token of `span`; epochs from 1."""
         seen = self.dataset.seen(span, self.samples_before(until))
         where = self.loader.steps(seen[:, 0])

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neox.analysis.sample_inspector import SampleInspector
-from neox.data.windows import Dataset, Piece
+from neox.data.windows import Dataset, DocumentSpan
 
 CHUNK = 1 << 20  # tokens whose text is in memory at once
 FEW = 1 << 20  # up to so many samples, only their text is searched, not all of it
@@ -23,7 +23,7 @@ Range = tuple[int, int, int]
 class Hit:
     """Occurrence of the string in text that was read."""
 
-    span: Piece  # the tokens that hold it
+    span: DocumentSpan  # the tokens that hold it
     reads: list[tuple[int, int, int]]  # (step, row, epoch) of each sample that holds any of these tokens
 
 
@@ -48,7 +48,7 @@ class Search:
     @property
     def size(self) -> int:
         """Bytes of the token files to search."""
-        parts = self.inspector.dataset.parts
+        parts = self.inspector.dataset.sources
         return sum((stop - start) * parts[part].file.dtype.itemsize for part, start, stop in self.ranges)
 
     def hits(self, advance: Callable[[int], object] = int) -> Iterator[Hit]:
@@ -61,9 +61,9 @@ class Search:
                 if reads := self.inspector.reads(span, self.until):
                     yield Hit(span, reads)
 
-    def _matches(self, number: int, start: int, stop: int, advance: Callable[[int], object]) -> Iterator[Piece]:
+    def _matches(self, number: int, start: int, stop: int, advance: Callable[[int], object]) -> Iterator[DocumentSpan]:
         """Yield the spans that hold the string and begin among tokens start .. stop - 1 of a token file."""
-        part, pattern = self.inspector.dataset.parts[number], self.pattern
+        part, pattern = self.inspector.dataset.sources[number], self.pattern
         for first in range(start, stop, CHUNK):
             # A match that begins in this chunk ends at most len(pattern) tokens behind it.
             texts = self._texts(part.tokens[first : min(first + CHUNK + len(pattern), stop)])
@@ -76,9 +76,9 @@ class Search:
                 high = int(np.searchsorted(ends, at + len(pattern) - 1, side="right"))
                 if low >= CHUNK:
                     break
-                pieces = part.pieces(first + low, first + high + 1)
-                if len(pieces) == 1:  # not across the end of a document
-                    yield Piece(number, *pieces[0])
+                spans = part.spans(first + low, first + high + 1)
+                if len(spans) == 1:  # not across the end of a document
+                    yield DocumentSpan(number, *spans[0])
                 at = text.find(pattern, at + 1)
             advance((min(first + CHUNK, stop) - first) * part.file.dtype.itemsize)
 
@@ -95,16 +95,16 @@ def ranges(dataset: Dataset, samples: int, margin: int = 0) -> list[Range]:
 
     For few samples, their own tokens with `margin` tokens on either side; else all tokens.
     """
-    whole = [(number, 0, len(part.tokens)) for number, part in enumerate(dataset.parts)]
+    whole = [(number, 0, len(part.tokens)) for number, part in enumerate(dataset.sources)]
     if samples > FEW or samples * (dataset.seq_length + 1 + 2 * margin) >= sum(stop for _, _, stop in whole):
         return whole
     read = []
     for start in range(0, samples, BLOCK):
         traced = dataset.trace(np.arange(start, min(start + BLOCK, samples)))
         for span in (span for spans in traced for span in spans):
-            first = dataset.parts[span.part].place(span.document) + span.offset
-            stop = min(first + span.tokens + margin, whole[span.part][2])
-            read.append((span.part, max(0, first - margin), stop))
+            first = dataset.sources[span.source].place(span.document) + span.offset
+            stop = min(first + span.tokens + margin, whole[span.source][2])
+            read.append((span.source, max(0, first - margin), stop))
     merged: list[Range] = []
     for part, start, stop in sorted(read):
         if merged and merged[-1][0] == part and start <= merged[-1][2]:
@@ -140,12 +140,12 @@ def component_tokens(
     for step in range(until):
         for spans in inspector.dataset.trace(inspector.loader.samples(step)):
             for n, span in enumerate(spans):
-                key = span.part, inspector.sources[span.part][span.document].component
+                key = span.source, inspector.sources[span.source][span.document].component
                 # The first token of a row is not a label; where samples overlap it is the last label of another.
                 read[key] = read.get(key, 0) + span.tokens - (n == 0)
         advance(1)
     result = []
-    for number, part in enumerate(inspector.dataset.parts):
+    for number, part in enumerate(inspector.dataset.sources):
         whole = inspector.sources[number].tokens(part.sizes, part.first)
         result += [
             ComponentTokens(part.file.bin.stem, name, read.get((number, name), 0), whole[name]) for name in whole

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from neox.corpus.readers import Faults, Source, find_sources, read_source
+from neox.corpus.readers import ErrorPolicy, Source, find_sources, read_source
 from neox.system.console import aligned
 from neox.system.files import byte_progress
 from neox.tokenizer import Tokenizer
@@ -138,7 +138,7 @@ def tokenizer_report(
 def _batches(source: Source, text_key: str) -> Iterator[tuple[list[str], float]]:
     batch: list[str] = []
     size, taken = 0, 0.0
-    for document in read_source(source, text_key, Faults("fail")):
+    for document in read_source(source, text_key, ErrorPolicy("fail")):
         text = document.text
         taken += document.taken
         if text:

@@ -1,4 +1,4 @@
-"""The shards of `prepare` as tasks of datatrove's executors: one machine, SLURM or Ray; the parts are the same ones.
+"""The shards of `prepare` as tasks of datatrove's executors: one machine, SLURM or Ray.
 
     begin(sources, out, tokenizer)                                   # where all hosts see the sources and the output
     SlurmPipelineExecutor([TokenizeShards(out)], tasks=500, ...).run()
@@ -16,11 +16,11 @@ from typing import Any
 
 from neox.config import PrepareConfig
 from neox.corpus.encode import Backend
-from neox.corpus.plan import Parts, Plan
+from neox.corpus.plan import Plan, ShardOutputs
 from neox.corpus.preparation import settings_of
-from neox.corpus.readers import Faults, OnError, find_sources
+from neox.corpus.readers import ErrorPolicy, OnError, find_sources
 from neox.corpus.readers.errors import optional
-from neox.corpus.worker import Work, make_part
+from neox.corpus.worker import Work, write_shard
 from neox.tokenizer import Tokenizer
 
 PipelineStep: Any = optional("datatrove.pipeline.base", "neox.corpus.cluster", "cluster").PipelineStep
@@ -33,20 +33,20 @@ def begin(
     options: PrepareConfig | None = None,
     **keywords: Any,
 ) -> int:
-    """Write the plan that the tasks work by; a plan that is there goes on. Returns how many shards it has.
+    """Write the plan of the tasks, or continue one; return its number of shards.
 
     Raises what `prepare` raises on its sources, on parts of other settings, and while another run holds the output.
     """
     options = options or PrepareConfig(**keywords)
     plan = Plan.of(find_sources(sources, options.text_key, options.on_error), settings_of(tokenizer, options))
-    parts = Parts(out_prefix)
-    with parts.locked():
-        parts.begin(plan, tokenizer, Faults(options.on_error))
+    outputs = ShardOutputs(out_prefix)
+    with outputs.locked():
+        outputs.begin(plan, tokenizer, ErrorPolicy(options.on_error))
     return len(plan.shards)
 
 
 class TokenizeShards(PipelineStep):
-    """Makes the parts of every `world_size`-th shard, from shard `rank` on; those that are whole already stay."""
+    """Tokenize every `world_size`-th shard, from shard `rank` on; complete ones are skipped."""
 
     name = "tokenize shards"
     type = "TOKENIZER"
@@ -56,17 +56,20 @@ class TokenizeShards(PipelineStep):
         self.out_prefix, self.on_error, self.backend = str(out_prefix), on_error, backend
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        """Passes on what it is given. Raises what `make_part` raises, and ValueError where there is no plan."""
+        """Tokenize this rank's shards; pass `data` on unchanged.
+
+        Raises what `write_shard` raises, and ValueError where there is no plan.
+        """
         yield from data or ()
-        parts = Parts(self.out_prefix)
-        if not parts.plan_file.exists():
-            raise ValueError(f"{parts.plan_file}: no such plan; call neox.corpus.cluster.begin first")
-        with parts.locked(shared=True):
-            plan = Plan.read(parts.plan_file)
-            tokenizer = Tokenizer.from_file(parts.folder / "tokenizer.json")
+        outputs = ShardOutputs(self.out_prefix)
+        if not outputs.plan_file.exists():
+            raise ValueError(f"{outputs.plan_file}: no such plan; call neox.corpus.cluster.begin first")
+        with outputs.locked(shared=True):
+            plan = Plan.read(outputs.plan_file)
+            tokenizer = Tokenizer.from_file(outputs.folder / "tokenizer.json")
             work = Work.of(plan, tokenizer, self.backend)
             for shard in plan.shards[rank::world_size]:
                 with self.track_time("shard"):
-                    make_part(parts, work, shard, self.on_error, lambda done: None)
+                    write_shard(outputs, work, shard, self.on_error, lambda done: None)
                 self.stat_update("shards")
                 self.stat_update("bytes", value=shard.size, unit="shard")

@@ -1,4 +1,4 @@
-"""Texts to ids by the fastest way that gives the reference's ids: GigaToken where it is installed and agrees.
+"""Fast encoding with the reference's ids: GigaToken where it is installed and agrees.
 
 The reference is the `tokenizers` library. GigaToken is compared with it on hard texts before the work begins, and on
 samples of the work itself; the first difference ends the work. Where it is known to differ it is not asked: its
@@ -35,18 +35,21 @@ HARD = (
 )
 
 
-class Part(NamedTuple):
-    """Ids of one text, or of a piece of it."""
+class EncodedChunk(NamedTuple):
+    """Ids of a text, or of one chunk of a long text."""
 
     ids: Ids
     characters: int
-    """How much of the text they stand for."""
+    """Number of characters of the text that they stand for."""
     last: bool
-    """Whether the text ends here."""
+    """True for the last chunk of a text."""
 
 
 class Encoder:
-    """`encode(texts)` gives the ids of each text. `backend` says which library does it, `why` what spoke for it."""
+    """Encoder of texts by the fastest library that gives the reference's ids.
+
+    `backend` names the library, `why` the reason for it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, backend: Backend = "auto", specials: bool = True) -> None:
         """With `backend="auto"` GigaToken where it is installed, reads this tokenizer and agrees on hard texts.
@@ -79,15 +82,15 @@ class Encoder:
             if backend == "gigatoken":
                 raise ValueError(f"data.backend=gigatoken: {error}; take data.backend=tokenizers") from None
 
-    def encode(self, texts: Sequence[str]) -> Iterator[Part]:
-        """The ids of each text in turn, a long one's in several parts, so that memory stays small.
+    def encode(self, texts: Sequence[str]) -> Iterator[EncodedChunk]:
+        """Encode each text in turn, a long one in several chunks, so that memory stays small.
 
         Raises Difference where the reference, asked about a sample, gives other ids; ValueError on an id outside of
         the vocabulary.
         """
         if self._fast is None and sum(map(len, texts)) <= PIECE_CHARACTERS:
             for text, ids in zip(texts, self.tokenizer.encode_batch(texts, self.specials), strict=True):
-                yield self._part(ids, text, True)
+                yield self._chunk(ids, text, True)
             return
         for number, text in enumerate(texts):
             if self._fast is None or not self._asks(text):
@@ -95,7 +98,7 @@ class Encoder:
                 pieces = self.tokenizer.pieces(text)
                 for piece, ids in zip(pieces, self.tokenizer.encode_pieces(text, self.specials), strict=True):
                     left -= len(piece)
-                    yield self._part(ids, piece, not left)
+                    yield self._chunk(ids, piece, not left)
                 continue
             if self._seen % SAMPLED == 0 and not self._agree(text[:SAMPLE_CHARACTERS], self._fast):
                 raise Difference(number, text[:SAMPLE_CHARACTERS])
@@ -103,10 +106,10 @@ class Encoder:
             left = len(text)
             for piece in self.tokenizer.pieces(text):
                 left -= len(piece)
-                yield self._part(self._fast(piece.encode("utf-8")), piece, not left)
+                yield self._chunk(self._fast(piece.encode("utf-8")), piece, not left)
 
     def _asks(self, text: str) -> bool:
-        """Whether the fast library is asked about this text."""
+        """Tell whether the fast library may encode this text."""
         if any(spelling in text for spelling in self._spellings):  # which it would take for the token
             return False
         return text.isascii() or not self._odd or not self._odd.search(text)
@@ -122,16 +125,19 @@ class Encoder:
     def _agree(self, text: str, fast: Callable[[bytes], Ids]) -> bool:
         return self.tokenizer.encode(text, self.specials) == fast(text.encode("utf-8")).tolist()
 
-    def _part(self, found: Ids | list[int], piece: str, last: bool) -> Part:
+    def _chunk(self, found: Ids | list[int], piece: str, last: bool) -> EncodedChunk:
         ids, size = np.asarray(found, dtype=np.int64), self.tokenizer.vocab_size
         if ids.size and not (ids.min() >= 0 and ids.max() < size):
             wrong = ids[(ids < 0) | (ids >= size)][0]
             raise ValueError(f"token id {wrong} is outside of the tokenizer's vocabulary (0 to {size - 1})")
-        return Part(ids, len(piece), last)
+        return EncodedChunk(ids, len(piece), last)
 
 
 class Difference(Exception):
-    """The two libraries disagree about text number `document` of a batch, or about the part of it in `text`."""
+    """Disagreement of the two libraries about text number `document` of a batch.
+
+    `text` is the part of it that was compared.
+    """
 
     def __init__(self, document: int, text: str) -> None:
         super().__init__(f"gigatoken and tokenizers give different ids for a text that begins {text[:60]!r}")
@@ -139,7 +145,7 @@ class Difference(Exception):
 
 
 def _gigatoken(tokenizer: Tokenizer) -> tuple[Callable[[bytes], Ids], Callable[[Ids], bytes]]:
-    """Its `encode` and `decode`."""
+    """GigaToken's `encode` and `decode` for a tokenizer."""
     try:
         gigatoken = importlib.import_module("gigatoken")
     except ImportError as error:
@@ -156,9 +162,11 @@ ODD: dict[str, re.Pattern[str] | None] = {}
 
 @cache
 def _rare_text() -> str:
-    """A line for each mark, and for each character that this Python's Unicode does not know, between marks of the
-    highest and the lowest class: there it shows whether it moves, blocks a composition, or is a letter. And a line for
-    each character that decomposes, decomposed."""
+    """Lines that show how a library normalizes rare marks, and decomposed characters.
+
+    Each mark, and each character that this Python's Unicode does not know, stands between marks of the highest and the
+    lowest class: there it shows whether it moves, blocks a composition, or is a letter.
+    """
     tried = [chr(code) for code in (*range(0x300, 0xD800), *range(0xE000, 0x1F000))]
     marks = [char for char in tried if unicodedata.category(char)[0] == "M" or unicodedata.category(char) == "Cn"]
     pairs = [unicodedata.normalize("NFD", char) for char in tried if unicodedata.decomposition(char)]
@@ -166,7 +174,7 @@ def _rare_text() -> str:
 
 
 def _odd_characters(ours: str, theirs: str) -> re.Pattern[str] | None:
-    """A pattern of the characters that the two libraries bring into normal form differently; None where there is none.
+    """Pattern of the characters that the two libraries normalize differently; None without any.
 
     From what each made of `_rare_text`. Beyond the first plane whole blocks of 4096 are taken, rare scripts all of
     them, since pairs that compose there may be unknown here.

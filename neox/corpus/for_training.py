@@ -1,4 +1,4 @@
-"""From what `data.train` and `data.valid` name to token files: prefixes as they are, text tokenized into the run."""
+"""Token files of a run: prefixes are used as they are, text is tokenized into the run."""
 
 import sys
 from collections.abc import Sequence
@@ -20,7 +20,10 @@ class TokenFiles:
 
 
 def _is_prefix(name: str) -> bool:
-    """Also where half of the pair is missing: to be read as text is not what its user meant."""
+    """Tell whether a name is a prefix, also where half of the pair is missing.
+
+    Reading that half as text is not what its user meant.
+    """
     return name.endswith((".bin", ".idx")) or Path(f"{name}.idx").exists() or Path(f"{name}.bin").exists()
 
 
@@ -29,7 +32,7 @@ def _whole(prefix: Path) -> bool:
 
 
 def named_files(config: Config, run: Path) -> list[tuple[str, str, Path]]:
-    """Of each entry of data.train and data.valid: which of the two, its name, the prefix of its tokens in this run."""
+    """(kind, name, token-file prefix) for each entry of data.train and data.valid."""
     return [
         (kind, name, Path(name) if _is_prefix(name) else run / "data" / f"{kind}-{number}")
         for kind, names in (("train", config.data.train), ("valid", config.data.valid))
@@ -93,7 +96,10 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
 
 
 def _tokenizer(config: Config, run: Path, train: Sequence[Name], needed: bool, quiet: bool) -> Tokenizer | None:
-    """The run's tokenizer: its own, the configured one, or one trained on the sources `train`; None if not `needed`."""
+    """Find or train the run's tokenizer; None if not `needed`.
+
+    It is the run's own, the configured one, or one trained on the sources `train`.
+    """
     saved = run / "tokenizer.json"
     if saved.exists():
         return Tokenizer.from_file(saved)

@@ -1,4 +1,4 @@
-"""What a run of `prepare` is going to do: settings, files as they are now, shards; and where its finished parts lie."""
+"""Plan of a run of `prepare`: settings, file versions, shards; and its finished shards on disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from neox.corpus.readers import Fault, Faults, Source
-from neox.corpus.readers.places import ends_digest, version_of
+from neox.corpus.readers import ErrorPolicy, ReadError, Source
+from neox.corpus.readers.urls import ends_digest, version_of
 from neox.corpus.shards import Shard, shard_rows, shards, shards_of
 from neox.data.token_file import pair, token_dtype
 from neox.system.files import open_own, temporary_name, write_atomic
@@ -25,24 +25,24 @@ PATIENCE = 5.0  # seconds until the processes of a run that was killed are gone
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the tokens depend on, and the shards that the work is cut into: the same for any number of workers."""
+    """Everything that the tokens depend on, and the shards, for any number of workers."""
 
     settings: dict[str, Any]
-    """Besides the text: `tokenizer_sha256`, `vocab_size`, `text_key`, `append_eod`, `special_in_text`."""
+    """Everything besides the text: `tokenizer_sha256`, `vocab_size`, `text_key`, `append_eod`, `special_in_text`."""
     versions: dict[str, list[Any]]
-    """What tells a file from an older version of itself, by name; nothing for a data set on the hub: it is a commit."""
+    """Version of each file, by name (see `version_of`). A data set on the hub needs none: it is pinned to a commit."""
     shards: list[Shard]
 
     @classmethod
     def of(cls, sources: Sequence[Source], settings: dict[str, Any]) -> Plan:
-        """The plan for sources as they are now. Raises OSError where one of them has gone."""
+        """Plan the work on sources as they are now. Raises OSError where one has gone."""
         found = shards(sources)
-        files = dict.fromkeys(piece.name for shard in found for piece in shard.pieces if piece.kind != "hub")
+        files = dict.fromkeys(chunk.name for shard in found for chunk in shard.chunks if chunk.kind != "hub")
         return cls(settings, {name: version_of(name) for name in files}, found)
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """A plan that was written. Raises ValueError naming the file where it is none."""
+        """Read a plan from a file. Raises ValueError naming the file where it holds none."""
         try:
             raw = json.loads(path.read_bytes())
             return cls(raw["settings"], raw["versions"], shards_of(raw["shards"]))
@@ -56,26 +56,34 @@ class Plan:
         write_atomic(path, json.dumps(content).encode("utf-8"))
 
     def key(self, shard: Shard | None = None) -> str:
-        """Equal where the tokens of a shard (or of all) are bound to be: a hash of settings, pieces and versions."""
-        pieces = [piece for one in (self.shards if shard is None else [shard]) for piece in one.pieces]
-        content = [self.settings, [[*astuple(piece), self.versions.get(piece.name)] for piece in pieces]]
+        """Hash of settings, chunks and file versions, of a shard or of all.
+
+        Equal keys mean equal tokens.
+        """
+        chunks = [chunk for one in (self.shards if shard is None else [shard]) for chunk in one.chunks]
+        content = [self.settings, [[*astuple(chunk), self.versions.get(chunk.name)] for chunk in chunks]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
-    def check_unchanged(self, names: Iterable[str], faults: Faults) -> None:
-        """Raises Fault, unless faults are skipped, where one of these files is no longer what was planned with."""
+    def check_unchanged(self, names: Iterable[str], policy: ErrorPolicy) -> None:
+        """Compare files with their planned versions.
+
+        Raises ReadError where one of these files has changed, unless the policy skips errors.
+        """
         for name in names:
             if name in self.versions and version_of(name) != self.versions[name]:
-                faults.add(changed(name))
+                policy.add(changed(name))
 
 
-def changed(name: str) -> Fault:
-    """The fault of a file that was written to after its text was planned with, or tokenized."""
-    hint = "put it back as it was, or remove the .parts folder beside the output to begin anew"
-    return Fault("changed", f"{name}: has changed since this run of prepare began: {hint}", 0)
+def changed(name: str) -> ReadError:
+    """Make the error of a file that was changed after it was planned or tokenized."""
+    hint = "put it back as it was, or remove the .outputs folder beside the output to begin anew"
+    return ReadError("changed", f"{name}: has changed since this run of prepare began: {hint}", 0)
 
 
-class Parts:
-    """The folder `<prefix>.parts`: the plan, and a `.bin`/`.idx` pair with a manifest for each shard that is done.
+class ShardOutputs:
+    """The folder `<prefix>.parts`: the plan, and a token file for each finished shard.
+
+    The done marker of a shard, a manifest, makes its token file count.
 
     Every name in it is made here; nothing that a file says is used as a path, and no link is followed.
     """
@@ -87,14 +95,14 @@ class Parts:
 
     @property
     def plan_file(self) -> Path:
-        """Where the plan is."""
+        """Path of the plan."""
         return self.folder / "plan.json"
 
-    def begin(self, plan: Plan, tokenizer: Tokenizer, faults: Faults) -> None:
-        """Make this the plan, if an older one of the folder agrees with it; parts that are done are kept.
+    def begin(self, plan: Plan, tokenizer: Tokenizer, policy: ErrorPolicy) -> None:
+        """Write the plan, unless an older one in the folder disagrees; finished shards stay.
 
         Raises ValueError where the older one had other settings, such as another tokenizer, and where the folder is
-        not ours; Fault where a file has changed since then, unless faults are skipped.
+        not ours; ReadError where a file has changed since then, unless the policy skips errors.
         """
         if self.plan_file.exists():
             old = Plan.read(self.plan_file)
@@ -107,58 +115,59 @@ class Parts:
                     )
             for name in plan.versions.keys() & old.versions.keys():
                 if plan.versions[name] != old.versions[name]:
-                    faults.add(changed(name))
+                    policy.add(changed(name))
         elif not self.ours:
             raise ValueError(f"{self.folder}: is no folder of prepare; choose another output name or move it away")
         plan.write(self.plan_file)
         tokenizer.save(self.folder / "tokenizer.json")
 
     def prefix(self, plan: Plan, shard: Shard) -> Path:
-        """The prefix of a shard's part; another one wherever its tokens may be others."""
+        """Prefix of a shard's token file; different wherever its tokens may differ."""
         return self.folder / f"{shard.number:06d}-{plan.key(shard)[:16]}"
 
-    def marker(self, plan: Plan, shard: Shard, faults: Faults) -> dict[str, Any] | None:
-        """The manifest of a part that is whole; None where it has still to be made.
+    def done_marker(self, plan: Plan, shard: Shard, policy: ErrorPolicy) -> dict[str, Any] | None:
+        """Read the done marker of a shard; None where its tokens must still be made.
 
-        A part with something left out counts as made only where faults are skipped.
-        Raises ValueError on a link; Fault, unless faults are skipped, where a file has changed that kept size and time.
+        A shard with documents left out counts as finished only where the policy skips errors.
+        Raises ValueError on a link; ReadError, unless the policy skips errors, where a file has changed but kept its
+        size and time.
         """
         prefix = self.prefix(plan, shard)
         bin_file, idx = pair(prefix)
         for path in (bin_file, idx, prefix.with_suffix(".json")):
             if path.is_symlink():
                 raise ValueError(f"{path}: is a link, and no part that prepare made: remove it")
-        noted = None
+        marker = None
         with suppress(OSError, ValueError):
-            noted = json.loads(prefix.with_suffix(".json").read_bytes())
-        if not isinstance(noted, dict) or not idx.exists():
+            marker = json.loads(prefix.with_suffix(".json").read_bytes())
+        if not isinstance(marker, dict) or not idx.exists():
             return None
-        size = noted["tokens"] * token_dtype(plan.settings["vocab_size"]).itemsize
-        if not bin_file.exists() or bin_file.stat().st_size != size or (noted["skipped"] and not faults.skips):
+        size = marker["tokens"] * token_dtype(plan.settings["vocab_size"]).itemsize
+        if not bin_file.exists() or bin_file.stat().st_size != size or (marker["skipped"] and not policy.skips):
             return None
-        for name, digest in noted["ends"].items():
+        for name, digest in marker["ends"].items():
             if ends_digest(name) != digest:
-                faults.add(changed(name))
+                policy.add(changed(name))
                 idx.unlink()  # the work goes on with the file as it is now
                 return None
-        return noted
+        return marker
 
     @property
     def ours(self) -> bool:
-        """Whether `prepare` made the folder, and may remove it."""
+        """Tell whether `prepare` made the folder, and may remove it."""
         begun = ("lock", temporary_name(self.plan_file).name)
         return self.plan_file.exists() or all(path.name in begun for path in self.folder.iterdir())
 
     def any_done(self) -> bool:
-        """Whether there is a part to go on from."""
+        """Tell whether there is a finished shard to continue from."""
         return any(self.folder.glob("*.idx"))
 
     def remove(self) -> None:
-        """The folder and all in it; what a link in it leads to stays."""
+        """Remove the folder and all in it; links in it are not followed."""
         shutil.rmtree(self.folder)
 
     def locked(self, shared: bool = False) -> AbstractContextManager[IO[bytes]]:
-        """Hold the folder: alone, or shared by the processes of a cluster that each make some of its parts.
+        """Hold the folder: alone, or shared by the processes of a cluster.
 
         Raises ValueError where another run holds it, after a moment in which one that was killed may end.
         """
@@ -167,7 +176,7 @@ class Parts:
 
 @contextmanager
 def locked(folder: Path, shared: bool = False) -> Iterator[IO[bytes]]:
-    """Hold a folder, which is made where it is absent, by the file `lock` in it; see `Parts.locked`."""
+    """Hold a folder by its file `lock`; make the folder where it is absent."""
     started = time.monotonic()
     while True:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""Processes that work on shards, each a fresh Python with MODULE.main: shard numbers in, events out, as lines of JSON.
+"""Worker processes for shards: shard numbers in, events out, as lines of JSON.
+
+Each is a fresh Python that runs MODULE.main.
 
 Not multiprocessing: its workers outlive a parent that is killed, and it runs the caller's main script once more. Here
 the end of the input, which the system brings about however the parent ends, ends the process.
@@ -18,20 +20,20 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from neox.corpus.readers import Fault
+from neox.corpus.readers import ReadError
 
-TELL = 0.1  # seconds between two reports of one process
+REPORT_EVERY = 0.1  # seconds between two reports of one process
 Event = dict[str, Any]
 Task = Callable[[int, Callable[[float], object]], None]
-"""What is done for a shard's number; it tells its second argument the bytes as they are done."""
+"""Work on a shard, given by its number; its second argument is called with the bytes as they are done."""
 
 
-def each(
+def run_workers(
     command: Sequence[str], names: dict[int, str], workers: int, lock: int, advance: Callable[[float], object]
 ) -> None:
-    """Have `workers` processes do all shards `names` (number to what it is called).
+    """Run `workers` processes over the shards `names` (number -> name in messages).
 
-    `command` is a module and the arguments of its `main`, which calls `serve`.
+    `command` is a module and the arguments of its `main`, which calls `worker_loop`.
     `lock` is a file that they keep open. `advance` is told the bytes as they are done.
     Raises what the first of them raised that failed, and OSError where one was killed; the others are ended then.
     """
@@ -74,7 +76,7 @@ def each(
 def _feed(
     process: subprocess.Popen[bytes], todo: SimpleQueue[int], events: SimpleQueue[Event], names: dict[int, str]
 ) -> None:
-    """Give one process a shard at a time, and pass on what it says."""
+    """Give one process a shard at a time; pass its events on."""
     assert process.stdin is not None
     assert process.stdout is not None
     while True:
@@ -105,11 +107,14 @@ def _error(event: Event) -> Exception:
         if event.get("errno") is not None:
             return OSError(event["errno"], event["error"], event["file"])
         return OSError(event["error"])
-    return Fault(event["reason"], event["error"]) if "reason" in event else ValueError(event["error"])
+    return ReadError(event["reason"], event["error"]) if "reason" in event else ValueError(event["error"])
 
 
-def serve(begin: Callable[[], Task]) -> None:
-    """What a process of `each` does: the task that `begin` returns, on each number that comes in, until no more do."""
+def worker_loop(begin: Callable[[], Task]) -> None:
+    """Run the task on each shard number read from stdin until EOF.
+
+    `begin` sets the task up. This is the main loop of a process of `run_workers`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     numbers: SimpleQueue[int] = SimpleQueue()
     threading.Thread(target=_listen, args=(numbers,), daemon=True).start()
@@ -117,34 +122,34 @@ def serve(begin: Callable[[], Task]) -> None:
         task = begin()
         while True:
             number = numbers.get()
-            teller = _Teller()
-            task(number, teller)
-            teller.say(done=1)
+            report = _ProgressReporter()
+            task(number, report)
+            report.send(done=1)
     except OSError as error:
-        _say(kind="OSError", error=error.strerror or str(error), errno=error.errno, file=str(error.filename))
-    except Fault as error:
-        _say(kind="ValueError", error=str(error), reason=error.reason)
+        _send(kind="OSError", error=error.strerror or str(error), errno=error.errno, file=str(error.filename))
+    except ReadError as error:
+        _send(kind="ValueError", error=str(error), reason=error.reason)
     except ValueError as error:
-        _say(kind="ValueError", error=str(error))
+        _send(kind="ValueError", error=str(error))
 
 
-class _Teller:
-    """Adds up the bytes that are done, and says so now and then."""
+class _ProgressReporter:
+    """Sum of the bytes that are done, reported now and then."""
 
     def __init__(self) -> None:
         self._taken, self._said = 0.0, time.monotonic()
 
     def __call__(self, taken: float) -> None:
         self._taken += taken
-        if time.monotonic() - self._said > TELL:
-            self.say(done=0)
+        if time.monotonic() - self._said > REPORT_EVERY:
+            self.send(done=0)
 
-    def say(self, done: int) -> None:
-        _say(taken=self._taken, done=done)
+    def send(self, done: int) -> None:
+        _send(taken=self._taken, done=done)
         self._taken, self._said = 0.0, time.monotonic()
 
 
-def _say(**event: Any) -> None:
+def _send(**event: Any) -> None:
     print(json.dumps(event), flush=True)
 
 

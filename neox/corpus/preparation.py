@@ -1,4 +1,4 @@
-"""Corpora to one `.bin`/`.idx` pair, with a manifest that says what went in: plan, parts by all cores, one pair."""
+"""Corpora to one `.bin`/`.idx` pair and its manifest, by all cores, resumable after a kill."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any
 from neox.config import PrepareConfig
 from neox.corpus.clean.cleaning import Cleaning, removed_lines
 from neox.corpus.encode import Backend
-from neox.corpus.plan import Parts, Plan
-from neox.corpus.pool import each
-from neox.corpus.readers import Faults, Name, OnError, Skipped, Source, find_sources
+from neox.corpus.plan import Plan, ShardOutputs
+from neox.corpus.pool import run_workers
+from neox.corpus.readers import ErrorPolicy, Name, OnError, Skipped, Source, find_sources
 from neox.corpus.readers.errors import SHOWN, SkipReport
-from neox.corpus.worker import Counts, Work, make_part, tokenize
+from neox.corpus.worker import ShardCounts, Work, tokenize, write_shard
 from neox.data.manifest import Manifest, manifest_file
 from neox.data.token_file import TokenFile, TokenWriter, pair, token_dtype
 from neox.system.files import byte_progress
 from neox.system.machine import available_cores
 from neox.tokenizer import END_OF_TEXT, Tokenizer
 
-JOINED = 1 << 22  # bytes of a part that are held at once
+JOINED = 1 << 22  # bytes of a shard's tokens that are held at once
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare` did."""
+    """Result of `prepare`."""
 
     prefix: str
     """Output prefix: `<prefix>.bin`, `.idx` and `.json` were written."""
@@ -42,15 +42,15 @@ class PrepareReport:
     empty: int
     """Documents left out because they hold no text."""
     skipped: dict[str, Skipped]
-    """What could not be read and was left out, by reason; nothing unless `on_error` is "skip"."""
+    """Documents that could not be read, by reason; empty unless `on_error` is "skip"."""
     removed: dict[str, Any]
-    """What was left out as a repeat or for its overlap with evaluation sets: what `Cleaning.finish` counted."""
+    """Counts of duplicates and of overlaps with evaluation sets, from `Cleaning.finish`."""
     seconds: float
     done_before: bool = False
-    """Whether an earlier call had done all of it, and this one nothing."""
+    """True where an earlier call had done everything already."""
 
     def left_out(self) -> list[str]:
-        """Lines for a user: the documents that were left out, by reason, with the first places; none where none was."""
+        """Report for a user of the documents left out, by reason, with the first places."""
         lines = [f"left out: {self.empty:,} empty"] if self.empty else []
         for reason, skipped in self.skipped.items():
             lines += [f"left out: {skipped.documents:,} {reason}", *(f"  {place}" for place in skipped.first)]
@@ -78,10 +78,10 @@ def prepare(
     With `append_eod` each document ends in `<|endoftext|>`. Where its text spells out a special token, that becomes the
     token, or with `special_in_text="text"` text like any other.
 
-    The work is cut into shards (see `neox.corpus.shards`), by the sources alone. Of several, each becomes a part in
-    `<out_prefix>.parts`, in `workers` processes (0: one a core); then the parts are joined and removed. A call that was
-    killed is continued by the same call; after one that finished, it reads no text but that of the evaluation sets, to
-    know that they are the same. The files do not depend on `workers` nor on `backend`, which library encodes (see
+    The work is cut into shards (see `neox.corpus.shards`), by the sources alone. Several shards are tokenized into
+    `<out_prefix>.parts`, in `workers` processes (0: one a core), then joined and removed. A call that was killed is
+    continued by the same call; after one that finished, it reads no text but that of the evaluation sets, to know that
+    they are the same. The files do not depend on `workers` nor on `backend`, which library encodes (see
     `neox.corpus.encode`). All of them appear at the end, or none does; files of an earlier run stay whole until then.
 
     `dedup` leaves out what repeats an earlier document, `decontaminate` the text of evaluation sets (see
@@ -89,7 +89,7 @@ def prepare(
     `meta.pile_set_name` is noted for `corpus.pile.components.count_components`.
 
     Raises FileNotFoundError or ValueError (file, line, what to do) on input that cannot be read, most of it before
-    anything is read, on a file that changes meanwhile, on a corpus without text, on parts of other settings, and while
+    anything is read, on a file that changes meanwhile, on a corpus without text, on shards of other settings, and while
     another call writes the same output; OSError naming the file when it cannot be read or written.
     """
     started = time.monotonic()
@@ -113,9 +113,10 @@ def prepare(
     count = options.workers or available_cores()
     held = cleaning.found(count, progress) if cleaning else nullcontext()
     with held, SkipReport(out_prefix) as report:
-        faults = Faults(on_error, report)
-        for fault in (fault for source in found for fault in source.strangers()):
-            faults.add(fault)
+        policy = ErrorPolicy(on_error, report)
+        for source in found:
+            for read_error in source.unrecognized():
+                policy.add(read_error)
         job = _Job(
             found,
             plan,
@@ -126,10 +127,10 @@ def prepare(
             count,
             progress,
             report,
-            faults,
+            policy,
             cleaning,
         )
-        alone = len(plan.shards) == 1 and not Parts(out_prefix).plan_file.exists()
+        alone = len(plan.shards) == 1 and not ShardOutputs(out_prefix).plan_file.exists()
         manifest = job.at_once() if alone else job.by_parts()
         if cleaning:
             cleaning.forget()
@@ -137,7 +138,7 @@ def prepare(
 
 
 def settings_of(tokenizer: Tokenizer, options: PrepareConfig) -> dict[str, Any]:
-    """The settings of a plan. Raises ValueError where documents cannot end as they should."""
+    """Settings of a plan. Raises ValueError where documents cannot end as they should."""
     if options.append_eod and tokenizer.eod_id is None:
         raise ValueError(f"the tokenizer has no {END_OF_TEXT} token to end documents with; set data.append_eod=false")
     return {
@@ -160,7 +161,7 @@ class _Job:
     workers: int
     progress: bool
     report: SkipReport
-    faults: Faults
+    policy: ErrorPolicy
     cleaning: Cleaning | None
 
     @property
@@ -170,69 +171,69 @@ class _Job:
         return sum(sizes) if len(sizes) == len(self.sources) else None
 
     def at_once(self) -> Manifest:
-        """One shard, straight into the output. Returns the manifest."""
+        """Tokenize a single shard straight into the output. Returns the manifest."""
         work = Work.of(self.plan, self.tokenizer, self.backend)
         with self.writer() as writer, byte_progress(self.progress) as bar:
             task = bar.add_task(f"prepare ({work.encoder.backend})", total=self.total)
-            counts = tokenize(work, self.plan.shards[0], writer, self.faults, partial(bar.advance, task))
+            counts = tokenize(work, self.plan.shards[0], writer, self.policy, partial(bar.advance, task))
             if self.total is not None:
                 bar.update(task, completed=self.total)
             return self.finish(writer, counts)
 
     def by_parts(self) -> Manifest:
-        """Several shards: make the parts that are missing, and join all. Returns the manifest."""
-        parts = Parts(self.out)
-        with parts.locked() as lock:
+        """Tokenize the missing shards of several, and join all. Returns the manifest."""
+        outputs = ShardOutputs(self.out)
+        with outputs.locked() as lock:
             try:
-                parts.begin(self.plan, self.tokenizer, self.faults)
-                self.make(parts, lock.fileno())
-                manifest = self.join(parts)
+                outputs.begin(self.plan, self.tokenizer, self.policy)
+                self.make(outputs, lock.fileno())
+                manifest = self.join(outputs)
             except BaseException:
-                if parts.ours and not parts.any_done():
-                    parts.remove()
+                if outputs.ours and not outputs.any_done():
+                    outputs.remove()
                 raise
-            parts.remove()
+            outputs.remove()
         return manifest
 
-    def make(self, parts: Parts, lock: int) -> None:
-        """Make the parts that are missing."""
+    def make(self, outputs: ShardOutputs, lock: int) -> None:
+        """Tokenize the shards that are missing."""
         work = Work.of(self.plan, self.tokenizer, self.backend)
         with byte_progress(self.progress) as bar:
             task = bar.add_task(f"prepare ({work.encoder.backend})", total=self.total)
             advance = partial(bar.advance, task)
             missing = []
             for shard in self.plan.shards:
-                if parts.marker(self.plan, shard, self.faults):
+                if outputs.done_marker(self.plan, shard, self.policy):
                     advance(shard.size)
                 else:
                     missing.append(shard)
             if self.workers > 1 and len(missing) > 1:
-                names = {shard.number: shard.pieces[0].name for shard in missing}
+                names = {shard.number: shard.chunks[0].name for shard in missing}
                 count = min(self.workers, len(missing))
-                command = ["neox.corpus.worker", str(parts.folder), self.on_error, work.encoder.backend]
-                each(command, names, count, lock, advance)
+                command = ["neox.corpus.worker", str(outputs.folder), self.on_error, work.encoder.backend]
+                run_workers(command, names, count, lock, advance)
             else:
                 for shard in missing:
-                    make_part(parts, work, shard, self.on_error, advance)
+                    write_shard(outputs, work, shard, self.on_error, advance)
             if self.total is not None:
                 bar.update(task, completed=self.total)
 
-    def join(self, parts: Parts) -> Manifest:
-        """All parts, one after another, into the output. Returns the manifest."""
-        self.plan.check_unchanged(list(self.plan.versions), self.faults)
-        counts = Counts()
+    def join(self, outputs: ShardOutputs) -> Manifest:
+        """Join all finished shards into the output, in order. Returns the manifest."""
+        self.plan.check_unchanged(list(self.plan.versions), self.policy)
+        counts = ShardCounts()
         with self.writer() as writer, byte_progress(self.progress) as bar:
-            prefixes = [parts.prefix(self.plan, shard) for shard in self.plan.shards]
+            prefixes = [outputs.prefix(self.plan, shard) for shard in self.plan.shards]
             task = bar.add_task("join", total=sum(pair(prefix)[0].stat().st_size for prefix in prefixes))
             for prefix, shard in zip(prefixes, self.plan.shards, strict=True):
-                noted = parts.marker(self.plan, shard, self.faults)
-                assert noted, "a part that was made is gone"
-                _append(writer, prefix, noted["sha256"], partial(bar.advance, task))
-                counts.bytes += noted["bytes"]
-                counts.empty += noted["empty"]
-                counts.add_origins(noted["origins"])
-                for reason, row in noted["skipped"].items():
-                    kept = self.faults.skipped.setdefault(reason, Skipped())
+                marker = outputs.done_marker(self.plan, shard, self.policy)
+                assert marker, "a finished shard is gone"
+                _append(writer, prefix, marker["sha256"], partial(bar.advance, task))
+                counts.bytes += marker["bytes"]
+                counts.empty += marker["empty"]
+                counts.add_origins(marker["origins"])
+                for reason, row in marker["skipped"].items():
+                    kept = self.policy.skipped.setdefault(reason, Skipped())
                     kept.documents += row["documents"]
                     kept.first += row["first"][: SHOWN - len(kept.first)]
                 self.report.append(prefix)
@@ -241,14 +242,14 @@ class _Job:
     def writer(self) -> TokenWriter:
         return TokenWriter(self.out, token_dtype(self.tokenizer.vocab_size))
 
-    def finish(self, writer: TokenWriter, counts: Counts) -> Manifest:
+    def finish(self, writer: TokenWriter, counts: ShardCounts) -> Manifest:
         """Give the writer its manifest. Raises ValueError where there is no text at all."""
         if not writer.documents:
-            raise ValueError(_no_text(self.sources, self.faults.skipped))
+            raise ValueError(_no_text(self.sources, self.policy.skipped))
         self.report.place()
         removed = self.cleaning.finish(pair(self.out)[0].with_suffix(".removed.jsonl")) if self.cleaning else None
         manifest = Manifest(
-            sources=[source.noted for source in self.sources],
+            sources=[source.manifest_entry for source in self.sources],
             **self.plan.settings,
             dtype=writer.dtype.name,
             documents=writer.documents,
@@ -256,7 +257,7 @@ class _Job:
             tokens=writer.tokens,
             empty=counts.empty,
             origins=counts.origins,
-            skipped={reason: vars(one) for reason, one in self.faults.skipped.items()},
+            skipped={reason: vars(one) for reason, one in self.policy.skipped.items()},
             sha256=writer.sha256,
             plan=self.plan.key(),
             removed=removed,
@@ -266,22 +267,22 @@ class _Job:
 
 
 def _append(writer: TokenWriter, prefix: Path, sha256: str, advance: Callable[[float], object]) -> None:
-    """Append a part. Raises ValueError where it is no longer what was written."""
-    part = TokenFile(prefix)
+    """Append a shard's tokens. Raises ValueError where they have changed since."""
+    shard = TokenFile(prefix)
     digest = hashlib.sha256()
-    with part.bin.open("rb", buffering=0) as file:
+    with shard.bin.open("rb", buffering=0) as file:
         while block := file.read(JOINED):
             digest.update(block)
             writer.add_bytes(block)
             advance(len(block))
     if digest.hexdigest() != sha256:
-        raise ValueError(f"{part.bin}: damaged: its sha256 is no longer that of its manifest; remove it, run it again")
-    for start in range(0, len(part), JOINED):
-        writer.add_sizes(part.sizes[start : start + JOINED])
+        raise ValueError(f"{shard.bin}: damaged: its sha256 is no longer that of its manifest; remove it, run it again")
+    for start in range(0, len(shard), JOINED):
+        writer.add_sizes(shard.sizes[start : start + JOINED])
 
 
 def _finished(out_prefix: str | Path, plan: Plan, on_error: OnError) -> Manifest | None:
-    """The manifest of the output, if it is whole and what `plan` would give once more."""
+    """Manifest of the output, if it is complete and belongs to `plan`."""
     with suppress(OSError, ValueError):
         manifest = Manifest.read(out_prefix)
         if manifest and manifest.plan == plan.key() and not (manifest.skipped and on_error == "fail"):
@@ -314,7 +315,10 @@ def _no_text(sources: Sequence[Source], skipped: dict[str, Skipped]) -> str:
 
 
 def _check_foreign(out_prefix: str | Path) -> None:
-    """Refuse an output name whose `.json` another program wrote: it may be a corpus, and would be overwritten."""
+    """Refuse an output name whose `.json` another program wrote.
+
+    It may be a corpus, and would be overwritten.
+    """
     path = manifest_file(out_prefix)
     try:
         manifest = Manifest.read(out_prefix)

@@ -1,4 +1,4 @@
-"""Corpora cut into shards, each the work of one process, and documents into batches, each the work of one call."""
+"""Shards of a corpus, for processes, and batches of documents, for calls."""
 
 from __future__ import annotations
 
@@ -6,68 +6,73 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, TypeVar
 
-from neox.corpus.readers import Document, Faults, Piece, Source, read_piece
-from neox.corpus.readers.chunks import PIECE_BYTES
+from neox.corpus.readers import Chunk, Document, ErrorPolicy, Source, read_chunk
+from neox.corpus.readers.chunks import CHUNK_BYTES
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Pieces that lie one after another in the order of the sources; shards in a row hold each document once."""
+    """Consecutive chunks of the sources; the shards hold each document once."""
 
     number: int
-    """Its place among the shards, from 0."""
-    pieces: tuple[Piece, ...]
+    """Index among the shards, from 0."""
+    chunks: tuple[Chunk, ...]
 
     @property
     def size(self) -> int:
         """Bytes that the progress bar counts, compressed ones as they are."""
-        return sum(piece.size for piece in self.pieces)
+        return sum(chunk.size for chunk in self.chunks)
 
 
 def shards(sources: Sequence[Source]) -> list[Shard]:
-    """The sources as shards of about 64 MiB: large files cut, small ones together; what cannot be cut is one shard.
+    """Cut the sources into shards of about 64 MiB.
+
+    Large files are cut where their format allows it, small ones put together.
 
     A function of the sources alone: the number of workers plays no part. For the documents of a name that a user gave:
     `documents(shard)` of each of `shards(find_sources(names))`.
     """
     found: list[Shard] = []
-    together: list[Piece] = []
+    together: list[Chunk] = []
     size = 0
-    for piece in (piece for source in sources for piece in source.pieces()):
+    for chunk in (chunk for source in sources for chunk in source.chunks()):
         # A data set on the hub that does not state its size counts as large.
-        weight = piece.size if piece.size or piece.kind != "hub" else PIECE_BYTES
-        if together and size + weight > PIECE_BYTES:
+        weight = chunk.size if chunk.size or chunk.kind != "hub" else CHUNK_BYTES
+        if together and size + weight > CHUNK_BYTES:
             found.append(Shard(len(found), tuple(together)))
             together, size = [], 0
-        together.append(piece)
+        together.append(chunk)
         size += weight
     return [*found, Shard(len(found), tuple(together))]
 
 
 def shard_rows(given: Iterable[Shard]) -> list[Any]:
-    """Shards as JSON holds them: a list of pieces for each."""
-    return [[astuple(piece) for piece in shard.pieces] for shard in given]
+    """Shards as JSON holds them: a list of chunks for each."""
+    return [[astuple(chunk) for chunk in shard.chunks] for shard in given]
 
 
 def shards_of(rows: Iterable[Any]) -> list[Shard]:
-    """The shards that `shard_rows` was given."""
-    return [Shard(number, tuple(Piece(*piece) for piece in pieces)) for number, pieces in enumerate(rows)]
+    """Inverse of `shard_rows`."""
+    return [Shard(number, tuple(Chunk(*chunk) for chunk in chunks)) for number, chunks in enumerate(rows)]
 
 
 def documents(
-    shard: Shard, text_key: str = "text", faults: Faults | None = None, meta_key: str | None = None
+    shard: Shard, text_key: str = "text", policy: ErrorPolicy | None = None, meta_key: str | None = None
 ) -> Iterator[Document]:
-    """Each document of a shard, in order, empty ones too; a document's name is the shard's number and its place here.
+    """Read each document of a shard, in order, empty ones too.
 
-    `meta_key` names what is wanted beside the text as `Document.meta`: "meta" gives the Pile's
-    `{"pile_set_name": ...}`. Raises Fault on what cannot be read, unless `faults` skips it.
+    The name of a document is the number of its shard and its number there.
+
+    `meta_key` names the member or column beside the text that becomes `Document.meta`: "meta" gives the Pile's
+    `{"pile_set_name": ...}`. Raises ReadError on a document that cannot be read, unless the policy skips
+    errors.
     """
-    faults = faults or Faults("fail")
-    for piece in shard.pieces:
-        for document in read_piece(piece, text_key, faults, meta_key):
-            yield document._replace(source=piece.name)
+    policy = policy or ErrorPolicy("fail")
+    for chunk in shard.chunks:
+        for document in read_chunk(chunk, text_key, policy, meta_key):
+            yield document._replace(source=chunk.name)
 
 
 def batches(items: Iterable[T], size: Callable[[T], int], characters: int, documents: int) -> Iterator[list[T]]:

@@ -1,4 +1,4 @@
-"""The tokenizer that `neox prepare` trains on the text itself; the same call made again finds it beside the output."""
+"""The tokenizer that `neox prepare` trains on the text, and finds again later."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def trained_tokenizer(
     text_key: str = "text",
     on_error: OnError = "fail",
 ) -> Tokenizer:
-    """The tokenizer at `<out_prefix>-tokenizer.json`, trained unless it was: on the same files, with these options.
+    """Train the tokenizer `<out_prefix>-tokenizer.json`, unless it exists for these files and options.
 
     `training` holds the options of `train_bpe`. What it was made from is noted in `<out_prefix>-tokenizer.from.json`.
     Raises what `read_documents` and `train_bpe` raise.

@@ -1,4 +1,4 @@
-"""One shard to tokens: the task that all of `prepare` is made of, whoever runs it."""
+"""Tokenize one shard: the unit of work of `prepare`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 
 from neox.corpus.clean.cleaning import Cleaning
 from neox.corpus.encode import Backend, Difference, Encoder
-from neox.corpus.pile.components import Components, Read
-from neox.corpus.plan import Parts, Plan
-from neox.corpus.pool import Task, serve
-from neox.corpus.readers import Faults, OnError
+from neox.corpus.pile.components import Components, ReadShard
+from neox.corpus.plan import Plan, ShardOutputs
+from neox.corpus.pool import Task, worker_loop
+from neox.corpus.readers import ErrorPolicy, OnError
 from neox.corpus.readers.errors import SkipReport
-from neox.corpus.readers.places import ends_digest
+from neox.corpus.readers.urls import ends_digest
 from neox.corpus.shards import Shard, batches, documents
 from neox.data.token_file import TokenWriter, token_dtype
 from neox.tokenizer import Tokenizer
@@ -26,8 +26,8 @@ BATCH_DOCUMENTS = 4096
 
 
 @dataclass
-class Counts:
-    """What was read."""
+class ShardCounts:
+    """Counts of the documents that were read."""
 
     bytes: int = 0
     """UTF-8 bytes of the documents' text."""
@@ -47,40 +47,42 @@ class Counts:
 
 @dataclass(frozen=True)
 class Work:
-    """What makes tokens of a plan's shards, set up once in a process."""
+    """Everything that tokenizes the shards of a plan, set up once a process."""
 
     plan: Plan
-    read: Read
+    read: ReadShard
     encoder: Encoder
 
     @classmethod
     def of(cls, plan: Plan, tokenizer: Tokenizer, backend: Backend) -> Work:
-        """Raises ValueError as Encoder does."""
+        """Set up the work on a plan. Raises ValueError as Encoder does."""
         return cls(plan, reader(plan), Encoder(tokenizer, backend, plan.settings["special_in_text"] == "token"))
 
 
-def reader(plan: Plan) -> Read:
-    """The function that reads a shard: all of its documents, or those that the plan's cleaning keeps."""
-    read: Read = documents
+def reader(plan: Plan) -> ReadShard:
+    """Choose the function that reads a shard: all documents, or those that cleaning keeps."""
+    read: ReadShard = documents
     if "cleaning" in plan.settings:
-        read = Cleaning.again(plan).documents
+        read = Cleaning.from_plan(plan).documents
     if folder := plan.settings.get("components"):
         read = Components(Path(folder), read).documents
     return read
 
 
 def tokenize(
-    work: Work, shard: Shard, writer: TokenWriter, faults: Faults, advance: Callable[[float], object]
-) -> Counts:
-    """Write the documents of a shard, in order; `advance` is told the bytes of the files as they are done.
+    work: Work, shard: Shard, writer: TokenWriter, policy: ErrorPolicy, advance: Callable[[float], object]
+) -> ShardCounts:
+    """Write the tokens of a shard's documents, in order.
 
-    Raises Fault on what cannot be read (unless `faults` skips it) and on a file that changes meanwhile; ValueError
-    where a sample shows that the encoder is not exact; OSError.
+    `advance` is called with the bytes of the files as they are done.
+
+    Raises ReadError on a document that cannot be read (unless the policy skips errors) and on a file that changes
+    meanwhile; ValueError where a sample shows that the encoder is not exact; OSError.
     """
-    counts = Counts()
+    counts = ShardCounts()
     settings, encoder = work.plan.settings, work.encoder
     end = np.array([encoder.tokenizer.eod_id] if settings["append_eod"] else [], dtype=np.int64)
-    numbered = enumerate(work.read(shard, settings["text_key"], faults, None))
+    numbered = enumerate(work.read(shard, settings["text_key"], policy, None))
     for batch in batches(numbered, lambda row: len(row[1].text), BATCH_CHARACTERS, BATCH_DOCUMENTS):
         texts = [document.text for _, document in batch if document.text]
         counts.add_origins((document.source, 1) for _, document in batch if document.text)
@@ -104,27 +106,32 @@ def tokenize(
         except Difference as error:
             number = [number for number, document in batch if document.text][error.document]
             raise ValueError(
-                f"{shard.pieces[0].name}: document {number} from there: {error}; what is done stays: go on with "
+                f"{shard.chunks[0].name}: document {number} from there: {error}; what is done stays: go on with "
                 "data.backend=tokenizers"
             ) from None
         if ids:
             writer.add_tokens(np.concatenate(ids))
         writer.add_sizes(sizes)
         advance(taken * held)
-    work.plan.check_unchanged(dict.fromkeys(piece.name for piece in shard.pieces), faults)
+    work.plan.check_unchanged(dict.fromkeys(chunk.name for chunk in shard.chunks), policy)
     return counts
 
 
-def make_part(parts: Parts, work: Work, shard: Shard, on_error: OnError, advance: Callable[[float], object]) -> None:
-    """Make the part of one shard, whole or not at all, unless it is there already. Raises what `tokenize` raises."""
-    if parts.marker(work.plan, shard, Faults(on_error)):
+def write_shard(
+    outputs: ShardOutputs, work: Work, shard: Shard, on_error: OnError, advance: Callable[[float], object]
+) -> None:
+    """Write the token file of one shard, whole or not at all, unless it exists.
+
+    Raises what `tokenize` raises.
+    """
+    if outputs.done_marker(work.plan, shard, ErrorPolicy(on_error)):
         advance(shard.size)
         return
-    prefix = parts.prefix(work.plan, shard)
-    ends = {piece.name: ends_digest(piece.name) for piece in shard.pieces if piece.kind != "hub"}
+    prefix = outputs.prefix(work.plan, shard)
+    ends = {chunk.name: ends_digest(chunk.name) for chunk in shard.chunks if chunk.kind != "hub"}
     with TokenWriter(prefix, token_dtype(work.plan.settings["vocab_size"])) as writer, SkipReport(prefix) as report:
-        faults = Faults(on_error, report)
-        counts = tokenize(work, shard, writer, faults, advance)
+        policy = ErrorPolicy(on_error, report)
+        counts = tokenize(work, shard, writer, policy, advance)
         report.place()
         writer.manifest = {
             "format": 1,
@@ -133,20 +140,20 @@ def make_part(parts: Parts, work: Work, shard: Shard, on_error: OnError, advance
             **asdict(counts),
             "sha256": writer.sha256,
             "ends": ends,
-            "skipped": {reason: asdict(skipped) for reason, skipped in faults.skipped.items()},
+            "skipped": {reason: asdict(skipped) for reason, skipped in policy.skipped.items()},
         }
 
 
 def main(folder: str, on_error: OnError, backend: Backend) -> None:
-    """What a process does that makes parts, see `neox.corpus.pool`."""
+    """Entry point of a process that tokenizes shards, see `neox.corpus.pool`."""
 
     def begin() -> Task:
-        parts = Parts(Path(folder).with_suffix(""))
-        plan = Plan.read(parts.plan_file)
-        tokenizer = Tokenizer.from_file(parts.folder / "tokenizer.json")
+        outputs = ShardOutputs(Path(folder).with_suffix(""))
+        plan = Plan.read(outputs.plan_file)
+        tokenizer = Tokenizer.from_file(outputs.folder / "tokenizer.json")
         if tokenizer.sha256 != plan.settings["tokenizer_sha256"]:
-            raise ValueError(f"{parts.folder / 'tokenizer.json'}: is not the tokenizer of the plan: begin anew")
+            raise ValueError(f"{outputs.folder / 'tokenizer.json'}: is not the tokenizer of the plan: begin anew")
         work = Work.of(plan, tokenizer, backend)
-        return lambda number, advance: make_part(parts, work, plan.shards[number], on_error, advance)
+        return lambda number, advance: write_shard(outputs, work, plan.shards[number], on_error, advance)
 
-    serve(begin)
+    worker_loop(begin)

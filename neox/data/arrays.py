@@ -1,4 +1,4 @@
-"""Arrays that are computed once and then read from the disk, under a hash of all that they depend on."""
+"""Arrays that are computed once and cached on disk, by a hash of their inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def content_key(depends_on: dict[str, Any], *content: npt.NDArray[Any]) -> str:
-    """A hash of values and of arrays' bytes, 24 hex digits."""
+    """Hash values and the bytes of arrays: 24 hex digits."""
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode())
     for array in content:
         for first in range(0, len(array), 1 << 20):  # a map is never whole in memory
@@ -27,7 +27,7 @@ def content_key(depends_on: dict[str, Any], *content: npt.NDArray[Any]) -> str:
 
 
 def cached_arrays(folder: Path, key: str, names: tuple[str, ...], build: Callable[[], Arrays]) -> Arrays:
-    """The arrays `FOLDER/KEY_NAME.npy` as memory maps, built and written first where one is missing.
+    """Map the arrays `FOLDER/KEY_NAME.npy`; build and write them first if one is missing.
 
     Each file is whole or absent, and several processes may build at once: they write the same bytes.
     Raises OSError that names the file where it cannot be written, ValueError where one is no array.
@@ -52,7 +52,9 @@ def write_npy(
     blocks: Iterable[npt.NDArray[Any]],
     temporary: Path | None = None,
 ) -> None:
-    """Write a `.npy` file from blocks of rows, which may come one at a time; it is whole or absent.
+    """Write a `.npy` file, whole or not at all, from blocks of rows.
+
+    The blocks may come one at a time.
 
     `temporary` as for `write_whole`. Raises OSError that names the file.
     """

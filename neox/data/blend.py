@@ -1,4 +1,4 @@
-"""Several datasets blended by weight: gpt-neox's rule, bit for bit, for as many samples as are asked for.
+"""Datasets blended by weight: gpt-neox's rule, bit for bit, without end.
 
 Sample i comes from the dataset d that is furthest behind its share: the largest weight_d * max(i, 1) - count_d in
 float64, the first of equals, where count_d is what it has given so far; it gives its sample number count_d.
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from neox.data.split import Documents
-from neox.data.windows import Dataset, Piece, Seen
+from neox.data.windows import Dataset, DocumentSpan, Seen
 
 SEGMENT = 1024  # samples
 SIDE_BY_SIDE = 1024  # segments, at most
@@ -29,18 +29,23 @@ SHOWN = 20  # rounds of that many segments: seconds
 MARGIN = 1.005  # more than its share that each dataset is made for, so that a blend does not run out of one
 Numbers = npt.NDArray[np.int64]
 Phase = tuple[int, Sequence[float]]
-"""The sample from which on these weights hold."""
-Counts = npt.NDArray[np.float64]  # whole numbers
+"""(first sample, weights): the weights hold from that sample on."""
+SampleCounts = npt.NDArray[np.float64]  # whole numbers
 
 
 def shares(weights: Sequence[float], num_samples: int) -> list[int]:
-    """Samples that each dataset of a megatron blend is made for: its share and half a percent, rounded up."""
+    """Samples that each dataset of a megatron blend is made for.
+
+    It is the dataset's share and half a percent, rounded up.
+    """
     total = sum(weights)
     return [math.ceil(num_samples * (weight / total) * MARGIN) for weight in weights]
 
 
 class Blend:
-    """Which dataset gives a sample, and which of its own: a pure function of the weights and the sample number.
+    """Choice of a dataset for each sample, and of the sample in that dataset.
+
+    A pure function of the weights and the sample number.
 
     What has been asked for is kept, 1 byte a sample and 8 bytes a dataset and SEGMENT samples.
     """
@@ -79,14 +84,14 @@ class Blend:
         return datasets, indices
 
     def given(self, samples: int) -> Numbers:
-        """How many of the first `samples` samples each dataset gives, [datasets]."""
+        """Count the samples that each dataset gives before number `samples`, [datasets]."""
         segment, rest = divmod(samples, SEGMENT)
         self._extend(segment + 1)
         more = np.bincount(self._choices[segment][:rest], minlength=len(self.weights))
         return self._counts[segment].astype(np.int64) + more
 
     def numbers(self, dataset: int, indices: Numbers) -> Numbers:
-        """The sample numbers that give these samples [n] of a dataset: the inverse of a call."""
+        """Sample numbers that give these samples [n] of a dataset: the inverse of a call."""
         if not indices.size:
             return indices
         while self._counts[-1][dataset] <= indices.max():
@@ -127,16 +132,18 @@ class Blend:
         self._choices += list(choices)
         self._counts += list(after.T)
 
-    def _guess(self, samples: Counts) -> Counts:
-        """About what each dataset has given before these samples, [datasets, n]: shares, by largest remainder."""
+    def _guess(self, samples: SampleCounts) -> SampleCounts:
+        """Estimate the counts before these samples, [datasets, n]: shares, by largest remainder."""
         exact = self.weights[:, None] * samples
         counts = np.floor(exact)
         rank = (counts - exact).argsort(axis=0).argsort(axis=0)
         return counts + (rank < samples - counts.sum(axis=0))
 
-    def _follow(self, first: Counts, before: Counts) -> tuple[npt.NDArray[np.uint8], Counts]:
-        """The rule over a segment each, from samples `first` [n] and counts `before` [datasets, n]: choices
-        [n, SEGMENT] and the counts behind."""
+    def _follow(self, first: SampleCounts, before: SampleCounts) -> tuple[npt.NDArray[np.uint8], SampleCounts]:
+        """Apply the rule to one segment each, from samples `first` [n] and counts `before`.
+
+        Returns the choices [n, SEGMENT] and the counts after them [datasets, n].
+        """
         counts, columns = before.copy(), np.arange(len(first))
         choices = np.empty((SEGMENT, len(first)), np.uint8)
         for step in range(SEGMENT):
@@ -146,9 +153,11 @@ class Blend:
         return choices.T.copy(), counts
 
 
-class History:
-    """A blend whose weights were changed at some samples: from each change on the rule begins anew, and each dataset
-    goes on with its own next sample. A pure function of the changes and the sample number.
+class BlendSchedule:
+    """A blend whose weights change at given samples.
+
+    From each change on the rule begins anew, and each dataset goes on with its own next sample. A pure function of the
+    changes and the sample number.
 
     `phases`: (first sample, weights), the first of them from sample 0 on.
     """
@@ -175,12 +184,12 @@ class History:
         return datasets, indices
 
     def given(self, samples: int) -> Numbers:
-        """How many of the first `samples` samples each dataset gives, [datasets]."""
+        """Count the samples that each dataset gives before number `samples`, [datasets]."""
         phase = int(np.searchsorted(self.starts, samples, side="right")) - 1
         return self._before[phase] + self.blends[phase].given(samples - int(self.starts[phase]))
 
     def numbers(self, dataset: int, indices: Numbers) -> Numbers:
-        """The sample numbers that give these samples [n] of a dataset: the inverse of a call."""
+        """Sample numbers that give these samples [n] of a dataset: the inverse of a call."""
         phases = np.searchsorted(self._before[:, dataset], indices, side="right") - 1
         out = np.empty_like(indices)
         for phase in np.unique(phases):
@@ -191,7 +200,7 @@ class History:
 
 
 class BlendedDataset:
-    """Samples of several datasets of one part each, mixed by weight.
+    """Samples of several datasets of one source each, mixed by weight.
 
     With `size`, sample s is sample s % size, unless the weights were changed: then each dataset begins anew by itself.
     """
@@ -207,12 +216,12 @@ class BlendedDataset:
         assert size is None or len(phases) == 1 or phases[1][0] <= size, "a change comes before the end"
         self.datasets, self.progress = datasets, progress
         self.size = size if len(phases) == 1 else None
-        self.parts: list[Documents] = [dataset.parts[0] for dataset in datasets]
-        self.history = History(phases, progress)
+        self.sources: list[Documents] = [dataset.sources[0] for dataset in datasets]
+        self.schedule = BlendSchedule(phases, progress)
         self.seq_length, self.segments = datasets[0].seq_length, datasets[0].segments
 
     def with_phases(self, phases: Sequence[Phase]) -> BlendedDataset:
-        """The same datasets, blended so."""
+        """Blend the same datasets by other phases."""
         return BlendedDataset(self.datasets, phases, self.size, self.progress)
 
     def sample(self, samples: npt.ArrayLike) -> Numbers:
@@ -224,30 +233,30 @@ class BlendedDataset:
         return self._rows(samples, [dataset.documents for dataset in self.datasets])
 
     def owners(self, samples: npt.ArrayLike) -> Numbers:
-        """For each of n sample numbers the part that it is read from, [n]."""
-        return self.history(self._wrapped(samples))[0].astype(np.int64)
+        """Index of the source of each of n samples, [n]."""
+        return self.schedule(self._wrapped(samples))[0].astype(np.int64)
 
-    def trace(self, samples: npt.ArrayLike) -> list[list[Piece]]:
-        """What each of n samples is made of, in order."""
-        found: list[list[Piece]] = [[]] * np.size(samples)
+    def trace(self, samples: npt.ArrayLike) -> list[list[DocumentSpan]]:
+        """Document spans of each of n samples, in order."""
+        found: list[list[DocumentSpan]] = [[]] * np.size(samples)
         for owner, rows, indices in self._by_owner(samples):
-            for row, pieces in zip(rows.tolist(), self.datasets[owner].trace(indices), strict=True):
-                found[row] = [piece._replace(part=owner) for piece in pieces]
+            for row, spans in zip(rows.tolist(), self.datasets[owner].trace(indices), strict=True):
+                found[row] = [span._replace(source=owner) for span in spans]
         return found
 
-    def seen(self, piece: Piece, samples: int) -> Seen:
-        """Those of the samples before number `samples` that hold any token of the piece."""
+    def seen(self, span: DocumentSpan, samples: int) -> Seen:
+        """Find the samples before number `samples` that hold any token of the span."""
         size = self.size or max(1, samples)
-        given = int(self.history.given(min(samples, size))[piece.part])
-        once = self.datasets[piece.part].seen(piece._replace(part=0), given)
-        numbers = self.history.numbers(piece.part, once[:, 0])
+        given = int(self.schedule.given(min(samples, size))[span.source])
+        once = self.datasets[span.source].seen(span._replace(source=0), given)
+        numbers = self.schedule.numbers(span.source, once[:, 0])
         turns = [np.stack((numbers + first, once[:, 1]), axis=1) for first in range(0, max(1, samples), size)]
         rows = np.concatenate(turns)
         rows = rows[rows[:, 0] < samples]
         return rows[np.argsort(rows[:, 0], kind="stable")]
 
     def per_epoch(self) -> list[float]:
-        """Of each part, how many samples read all of it once."""
+        """Samples that read all of a source once, for each source."""
         return [dataset.per_epoch()[0] for dataset in self.datasets]
 
     def _wrapped(self, samples: npt.ArrayLike) -> Numbers:
@@ -255,8 +264,8 @@ class BlendedDataset:
         return numbers % self.size if self.size else numbers
 
     def _by_owner(self, samples: npt.ArrayLike) -> Iterator[tuple[int, Numbers, Numbers]]:
-        """Each dataset that gives some of n samples: its number, which of them they are, and their numbers in it."""
-        owners, indices = self.history(self._wrapped(samples))
+        """Group n samples by dataset: its index, the rows, and the sample numbers in it."""
+        owners, indices = self.schedule(self._wrapped(samples))
         for owner in np.unique(owners).tolist():
             rows = np.flatnonzero(owners == owner)
             yield owner, rows, indices[rows]

@@ -1,4 +1,4 @@
-"""The datasets of a run from its config: which samples exist and in what order, decided in one place."""
+"""Datasets of a run from its config: the samples and their order."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from neox.data.windows import Dataset, TokenDataset
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a run reads."""
+    """Datasets of a run."""
 
     train: Dataset
     valid: TokenDataset | None
     """Held-out text as sequential windows, the same at each evaluation."""
     weights: tuple[float, ...]
-    """Those that the config asks for; none where nothing is blended."""
+    """Blend weights of the config; none where nothing is blended."""
     fingerprint: str
-    """Equal where the order of the training samples is, for all that it depends on: 16 hex digits."""
+    """Hash of everything that the order of the training samples depends on: 16 hex digits."""
 
 
 def check_named(config: Config) -> None:
-    """Raises ValueError where the config names no data for what it asks; looks at no file."""
+    """Check that the config names data for everything it asks; reads no file.
+
+    Raises ValueError.
+    """
     if not config.data.train:
         raise ValueError("data.train is empty: name .bin/.idx prefixes (see `neox prepare`) or text")
     if config.eval.every and not (config.data.valid or config.data.split):
@@ -49,7 +52,9 @@ def build_datasets(
     began: Sequence[float] = (),
     cache: Path | None = None,
 ) -> Datasets:
-    """The datasets of a run over token files, `train` one an entry of data.train, that takes `train_samples` samples.
+    """Build the datasets of a run over token files.
+
+    `train` has one prefix for each entry of data.train; the run takes `train_samples` samples.
 
     Where data.num_samples is none it is `train_samples`; a run that may be resumed for more steps writes it down when
     it starts. `began`: the weights that a run which has changed them began with: its order, and the dataset here,
@@ -60,42 +65,42 @@ def build_datasets(
     """
     if data.fractions:
         assert data.split is not None
-        parts, held_out = split(train, data.split, data.fractions)
+        sources, held_out = split(train, data.split, data.fractions)
     else:
-        parts, held_out = whole(train), whole(valid)
+        sources, held_out = whole(train), whole(valid)
     num_samples = data.num_samples or train_samples
     weights = data.weights
     if data.weigh != "given":
         from neox.data.weights import blend_weights
 
-        weights = blend_weights(data, parts)
+        weights = blend_weights(data, sources)
     first = tuple(began) if weights else ()
     first = first or weights
     dataset: Dataset
     if data.order == "megatron":
         cache = Path(data.cache) if data.cache else cache
-        dataset = _megatron(data, parts, seed, num_samples, train_samples, progress, first, cache)
+        dataset = _megatron(data, sources, seed, num_samples, train_samples, progress, first, cache)
     elif first:
         # Files of equal size must not be permuted alike: hence a seed each.
-        seeds = [(seed + number) % 2**63 for number in range(len(parts))]
+        seeds = [(seed + number) % 2**63 for number in range(len(sources))]
         datasets = [
-            TokenDataset([part], data.seq_length, own, segments=data.segments)
-            for part, own in zip(parts, seeds, strict=True)
+            TokenDataset([source], data.seq_length, own, segments=data.segments)
+            for source, own in zip(sources, seeds, strict=True)
         ]
         dataset = BlendedDataset(datasets, [(0, first)], progress=progress)
     else:
-        dataset = TokenDataset(parts, data.seq_length, seed, data.order, data.segments)
+        dataset = TokenDataset(sources, data.seq_length, seed, data.order, data.segments)
     return Datasets(
         dataset,
         TokenDataset(held_out, data.seq_length, seed, "sequential", data.segments) if held_out else None,
         weights,
-        _fingerprint(data, parts, seed, num_samples, first),
+        _fingerprint(data, sources, seed, num_samples, first),
     )
 
 
 def _megatron(
     data: DataConfig,
-    parts: list[Documents],
+    sources: list[Documents],
     seed: int,
     num_samples: int,
     train_samples: int,
@@ -103,20 +108,23 @@ def _megatron(
     weights: tuple[float, ...],
     cache: Path | None,
 ) -> Dataset:
-    """One file without weights as gpt-neox's `data_path`, all else as its `train_data_paths`: 1.0 for each by default,
-    and half a percent of samples more."""
+    """Build the dataset of gpt-neox's order.
+
+    A single unweighted file follows gpt-neox's `data_path`; otherwise its `train_data_paths`: weight 1.0 each, 0.5 %
+    extra samples.
+    """
     from neox.data.megatron import MegatronDataset
 
-    if not parts:
+    if not sources:
         raise ValueError("no token files given: set data.train to at least one prefix")
-    if len(parts) == 1 and not weights:
-        single = MegatronDataset(parts[0], data.seq_length, seed, num_samples, data.segments, progress, cache)
+    if len(sources) == 1 and not weights:
+        single = MegatronDataset(sources[0], data.seq_length, seed, num_samples, data.segments, progress, cache)
         _check_enough(num_samples, train_samples, len(single) + 1)
         return single
-    weights = weights or (1.0,) * len(parts)
+    weights = weights or (1.0,) * len(sources)
     datasets = [
-        MegatronDataset(part, data.seq_length, seed, share, data.segments, progress, cache)
-        for part, share in zip(parts, shares(weights, num_samples), strict=True)
+        MegatronDataset(source, data.seq_length, seed, share, data.segments, progress, cache)
+        for source, share in zip(sources, shares(weights, num_samples), strict=True)
     ]
     # gpt-neox wraps at the sum of lengths, each one short; 1 is where it would divide by zero.
     size = max(1, sum(map(len, datasets)))
@@ -133,9 +141,12 @@ def _check_enough(num_samples: int, train_samples: int, available: int) -> None:
 
 
 def _fingerprint(
-    data: DataConfig, parts: list[Documents], seed: int, num_samples: int, weights: tuple[float, ...]
+    data: DataConfig, sources: list[Documents], seed: int, num_samples: int, weights: tuple[float, ...]
 ) -> str:
-    """A hash of all that the order of the training samples depends on, and of nothing else: files may move."""
+    """Hash of everything that the order of the training samples depends on.
+
+    Paths play no role: files may move.
+    """
     order: dict[str, Any] = {
         "order": data.order,
         "num_samples": num_samples if data.order == "megatron" else None,
@@ -143,15 +154,18 @@ def _fingerprint(
         "seq_length": data.seq_length,
         "weights": weights,
         "files": [
-            [part.first, part.last, len(part.file), len(part.file.tokens), _text_identity(part.file.bin)]
-            for part in parts
+            [source.first, source.last, len(source.file), len(source.file.tokens), _text_identity(source.file.bin)]
+            for source in sources
         ],
     }
     return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _text_identity(bin_file: Path) -> list[Any]:
-    """Tokenizer and text of a token file by its manifest; empty where another program wrote the pair."""
+    """Identity of a token file's tokenizer and text, from its manifest.
+
+    Empty where another program wrote the pair.
+    """
     manifest = Manifest.read_sound(bin_file)
     if manifest is None:
         return []

@@ -34,7 +34,10 @@ class Batch:
     first: int = 0  # number of the first sequence, counted over the run
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`. CUDA copies it from pinned memory: the host goes on, and no kernel waits for it."""
+        """Move the batch to `device`.
+
+        CUDA copies it from pinned memory: the host goes on, and no kernel waits for it.
+        """
         cuda = device.type == "cuda"
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,7 +52,7 @@ class Batch:
         )
 
     def filled(self, rows: int) -> Batch:
-        """The batch and `rows` more rows without loss, each one document of token 0."""
+        """Append `rows` rows without loss, each one document of token 0."""
         T = self.tokens.shape[1]
         zeros = self.tokens.new_zeros(rows, T)
         return replace(
@@ -62,11 +65,11 @@ class Batch:
 
 
 Range = tuple[int, int]
-"""Sample numbers from the first one on, up to and without the second."""
+"""[first, last): sample numbers."""
 
 
 class Loader:
-    """Batches of `global_batch_size` sequences; it holds no state: where a run stands is its step number."""
+    """Batches of `global_batch_size` sequences, by step number; it holds no state."""
 
     def __init__(self, dataset: Dataset, global_batch_size: int, stepped_over: Iterable[Range] = ()) -> None:
         if global_batch_size < 1:
@@ -76,8 +79,10 @@ class Loader:
         self.stepped_over = _merged(stepped_over)
 
     def step_over(self, first_step: int, last_step: int) -> Loader:
-        """A loader that leaves out what the steps from `first_step` on, up to and without `last_step`, are now; steps
-        before them stay what they are."""
+        """Make a loader that skips the samples of the steps first_step to last_step - 1.
+
+        Earlier steps keep their samples.
+        """
         assert first_step < last_step, "no step at all"
         more = int(self.samples(first_step)[0]), int(self.samples(last_step - 1)[-1]) + 1
         return Loader(self.dataset, self.global_batch_size, [*self.stepped_over, more])
@@ -91,7 +96,7 @@ class Loader:
         return self._rows(self.samples(step))
 
     def microbatches(self, step: int, micro_batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """The sequences of step `step` that are this rank's, in order, at most `micro_batch_size` at a time.
+        """Yield this rank's sequences of a step, in order, `micro_batch_size` at a time.
 
         Rank r has the r-th block of ceil(global_batch_size / ranks). All yield as many microbatches, of the same
         shapes, since their collectives must meet: where the sequences end early, rows are filler, whose labels are all
@@ -107,7 +112,7 @@ class Loader:
             yield self._rows(part, filler=min(micro_batch_size, share - start) - len(part))
 
     def samples(self, step: int) -> npt.NDArray[np.int64]:
-        """The numbers of the samples of a step: the one place that maps the one to the other."""
+        """Sample numbers of a step: the one place that maps steps to samples."""
         assert step >= 0, "steps count from 0"
         numbers = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
         for first, last in self.stepped_over:  # in this order
@@ -115,7 +120,7 @@ class Loader:
         return numbers
 
     def steps(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The step that reads each of these samples [n] and its row there, [n, 2]; step -1 where it is stepped over."""
+        """Step and row of each of these samples [n]: [n, 2]; step -1 if it is skipped."""
         out, over = samples.copy(), np.zeros(len(samples), bool)
         for first, last in self.stepped_over:
             over |= (samples >= first) & (samples < last)
@@ -132,7 +137,7 @@ class Loader:
         if self.dataset.segments:
             documents = torch.from_numpy(self.dataset.documents(samples))
             segments = documents[:, :-1].contiguous()
-            # What follows a document's last token is another document, of which its segment tells nothing.
+            # The last token of a document has no label: the next token belongs to another document.
             labels[documents[:, 1:] != segments] = IGNORED
             begins = F.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
             positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
@@ -141,7 +146,7 @@ class Loader:
 
 
 def _merged(ranges: Iterable[Range]) -> list[Range]:
-    """The same samples as ranges that do not touch, in order."""
+    """Merge ranges that overlap or touch; sorted."""
     merged: list[Range] = []
     for first, last in sorted(ranges):
         if merged and first <= merged[-1][1]:

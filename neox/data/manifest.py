@@ -1,4 +1,4 @@
-"""The manifest `PREFIX.json`, written by prepare beside a `.bin`/`.idx` pair: its fields, and its one reader."""
+"""The manifest `PREFIX.json` of a token file: its fields and its only reader."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class Manifest:
 
     @property
     def of_prepare(self) -> bool:
-        """Whether prepare wrote the file; a JSON object of another program has no such key."""
+        """Tell whether prepare wrote the file: no other program writes this key."""
         return self.tokenizer_sha256 is not None
 
     def content(self) -> dict[str, Any]:
-        """The fields that are set, in order, as the file holds them."""
+        """Fields that are set, in order, as the file holds them."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}

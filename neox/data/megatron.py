@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from neox.data.arrays import Arrays, cached_arrays, content_key
 from neox.data.split import Documents
-from neox.data.windows import Piece, Seen
+from neox.data.windows import DocumentSpan, Seen
 
 GROUP = 64
 """Documents whose sizes are added up to find where a sample begins."""
@@ -66,7 +66,7 @@ class MegatronDataset:
         tokens = len(documents.tokens)
         if tokens < 2:
             raise ValueError(f"{documents.name} has {tokens} tokens; a sample needs at least 2: add text")
-        self.part, self.parts = documents, [documents]
+        self.source, self.sources = documents, [documents]
         self.seq_length, self.segments = seq_length, segments
         self.epochs = -(-(num_samples * seq_length + 1) // tokens)
         if self.epochs * len(documents) >= 2**31:
@@ -90,7 +90,7 @@ class MegatronDataset:
         self.doc_idx, self.shuffle_idx, self._before = (arrays[name] for name in ARRAYS)
 
     def _build(self) -> Arrays:
-        documents, total = self.part, self.epochs * len(self.part)
+        documents, total = self.source, self.epochs * len(self.source)
         if self.progress and total + self.count > SHOWN:
             print(
                 f"{documents.name}: shuffling {total:,} documents and {self.count:,} samples",
@@ -117,8 +117,10 @@ class MegatronDataset:
         return self._rows(samples, numbers=True)
 
     def sample_idx(self, numbers: npt.ArrayLike) -> Numbers:
-        """Rows of gpt-neox's sample_idx [n, 2]: the place in doc_idx and the offset in that document where samples
-        begin, by their numbers 0 .. count in the stream, before the second shuffle."""
+        """Rows of gpt-neox's sample_idx: places in doc_idx and offsets where samples begin, [n, 2].
+
+        `numbers` (0 .. count) are those of the stream, before the second shuffle.
+        """
         first = np.asarray(numbers, dtype=np.int64) * self.seq_length
         groups = np.searchsorted(self._before, first, side="right") - 1
         places = groups[:, None] * GROUP + np.arange(GROUP)
@@ -131,7 +133,10 @@ class MegatronDataset:
         return np.stack((np.where(first > 0, groups * GROUP + inside, 0), offsets), axis=1)
 
     def whole_sample_idx(self) -> Iterator[Numbers]:
-        """All of gpt-neox's sample_idx [count + 1, 2], some rows at a time, in one pass over the documents."""
+        """Yield gpt-neox's sample_idx [count + 1, 2], some rows at a time.
+
+        Takes one pass over the documents.
+        """
         yield np.zeros((1, 2), np.int64)
         place = tokens = 0
         for sizes in self._sizes_along(self.doc_idx):
@@ -144,28 +149,28 @@ class MegatronDataset:
             place, tokens = place + len(sizes), int(ends[-1])
 
     def owners(self, samples: npt.ArrayLike) -> Numbers:
-        """For each of n sample numbers the part that it is read from, [n]: there is one."""
+        """Index of the source of each of n samples, [n]: always 0."""
         return np.zeros(np.atleast_1d(np.asarray(samples)).shape, np.int64)
 
-    def trace(self, samples: npt.ArrayLike) -> list[list[Piece]]:
-        """What each of n samples is made of, in order."""
+    def trace(self, samples: npt.ArrayLike) -> list[list[DocumentSpan]]:
+        """Document spans of each of n samples, in order."""
         return [
-            [Piece(0, document, offset, len(tokens)) for document, offset, tokens in self._pieces(place, offset)]
+            [DocumentSpan(0, document, offset, len(tokens)) for document, offset, tokens in self._spans(place, offset)]
             for place, offset in self._begins(samples)
         ]
 
-    def seen(self, piece: Piece, samples: int) -> Seen:
-        """Those of the samples before number `samples` that hold any token of the piece.
+    def seen(self, span: DocumentSpan, samples: int) -> Seen:
+        """Find the samples before number `samples` that hold any token of the span.
 
         Epochs are shuffled into one stream, so what is told of each is which copy of the document it belongs to, in
         the order in which the samples come to them.
         """
         count, copies = len(self.shuffle_idx), []
-        for place in np.flatnonzero(self.doc_idx == piece.document).tolist() if piece.tokens else []:
+        for place in np.flatnonzero(self.doc_idx == span.document).tolist() if span.tokens else []:
             group = place // GROUP
-            first = int(self._before[group] + self._sizes(self.doc_idx[group * GROUP : place]).sum()) + piece.offset
+            first = int(self._before[group] + self._sizes(self.doc_idx[group * GROUP : place]).sum()) + span.offset
             low = max(0, -(-(first - self.seq_length) // self.seq_length))
-            high = min((first + piece.tokens - 1) // self.seq_length + 1, count)
+            high = min((first + span.tokens - 1) // self.seq_length + 1, count)
             numbers = self._shuffled[low:high].astype(np.int64)
             # From `count` on the order repeats itself, without its last sample.
             again = np.arange(count - 1, max(count, samples), max(1, count - 1))
@@ -178,18 +183,18 @@ class MegatronDataset:
         return rows[np.argsort(rows[:, 0], kind="stable")]
 
     def per_epoch(self) -> list[float]:
-        """Of each part, how many samples read all of it once."""
-        return [len(self.part.tokens) / self.seq_length]
+        """Samples that read all of a source once, for each source."""
+        return [len(self.source.tokens) / self.seq_length]
 
     @cached_property
     def _shuffled(self) -> npt.NDArray[Any]:
-        """Where the second shuffle put each sample, as large as it: for `seen` alone."""
+        """Inverse of the second shuffle, as large as it: for `seen` alone."""
         inverse = np.empty_like(self.shuffle_idx)
         inverse[self.shuffle_idx] = np.arange(len(inverse), dtype=inverse.dtype)
         return inverse
 
     def _begins(self, samples: npt.ArrayLike) -> list[list[int]]:
-        """Of each sample, its first document's place in doc_idx, and where in it the sample begins."""
+        """First document (its place in doc_idx) and offset of each sample."""
         wanted = np.atleast_1d(np.asarray(samples, dtype=np.int64))
         assert not wanted.size or wanted.min() >= 0, "sample numbers start at 0"
         count = len(self.shuffle_idx)
@@ -202,24 +207,27 @@ class MegatronDataset:
         out = np.empty((len(begins), self.seq_length + 1), dtype=np.int64)
         for row, (place, offset) in zip(out, begins, strict=True):
             at = 0
-            for number, (_, _, piece) in enumerate(self._pieces(place, offset)):
-                row[at : at + len(piece)] = number if numbers else piece
-                at += len(piece)
+            for number, (_, _, span) in enumerate(self._spans(place, offset)):
+                row[at : at + len(span)] = number if numbers else span
+                at += len(span)
         return out
 
-    def _pieces(self, place: int, offset: int) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
-        """The seq_length + 1 tokens that begin there, document by document, without the empty ones."""
+    def _spans(self, place: int, offset: int) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+        """Yield the seq_length + 1 tokens that begin there, document by document.
+
+        Empty documents are left out.
+        """
         left = self.seq_length + 1
         while left:
             document = int(self.doc_idx[place])
-            piece = self.part.file.document(document)[offset : offset + left]
-            if len(piece):
-                yield document, offset, piece
-            left -= len(piece)
+            span = self.source.file.document(document)[offset : offset + left]
+            if len(span):
+                yield document, offset, span
+            left -= len(span)
             place, offset = place + 1, 0
 
     def _sizes(self, documents: npt.NDArray[np.int32]) -> Numbers:
-        return self.part.file.sizes[documents].astype(np.int64)
+        return self.source.file.sizes[documents].astype(np.int64)
 
     def _tokens_before_groups(self, doc_idx: npt.NDArray[np.int32]) -> Numbers:
         """Tokens of the stream before each group of documents, [groups]."""
@@ -229,6 +237,6 @@ class MegatronDataset:
 
     def _sizes_along(self, doc_idx: npt.NDArray[np.int32]) -> Iterator[Numbers]:
         """Sizes of the stream's documents, BLOCK of them at a time."""
-        sizes = np.array(self.part.sizes)  # in the file they are not aligned, which makes a gather four times slower
+        sizes = np.array(self.source.sizes)  # in the file they are not aligned, which makes a gather four times slower
         for first in range(0, len(doc_idx), BLOCK):
-            yield sizes.take(doc_idx[first : first + BLOCK] - self.part.first).astype(np.int64)
+            yield sizes.take(doc_idx[first : first + BLOCK] - self.source.first).astype(np.int64)

@@ -1,4 +1,4 @@
-"""The order of windows over a run: pure functions of (seed, sample number), without index arrays.
+"""Order of windows over a run: pure functions of (seed, sample number), without index arrays.
 
 `permuted` shuffles by a keyed permutation: a balanced Feistel network (Luby and Rackoff 1988) on the smallest domain
 of 4^k that holds all windows, with cycle walking (Black and Rogaway 2002) for the numbers outside, and SplitMix64's
@@ -26,7 +26,7 @@ def mix(x: Keys) -> Keys:
 
 
 class SequentialOrder:
-    """Sample s is window s % num_windows: what validation reads, the same windows each time."""
+    """Sequential order: sample s is window s % num_windows. Validation uses it."""
 
     def __init__(self, num_windows: int) -> None:
         self.num_windows = _positive(num_windows)
@@ -36,12 +36,14 @@ class SequentialOrder:
         return _checked(samples) % self.num_windows
 
     def inverse(self, windows: Samples, epoch: int) -> Samples:
-        """The sample numbers at which these windows are read in that epoch."""
+        """Sample numbers at which these windows are read in that epoch."""
         return epoch * self.num_windows + windows
 
 
 class PermutedOrder:
-    """Sample s is window permutation_(seed, s // n)(s % n) of n = num_windows: each window once an epoch.
+    """Pseudorandom order: each window once an epoch, each epoch with its own permutation.
+
+    Sample s is window permutation_(seed, s // n)(s % n) of n = num_windows.
 
     Memory is O(1) in n; n and the sample numbers may be as large as int64 holds.
     """
@@ -63,13 +65,13 @@ class PermutedOrder:
         return self._walk(x, keys, self._permute).reshape(samples.shape)
 
     def inverse(self, windows: Samples, epoch: int) -> Samples:
-        """The sample numbers [n] at which these windows [n] are read in that epoch: O(1) each, like the order."""
+        """Sample numbers [n] at which these windows [n] are read in that epoch, O(1) each."""
         keys = self._keys(np.full(len(windows), epoch, np.int64))
         x = np.asarray(windows, np.int64).astype(np.uint64)
         return epoch * self.num_windows + self._walk(x, keys, self._restore)
 
     def _walk(self, x: Keys, keys: Keys, step: Callable[[Keys, Keys], Keys]) -> Samples:
-        """`step` until the number is that of a window."""
+        """Repeat `step` until the number is that of a window."""
         x = step(x, keys)
         while (outside := np.flatnonzero(x >= np.uint64(self.num_windows))).size:
             x[outside] = step(x[outside], keys[outside])

@@ -1,4 +1,4 @@
-"""A run's order of samples as the index files that gpt-neox writes, for its tools or for proof."""
+"""A run's order of samples as gpt-neox's index files, for its tools or for proof."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ BLOCK = 1 << 20  # rows made at once
 
 
 def export_order(dataset: Dataset, samples: int, seed: int, out: Path) -> list[Path]:
-    """Write doc_idx, sample_idx and shuffle_idx of each part, for a run that takes `samples` samples.
+    """Write doc_idx, sample_idx and shuffle_idx of each source.
 
-    `OUT_train[_N]_indexmap_{ns}ns_{sl}sl_{seed}s_{doc,sample,shuffle}_idx.npy`, N counting the parts of a blend and ns
-    being the samples that the part's order is made for. A reader takes sample i of a part to be the tokens of its
-    documents in the order of doc_idx from sample_idx[shuffle_idx[i]] to sample_idx[shuffle_idx[i] + 1], both included.
-    Of the permuted order shuffle_idx has the samples that the run takes, over all epochs.
-    Raises ValueError where the order cannot be said so: text pooled from several files, and preshuffled documents.
-    Source: EleutherAI/gpt-neox, megatron/data/gpt2_dataset.py.
+    The run takes `samples` samples.
+
+    Files are `OUT_train[_N]_indexmap_{ns}ns_{sl}sl_{seed}s_{doc,sample,shuffle}_idx.npy`: N is the number of the source
+    in a blend, ns the number of samples that its order is made for. A reader takes sample i of a source to be the
+    tokens of its documents in the order of doc_idx from sample_idx[shuffle_idx[i]] to sample_idx[shuffle_idx[i] + 1],
+    both included. Of the permuted order shuffle_idx has the samples that the run takes, over all epochs. Raises
+    ValueError where the order cannot be said so: text pooled from several files, and preshuffled documents. Source:
+    EleutherAI/gpt-neox, megatron/data/gpt2_dataset.py.
     """
     if not isinstance(dataset, BlendedDataset):
         return _export(dataset, samples, seed, f"{out}_train")
-    given = dataset.history.given(samples).tolist()
-    parts: Sequence[Dataset] = dataset.datasets
-    return [path for n, part in enumerate(parts) for path in _export(part, given[n], seed, f"{out}_train_{n}")]
+    given = dataset.schedule.given(samples).tolist()
+    sources: Sequence[Dataset] = dataset.datasets
+    return [path for n, source in enumerate(sources) for path in _export(source, given[n], seed, f"{out}_train_{n}")]
 
 
 def _export(dataset: Dataset, samples: int, seed: int, name: str) -> list[Path]:
@@ -43,14 +45,14 @@ def _export(dataset: Dataset, samples: int, seed: int, name: str) -> list[Path]:
         shuffled, dtype = count, dataset.shuffle_idx.dtype
         begins = dataset.whole_sample_idx()
     else:
-        if not isinstance(dataset, TokenDataset) or len(dataset.parts) != 1 or dataset.preshuffled:
+        if not isinstance(dataset, TokenDataset) or len(dataset.sources) != 1 or dataset.preshuffled:
             raise ValueError(
                 "export: gpt-neox's index files hold the order of one file each, of samples that share a token: give "
                 "data.weights, one an entry, or use another data.order than preshuffled"
             )
-        part, count, order = dataset.parts[0], dataset.num_windows, dataset.order
-        doc_idx = np.arange(part.first, part.last, dtype=np.int32)
-        ends = np.cumsum(part.sizes, dtype=np.int64)
+        source, count, order = dataset.sources[0], dataset.num_windows, dataset.order
+        doc_idx = np.arange(source.first, source.last, dtype=np.int32)
+        ends = np.cumsum(source.sizes, dtype=np.int64)
         shuffle, shuffled = (order(numbers) for numbers in _blocks(samples)), samples
         dtype = np.dtype(np.uint32 if count < 2**32 - 2 else np.int64)
         begins = (_begins(ends, numbers * length) for numbers in _blocks(count + 1))
@@ -67,7 +69,7 @@ def _blocks(count: int) -> Iterator[npt.NDArray[np.int64]]:
 
 
 def _begins(ends: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The document that holds each of these tokens, and the place in it, where documents end before tokens `ends`."""
+    """Document and offset of each of these tokens; documents end before tokens `ends`."""
     documents = np.searchsorted(ends, tokens, side="right")
     before = np.where(documents, ends[documents - 1], 0)
     return np.stack((documents, tokens - before), axis=1)

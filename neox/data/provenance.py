@@ -1,6 +1,6 @@
-"""Where the documents of a token file came from, by what `prepare` left beside it.
+"""Source and component of the documents of a token file.
 
-`PREFIX.json`, the manifest: `"origins": [[path, n], ...]`, n documents from each, in the order of the documents.
+The manifest `PREFIX.json` has `"origins": [[path, n], ...]`: n documents from each, in the order of the documents.
 `PREFIX.components.npy`: for each document, uint16, the place of its component in the "names" of
 `PREFIX.components.json`. A pair that another program wrote has neither: nothing is known of its documents.
 """
@@ -23,7 +23,7 @@ BLOCK = 1 << 20  # documents looked at at once
 
 
 class Origin(NamedTuple):
-    """What is known of a document."""
+    """Source and component of a document, as far as they are known."""
 
     source: str | None = None
     component: str | None = None
@@ -34,7 +34,7 @@ class Origin(NamedTuple):
         return [text for text in (self.component, self.source) if text]
 
 
-class Sources:
+class Provenance:
     """Source and component of each document of a token file."""
 
     def __init__(
@@ -44,13 +44,18 @@ class Sources:
         names: Sequence[str],
         numbers: npt.NDArray[np.uint16] | None,
     ) -> None:
-        """From document `firsts[i]` on, up to the next, documents come from `paths[i]`; `numbers` are the places of
-        their components in `names`, None where these are not known."""
+        """From document `firsts[i]` on, documents come from `paths[i]`.
+
+        `numbers` are the indices of their components in `names`, None where these are not known.
+        """
         self.firsts, self.paths, self.names, self.numbers = firsts, paths, names, numbers
 
     @classmethod
-    def of(cls, file: TokenFile) -> Sources:
-        """What is noted beside a token file. Raises ValueError, naming the file, where that does not fit it."""
+    def of(cls, file: TokenFile) -> Provenance:
+        """Read the files beside a token file.
+
+        Raises ValueError, naming the file, where one does not fit it.
+        """
         names, numbers = (file.bin.with_suffix(f".components.{end}") for end in ("json", "npy"))
         counts = [len(file)]
         paths: list[str | None] = [None]
@@ -80,7 +85,7 @@ class Sources:
         return Origin(self.paths[bisect_right(self.firsts, document) - 1], component)
 
     def components(self, first: int, count: int) -> list[str | None]:
-        """The components of the `count` documents from `first` on; None stands for what is not known."""
+        """Components of the `count` documents from `first` on; None stands for unknown."""
         if self.numbers is None:
             return [None]
         here = np.zeros(len(self.names), bool)

@@ -1,4 +1,4 @@
-"""Contiguous ranges of a token file's documents, and gpt-neox's rule that cuts a file into train, valid and test."""
+"""Ranges of a token file's documents, and gpt-neox's split into train, valid and test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from neox.data.token_file import TokenFile
 
 
 class Documents:
-    """Documents first .. last - 1 of a token file, all by default: what a dataset reads of it.
+    """Documents first .. last - 1 of a token file, all by default.
 
     `tokens`: their tokens, flat; `sizes` [len] int32; both views of the file. `name` says in messages what it is.
     """
@@ -33,7 +33,7 @@ class Documents:
         return self.last - self.first
 
     def numbers(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """For each of tokens[start:stop] the number of its document, counted from 0 at tokens[start]."""
+        """Document number of each of tokens[start:stop], counted from 0 at tokens[start]."""
         size, base = self.file.dtype.itemsize, self._start
         # Bisection touches a few entries; numpy's searchsorted would copy the whole array, which is not aligned.
         low = bisect_right(self.file.pointers, (base + start) * size)
@@ -42,9 +42,11 @@ class Documents:
         begins[self.file.pointers[low:high] // size - base - start] = 1  # an empty document begins where the next does
         return np.cumsum(begins)
 
-    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Of tokens[start:stop] the documents (numbers in the file), where in each it begins, and how many tokens it
-        has there; empty documents are left out."""
+    def spans(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Spans of tokens[start:stop]: (document in the file, offset in it, tokens).
+
+        Empty documents are left out.
+        """
         pointers, size = self.file.pointers, self.file.dtype.itemsize
         # Of documents that begin at one place only the last has tokens.
         document = bisect_right(pointers, (self._start + start) * size) - 1
@@ -59,23 +61,23 @@ class Documents:
         return found
 
     def place(self, document: int) -> int:
-        """Where in `tokens` a document of the file begins."""
+        """Index in `tokens` where a document of the file begins."""
         return self._token(document) - self._start
 
     def _token(self, document: int) -> int:
-        """Where a document begins, in tokens of the file; the end of the file for the one after the last."""
+        """First token of a document in the file; the end of the file for the one after the last."""
         if document == len(self.file):
             return len(self.file.tokens)
         return int(self.file.pointers[document]) // self.file.dtype.itemsize
 
 
 def whole(prefixes: Sequence[str | Path | Documents]) -> list[Documents]:
-    """All documents of each token file; a range given as such stays as it is."""
+    """Open each token file with all of its documents; ranges stay as they are."""
     return [prefix if isinstance(prefix, Documents) else Documents(TokenFile(prefix)) for prefix in prefixes]
 
 
 def bounds(fractions: Sequence[float], count: int) -> tuple[int, int, int, int]:
-    """Where train, valid and test begin among `count` documents, and where test ends: gpt-neox's rule.
+    """Bounds of train, valid and test among `count` documents, by gpt-neox's rule.
 
     Each part gets its fraction of `count`, rounded half to even; the surplus or the lack of the sum is taken from the
     first part. `fractions` add up to 1. Source: EleutherAI/gpt-neox, megatron/data/data_utils.py.
@@ -91,7 +93,7 @@ def bounds(fractions: Sequence[float], count: int) -> tuple[int, int, int, int]:
 def split(
     prefixes: Sequence[str | Path], text: str, fractions: Sequence[float]
 ) -> tuple[list[Documents], list[Documents]]:
-    """The training and the held-out documents of each file; no held-out ones where their fraction is 0.
+    """Training and validation documents of each file; none for a fraction of 0.
 
     Raises ValueError that cites `text`, the value of data.split, where a file has too few documents for it.
     """

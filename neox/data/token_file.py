@@ -43,12 +43,15 @@ BLOCK = 1 << 20  # documents whose index entries are held in memory at once, bes
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype gpt-neox stores ids of such a vocabulary in: uint16 below 65500, else int32."""
+    """Dtype in which gpt-neox stores ids: uint16 for vocabularies below 65500, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 def pair(prefix: str | Path) -> tuple[Path, Path]:
-    """The `.bin` and the `.idx` of a prefix; the name of either file may stand for the prefix."""
+    """Paths of the `.bin` and the `.idx` of a prefix.
+
+    The name of either file may stand for the prefix.
+    """
     name = str(prefix)
     if not name or name.endswith(("/", os.sep)):
         raise ValueError(f"'{name}': a prefix is a folder and a name, such as {name}corpus")
@@ -58,7 +61,7 @@ def pair(prefix: str | Path) -> tuple[Path, Path]:
 
 
 class TokenWriter:
-    """Writes a `.bin`/`.idx` pair; `with TokenWriter(prefix, dtype) as w: w.add_document(tokens)`.
+    """Writer of a `.bin`/`.idx` pair: `with TokenWriter(prefix, dtype) as w: w.add_document(tokens)`.
 
     The tokens stream to a temporary name. On leaving the block the `.bin` is put in place, then the manifest if one
     is set, then the `.idx`, whose presence marks the pair as complete; an exception removes what was written.
@@ -82,7 +85,7 @@ class TokenWriter:
 
     @property
     def sha256(self) -> str:
-        """Of the tokens written so far: of the whole `.bin` in the end."""
+        """Hash of the tokens written so far: of the whole `.bin` in the end."""
         return self._digest.hexdigest()
 
     def __enter__(self) -> TokenWriter:
@@ -123,7 +126,7 @@ class TokenWriter:
         self.tokens += len(tokens) // self.dtype.itemsize
 
     def add_sizes(self, sizes: Sequence[int] | npt.NDArray[Any]) -> None:
-        """Say how many tokens each of some documents has, whose tokens were added. Raises ValueError; OSError."""
+        """Append the sizes of documents whose tokens were added. Raises ValueError; OSError."""
         assert self._index is not None, "sizes added outside of the with block"
         longest = max(sizes, default=0)
         if longest > np.iinfo(np.int32).max:
@@ -208,8 +211,10 @@ def _blocks(count: int) -> list[slice]:
 
 
 def _stretches(count: int) -> list[slice]:
-    """Documents to look at: all of up to CHECKED, else as many in stretches from the first to the last document. Those
-    that follow each other share a document."""
+    """Ranges of documents to check: all of up to CHECKED, else as many, spread evenly.
+
+    Consecutive ranges of a complete check share a document.
+    """
     length = CHECKED // STRETCHES
     if count <= CHECKED:
         return [slice(max(0, start - 1), min(start + length, count)) for start in range(0, count, length)]
@@ -217,7 +222,10 @@ def _stretches(count: int) -> list[slice]:
 
 
 def _open_alone(path: Path) -> IO[bytes]:
-    """Open `path` for writing, emptied, unless another process is writing it: two at once would mix their tokens."""
+    """Open `path` for writing, emptied, unless another process is writing it.
+
+    Two at once would mix their tokens.
+    """
     try:
         file = open_own(path, "ab")
     except OSError as error:
@@ -286,7 +294,7 @@ class TokenFile:
         self.tokens: npt.NDArray[Any] = _map(self.bin, self.dtype, 0, tokens)
 
     def _count(self) -> int:
-        """Tokens in all; the documents must lie in the `.bin` one after another, without gaps.
+        """Count the tokens; check that documents lie in the `.bin` without gaps.
 
         Of an index too long to be read before the first step, stretches all over it are looked at.
         """
@@ -320,7 +328,10 @@ class TokenFile:
 
     @property
     def pointers(self) -> npt.NDArray[np.int64]:
-        """Where each document begins in the `.bin`, in bytes [N]; an empty one where the next begins."""
+        """Byte offset of each document in the `.bin` [N].
+
+        An empty document begins where the next one does.
+        """
         return self._pointers
 
     def document(self, i: int) -> npt.NDArray[Any]:

@@ -15,28 +15,28 @@ from neox.data.split import Documents, whole
 ORDERS = ("permuted", "sequential", "preshuffled")
 
 
-class Piece(NamedTuple):
-    """A stretch of one document."""
+class DocumentSpan(NamedTuple):
+    """A range of tokens of one document."""
 
-    part: int
-    """Which of the dataset's parts."""
+    source: int
+    """Index of the source in the dataset."""
     document: int
-    """Number in the part's file."""
+    """Number in the source's file."""
     offset: int
     """Its first token, counted in the document."""
     tokens: int
 
 
 Seen = npt.NDArray[np.int64]
-"""[n, 2]: sample numbers, rising, and which time of reading that text (0 the first) each belongs to."""
+"""[n, 2]: sample numbers, rising, and the epoch of the text (0 the first) that each belongs to."""
 
 
 class Dataset(Protocol):
-    """Samples by number: what a Loader reads from."""
+    """Samples by number, the input of a Loader."""
 
     seq_length: int
     segments: bool
-    """Whether the documents of a sample must not see each other."""
+    """True where the documents of a sample must not attend to each other."""
 
     def sample(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Tokens [n, seq_length + 1] of n sample numbers."""
@@ -47,24 +47,24 @@ class Dataset(Protocol):
         ...
 
     @property
-    def parts(self) -> Sequence[Documents]:
-        """What is read, one an entry of data.train."""
+    def sources(self) -> Sequence[Documents]:
+        """Documents of each entry of data.train."""
         ...
 
     def owners(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """For each of n sample numbers the part that it is read from, [n]."""
+        """Index of the source of each of n samples, [n]."""
         ...
 
-    def trace(self, samples: npt.ArrayLike) -> list[list[Piece]]:
-        """What each of n samples is made of, in order; seq_length + 1 tokens each."""
+    def trace(self, samples: npt.ArrayLike) -> list[list[DocumentSpan]]:
+        """Document spans of each of n samples, in order; seq_length + 1 tokens each."""
         ...
 
-    def seen(self, piece: Piece, samples: int) -> Seen:
-        """Those of the samples before number `samples` that hold any token of the piece."""
+    def seen(self, span: DocumentSpan, samples: int) -> Seen:
+        """Find the samples before number `samples` that hold any token of the span."""
         ...
 
     def per_epoch(self) -> list[float]:
-        """Of each part, how many samples read all of it once."""
+        """Samples that read all of a source once, for each source."""
         ...
 
 
@@ -95,21 +95,21 @@ class TokenDataset:
             raise ValueError(f"data.seq_length = {seq_length}: must be at least 1")
         if order not in ORDERS:
             raise ValueError(f'data.order = "{order}": must be one of {", ".join(ORDERS)}')
-        self.parts = whole(prefixes)
+        self.sources = whole(prefixes)
         self.seq_length, self.segments = seq_length, segments
         self._stride, self.preshuffled = seq_length, order == "preshuffled"
         if self.preshuffled:
             self._stride = seq_length + 1
-            for part in self.parts:
-                _check_rows(part, seq_length + 1)
+            for source in self.sources:
+                _check_rows(source, seq_length + 1)
         # The first window takes one token more than those after it, unless none share a token.
         shared = seq_length + 1 - self._stride
-        windows = [max(0, len(part.tokens) - shared) // self._stride for part in self.parts]
+        windows = [max(0, len(source.tokens) - shared) // self._stride for source in self.sources]
         self._ends = np.cumsum(windows, dtype=np.int64)
         self._starts = self._ends - windows
         self.num_windows = int(self._ends[-1])
         if not self.num_windows:
-            longest = max(self.parts, key=lambda part: len(part.tokens))
+            longest = max(self.sources, key=lambda source: len(source.tokens))
             raise ValueError(
                 f"{longest.name} has {len(longest.tokens)} tokens; seq_length {seq_length} needs at least "
                 f"{seq_length + 1}: lower data.seq_length or add text"
@@ -124,65 +124,68 @@ class TokenDataset:
         """For each token of `sample(samples)` the number of its document, counted from 0 in each row."""
         windows = np.atleast_1d(self.order(np.asarray(samples, dtype=np.int64)))
         out = np.empty((len(windows), self.seq_length + 1), dtype=np.int64)
-        for row, (part, at) in enumerate(self._places(windows)):
-            out[row] = part.numbers(at, at + self.seq_length + 1)
+        for row, (source, at) in enumerate(self._places(windows)):
+            out[row] = source.numbers(at, at + self.seq_length + 1)
         return out
 
     def sequential(self, windows: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Tokens [n, seq_length + 1] of n window numbers, each in 0 .. num_windows - 1, whatever the order."""
+        """Tokens [n, seq_length + 1] of n window numbers, whatever the order.
+
+        Each is in 0 .. num_windows - 1.
+        """
         numbers = np.atleast_1d(np.asarray(windows, dtype=np.int64))
         if numbers.size and not (numbers.min() >= 0 and numbers.max() < self.num_windows):
             raise IndexError(f"windows are 0 to {self.num_windows - 1}; asked for {numbers.min()} to {numbers.max()}")
         out = np.empty((len(numbers), self.seq_length + 1), dtype=np.int64)
-        for row, (part, at) in enumerate(self._places(numbers)):
-            out[row] = part.tokens[at : at + self.seq_length + 1]
+        for row, (source, at) in enumerate(self._places(numbers)):
+            out[row] = source.tokens[at : at + self.seq_length + 1]
         return out
 
     def owners(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """For each of n sample numbers the part that it is read from, [n]."""
-        if len(self.parts) == 1:
+        """Index of the source of each of n samples, [n]."""
+        if len(self.sources) == 1:
             return np.zeros(np.size(samples), np.int64)
         windows = np.atleast_1d(self.order(np.asarray(samples, dtype=np.int64)))
         return np.searchsorted(self._ends, windows, side="right").astype(np.int64)
 
-    def trace(self, samples: npt.ArrayLike) -> list[list[Piece]]:
-        """What each of n samples is made of, in order."""
+    def trace(self, samples: npt.ArrayLike) -> list[list[DocumentSpan]]:
+        """Document spans of each of n samples, in order."""
         windows = np.atleast_1d(self.order(np.asarray(samples, dtype=np.int64)))
         owners = np.searchsorted(self._ends, windows, side="right")
         return [
-            [Piece(int(owner), *piece) for piece in part.pieces(at, at + self.seq_length + 1)]
-            for owner, (part, at) in zip(owners, self._places(windows), strict=True)
+            [DocumentSpan(int(owner), *span) for span in source.spans(at, at + self.seq_length + 1)]
+            for owner, (source, at) in zip(owners, self._places(windows), strict=True)
         ]
 
-    def seen(self, piece: Piece, samples: int) -> Seen:
-        """Those of the samples before number `samples` that hold any token of the piece, with their epochs."""
-        first = self.parts[piece.part].place(piece.document) + piece.offset
-        low = max(0, -(-(first - self.seq_length) // self._stride)) + int(self._starts[piece.part])
-        high = (first + piece.tokens - 1) // self._stride + 1 + int(self._starts[piece.part])
-        windows = np.arange(low, min(high, int(self._ends[piece.part])))
+    def seen(self, span: DocumentSpan, samples: int) -> Seen:
+        """Find the samples before number `samples` that hold any token of the span."""
+        first = self.sources[span.source].place(span.document) + span.offset
+        low = max(0, -(-(first - self.seq_length) // self._stride)) + int(self._starts[span.source])
+        high = (first + span.tokens - 1) // self._stride + 1 + int(self._starts[span.source])
+        windows = np.arange(low, min(high, int(self._ends[span.source])))
         found = [np.empty((0, 2), np.int64)]
-        for epoch in range(-(-samples // self.num_windows) if piece.tokens else 0):
+        for epoch in range(-(-samples // self.num_windows) if span.tokens else 0):
             numbers = np.sort(self.order.inverse(windows, epoch))
             numbers = numbers[numbers < samples]
             found.append(np.stack((numbers, np.full_like(numbers, epoch)), axis=1))
         return np.concatenate(found)
 
     def per_epoch(self) -> list[float]:
-        """Of each part, how many samples read all of it once."""
+        """Samples that read all of a source once, for each source."""
         return (self._ends - self._starts).astype(float).tolist()
 
     def _places(self, windows: npt.NDArray[np.int64]) -> Iterator[tuple[Documents, int]]:
-        """The documents that each window lies in, and its first token's place among their tokens."""
+        """Documents and first token of each window."""
         owners = np.searchsorted(self._ends, windows, side="right")
         for number, owner in zip(windows.tolist(), owners.tolist(), strict=True):
-            yield self.parts[owner], (number - int(self._starts[owner])) * self._stride
+            yield self.sources[owner], (number - int(self._starts[owner])) * self._stride
 
 
-def _check_rows(part: Documents, length: int) -> None:
-    """Raises ValueError where the documents are not rows of that many tokens."""
-    wrong = np.flatnonzero(part.sizes != length)
+def _check_rows(source: Documents, length: int) -> None:
+    """Check that the documents are rows of that many tokens. Raises ValueError."""
+    wrong = np.flatnonzero(source.sizes != length)
     if wrong.size:
         raise ValueError(
-            f"{part.name}: document {part.first + int(wrong[0])} has {part.sizes[wrong[0]]} tokens; data.order = "
+            f"{source.name}: document {source.first + int(wrong[0])} has {source.sizes[wrong[0]]} tokens; data.order = "
             f'"preshuffled" reads documents of data.seq_length + 1 = {length}: set data.seq_length, or another order'
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from neox.config import Config
 from neox.data.blend import BlendedDataset, Phase
 from neox.data.loader import Loader
-from neox.data.provenance import Sources
+from neox.data.provenance import Provenance
 from neox.data.windows import Dataset
 from neox.system.processes import Processes
 from neox.train.goodput import Goodput
@@ -63,7 +63,7 @@ class TrainState:
             "seconds": self.goodput.state(),
             "order": self.order,
             "read": self.consumed.up_to(self.step, self.loader),
-            "blend": data.history.phases if isinstance(data := self.loader.dataset, BlendedDataset) else [],
+            "blend": data.schedule.phases if isinstance(data := self.loader.dataset, BlendedDataset) else [],
         }
 
     def load(self, folder: Path, state: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ class ConsumedSamples:
 
     def up_to(self, step: int, loader: Loader) -> list[int]:
         """Counts after `step` steps, as `loader` reads them."""
-        entries = len(loader.dataset.parts)
+        entries = len(loader.dataset.sources)
         read = np.array(self.read or [0] * entries, np.int64)
         for before in range(self.step, step):
             read += np.bincount(loader.dataset.owners(loader.samples(before)), minlength=entries)
@@ -155,8 +155,8 @@ class ConsumedSamples:
 def entry_names(dataset: Dataset) -> list[str]:
     """Names of the entries of data.train, all different: their component where they hold one, else their file."""
     names: list[str] = []
-    for part in dataset.parts:
-        components = Sources.of(part.file).components(part.first, len(part))
+    for source in dataset.sources:
+        components = Provenance.of(source.file).components(source.first, len(source))
         name = (components[0] if len(components) == 1 else None) or part.file.bin.stem
         names.append(f"{name} ({len(names)})" if name in names else name)
     return names

@@ -68,12 +68,12 @@ def every_place(inspector, wanted: bytes, until: int) -> dict[tuple[int, int, in
     table, found = inspector.tokenizer.bytes_of_tokens, {}
     rows = {
         (step, row.row): {
-            (s.span.part, s.span.document, s.span.offset + at) for s in row.passages for at in range(s.span.tokens)
+            (s.span.source, s.span.document, s.span.offset + at) for s in row.passages for at in range(s.span.tokens)
         }
         for step in range(1, until + 1)
         for row in inspector.rows(step)
     }
-    for part, documents in enumerate(inspector.dataset.parts):
+    for part, documents in enumerate(inspector.dataset.sources):
         for document in range(len(documents)):
             tokens = documents.file.document(document).tolist()
             owner = [n for n, token in enumerate(tokens) for _ in table[token]]
@@ -89,7 +89,7 @@ def every_place(inspector, wanted: bytes, until: int) -> dict[tuple[int, int, in
 def test_the_rows_of_a_step_are_what_the_run_trained_on(folder: Path, run: Path) -> None:
     inspector = SampleInspector.of_run(run)
     assert inspector.last == STEPS
-    assert [phase[0] for phase in inspector.dataset.history.phases] == [0, 2 * BATCH]
+    assert [phase[0] for phase in inspector.dataset.schedule.phases] == [0, 2 * BATCH]
     tokenizer = inspector.tokenizer
     for step in range(1, STEPS + 1):
         batch = inspector.loader.batch(step - 1)
@@ -102,13 +102,13 @@ def test_the_rows_of_a_step_are_what_the_run_trained_on(folder: Path, run: Path)
             for passage in row.passages:
                 own = row.tokens[at : at + passage.span.tokens].tolist()
                 assert passage.text == tokenizer.decode(own)
-                component = None if passage.span.part else "ArXiv" if passage.span.document < 90 else "Github"
+                component = None if passage.span.source else "ArXiv" if passage.span.document < 90 else "Github"
                 assert passage.origin.component == component
                 at += len(own)
     noted = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     for part, name in enumerate("ab"):
         windows = inspector.dataset.per_epoch()[part]
-        read = sum(row.passages[0].span.part == part for step in range(1, STEPS + 1) for row in inspector.rows(step))
+        read = sum(row.passages[0].span.source == part for step in range(1, STEPS + 1) for row in inspector.rows(step))
         assert noted[f"epochs/{name}"] == read / windows
 
 
@@ -130,7 +130,7 @@ def test_a_search_finds_what_a_slow_one_finds(
         found.setdefault(hit.span[:3], set()).update((step, row) for step, row, _ in hit.reads)
     assert found == wanted
     assert sum(done) == looking.size
-    whole = sum(len(part.tokens) for part in inspector.dataset.parts)
+    whole = sum(len(part.tokens) for part in inspector.dataset.sources)
     partly = few and until * BATCH * (17 + 2 * len(looking.pattern)) < whole
     assert looking.size < 2 * whole if partly else looking.size == 2 * whole
 
@@ -146,7 +146,7 @@ def test_portions_are_the_labels_of_the_rows(run: Path) -> None:
     found = component_tokens(inspector, 3)
     assert {(p.file, p.component): p.tokens for p in found if p.tokens} == counted
     assert sum(p.tokens for p in found) == 3 * BATCH * 16
-    sizes = [part.file.sizes for part in inspector.dataset.parts]
+    sizes = [part.file.sizes for part in inspector.dataset.sources]
     assert [p.whole for p in found] == [sizes[0][:90].sum(), sizes[0][90:].sum(), sizes[1].sum()]
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from neox.config import DataConfig
 from neox.data import Loader, PermutedOrder, build_datasets
-from neox.data.blend import BlendedDataset, History
-from neox.data.windows import Piece
+from neox.data.blend import BlendedDataset, BlendSchedule
+from neox.data.windows import DocumentSpan
 from tests.corpus.corpora import sizes_of_documents, write_pair
 from tests.data.test_blend import slow
 
@@ -51,22 +51,22 @@ def test_trace_and_seen_follow_every_token(
     config = DataConfig(train=tuple(map(str, files)), seq_length=seq_length, **CASES[case])
     dataset = build_datasets(config, files, [], seed, 30).train
     if changed is not None and isinstance(dataset, BlendedDataset):
-        dataset = dataset.with_phases([*dataset.history.phases, (changed, (0.9, 0.1))])
+        dataset = dataset.with_phases([*dataset.schedule.phases, (changed, (0.9, 0.1))])
     owners = owners_of_tokens(sizes)
     rows = dataset.sample(np.arange(samples)).tolist()
-    # A document of megatron's stream may follow itself: only where the offset jumps back does another piece begin.
-    for row, pieces, owner in zip(rows, dataset.trace(range(samples)), dataset.owners(np.arange(samples)), strict=True):
-        followed = [(p.part, p.document, p.offset + at) for p in pieces for at in range(p.tokens)]
+    # A document of megatron's stream may follow itself: only where the offset jumps back does another span begin.
+    for row, spans, owner in zip(rows, dataset.trace(range(samples)), dataset.owners(np.arange(samples)), strict=True):
+        followed = [(p.source, p.document, p.offset + at) for p in spans for at in range(p.tokens)]
         assert followed == [owners[token] for token in row]
-        assert {p.part for p in pieces} == {owner} or not isinstance(dataset, BlendedDataset)
-        assert pieces[0].part == owner
+        assert {p.source for p in spans} == {owner} or not isinstance(dataset, BlendedDataset)
+        assert spans[0].source == owner
     part = data.draw(st.integers(0, 1))
     document = data.draw(st.integers(0, len(sizes[part]) - 1))
     offset = data.draw(st.integers(0, sizes[part][document]))
-    piece = Piece(part, document, offset, data.draw(st.integers(0, sizes[part][document] - offset)))
-    wanted = {(part, document, offset + at) for at in range(piece.tokens)}
+    span = DocumentSpan(part, document, offset, data.draw(st.integers(0, sizes[part][document] - offset)))
+    wanted = {(part, document, offset + at) for at in range(span.tokens)}
     holding = [n for n, row in enumerate(rows) if wanted & {owners[token] for token in row}]
-    seen = dataset.seen(piece, samples)
+    seen = dataset.seen(span, samples)
     assert seen.shape[1:] == (2,)
     assert sorted(set(seen[:, 0].tolist())) == holding
     times = seen[:, 1].tolist()
@@ -107,14 +107,14 @@ def test_weights_that_change(changes, weights, data) -> None:
             given_so_far[owner] += 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("neox.data.blend.SEGMENT", 16)
-        history = History(list(zip(starts, weights, strict=False)))
-        found = history(np.arange(count))
+        schedule = BlendSchedule(list(zip(starts, weights, strict=False)))
+        found = schedule(np.arange(count))
         assert (found[0].tolist(), found[1].tolist()) == (owners, indices)
         samples = data.draw(st.integers(0, count))
-        assert history.given(samples).tolist() == [owners[:samples].count(d) for d in range(3)]
+        assert schedule.given(samples).tolist() == [owners[:samples].count(d) for d in range(3)]
         for dataset in range(3):
             mine = np.array([n for n, owner in enumerate(owners) if owner == dataset], np.int64)
-            assert history.numbers(dataset, np.arange(len(mine))).tolist() == mine.tolist()
+            assert schedule.numbers(dataset, np.arange(len(mine))).tolist() == mine.tolist()
 
 
 @settings(deadline=None)
@@ -136,8 +136,8 @@ def test_preshuffled_documents_are_the_samples(tmp_path: Path) -> None:
     config = DataConfig(train=(str(file),), seq_length=4, order="preshuffled")
     dataset = build_datasets(config, [file], [], 1, 6).train
     assert dataset.sample(range(8)).tolist() == [list(range(5 * n, 5 * n + 5)) for n in (0, 1, 2, 3, 4, 5, 0, 1)]
-    assert dataset.trace([3]) == [[Piece(0, 3, 0, 5)]]
-    assert dataset.seen(Piece(0, 3, 2, 1), 12).tolist() == [[3, 0], [9, 1]]
+    assert dataset.trace([3]) == [[DocumentSpan(0, 3, 0, 5)]]
+    assert dataset.seen(DocumentSpan(0, 3, 2, 1), 12).tolist() == [[3, 0], [9, 1]]
     batch = Loader(dataset, 2).batch(1)
     assert batch.tokens.tolist() == [[10, 11, 12, 13], [15, 16, 17, 18]]
     assert batch.labels.tolist() == [[11, 12, 13, 14], [16, 17, 18, 19]]
@@ -153,7 +153,7 @@ def test_changed_weights_on_any_number_of_ranks(tmp_path: Path, case: str, ranks
     files = [write_pair(tmp_path / f"f{n}", own, 1000 * n) for n, own in enumerate(sizes)]
     config = DataConfig(train=tuple(map(str, files)), seq_length=4, **CASES[case])
     began = build_datasets(config, files, [], 5, 70)
-    dataset = began.train.with_phases([*began.train.history.phases, (21, (0.9, 0.1)), (28, (1.0, 1.0))])
+    dataset = began.train.with_phases([*began.train.schedule.phases, (21, (0.9, 0.1)), (28, (1.0, 1.0))])
     loader = Loader(dataset, 7, [(30, 33)])
     alone = Loader(dataset, 7, [(30, 33)])
     for step in range(9):

@@ -24,7 +24,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in ("readers.chunks", "readers.streams", "readers.text", "readers.columns", "shards"):
-        monkeypatch.setattr(f"neox.corpus.{module}.PIECE_BYTES", 3000)
+        monkeypatch.setattr(f"neox.corpus.{module}.CHUNK_BYTES", 3000)
     monkeypatch.setattr("neox.corpus.plan.PATIENCE", 0.3)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"document {n}: the cat"}) + "\n" for n in range(600)))
@@ -48,7 +48,7 @@ def test_the_local_executor(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, 
     done = {path.name: path.stat().st_ino for path in Path(f"{out}.parts").glob("*.idx")}
     assert len(done) == shards
     with pytest.MonkeyPatch.context() as patch:  # nothing is left but to join
-        patch.setattr("neox.corpus.shards.read_piece", None)
+        patch.setattr("neox.corpus.shards.read_chunk", None)
         prepare(corpus, out, tokenizer, progress=False, workers=1)
     assert content(out) == content(tmp_path / "expected")
     assert sorted(path.name for path in out.parent.iterdir()) == ["c.bin", "c.idx", "c.json"]
@@ -64,9 +64,9 @@ def test_while_tasks_run_nobody_joins(tmp_path: Path, corpus: Path, tokenizer: T
 
     for rank in range(2):  # one after another here; each alone makes every second part
         list(TokenizeShards(out).run(None, rank, 2))
-    from neox.corpus.plan import Parts
+    from neox.corpus.plan import ShardOutputs
 
-    with Parts(out).locked(shared=True):
+    with ShardOutputs(out).locked(shared=True):
         other()
     assert len(list(Path(f"{out}.parts").glob("*.idx"))) == shards
 

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neox.corpus.readers import Faults, find_sources, read_documents
+from neox.corpus.readers import ErrorPolicy, find_sources, read_documents
 from neox.corpus.readers.streams import frame_starts
 from neox.corpus.shards import batches, documents, shards
 
@@ -22,8 +22,8 @@ texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 
 def cut(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     for module in ("chunks", "streams", "text", "columns", "hub_datasets"):
-        monkeypatch.setattr(f"neox.corpus.readers.{module}.PIECE_BYTES", size)
-    monkeypatch.setattr("neox.corpus.shards.PIECE_BYTES", size)
+        monkeypatch.setattr(f"neox.corpus.readers.{module}.CHUNK_BYTES", size)
+    monkeypatch.setattr("neox.corpus.shards.CHUNK_BYTES", size)
 
 
 @settings(deadline=None, max_examples=60)
@@ -82,10 +82,10 @@ def test_a_fault_names_its_line_of_the_file(tmp_path: Path, monkeypatch: pytest.
     rows[30] = b"bad"
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
     cut(monkeypatch, 100)
-    faults = Faults("skip")
-    found = [d for shard in shards(find_sources(tmp_path / "a.jsonl")) for d in documents(shard, faults=faults)]
+    policy = ErrorPolicy("skip")
+    found = [d for shard in shards(find_sources(tmp_path / "a.jsonl")) for d in documents(shard, policy=policy)]
     assert len(found) == 39
-    assert faults.skipped["not JSON"].first[0].startswith(f"{tmp_path / 'a.jsonl'}:31: not JSON")
+    assert policy.skipped["not JSON"].first[0].startswith(f"{tmp_path / 'a.jsonl'}:31: not JSON")
 
 
 def test_small_files_share_a_shard(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_megatron_with_several_files_blends_them(tmp_path: Path, weights: tuple[
     given_weights = list(weights or (1.0, 1.0, 1.0))
     made_for = [int(np.ceil(count * (w / sum(given_weights)) * 1.005)) for w in given_weights]
     each = [
-        MegatronDataset(Documents(TokenDataset([file], 1, 0).parts[0].file), 4, 7, samples)
+        MegatronDataset(Documents(TokenDataset([file], 1, 0).sources[0].file), 4, 7, samples)
         for file, samples in zip(files, made_for, strict=True)
     ]
     size = sum(len(dataset) for dataset in each)
@@ -82,7 +82,7 @@ def test_one_weight_is_a_blend_of_one_which_asks_for_more(tmp_path: Path) -> Non
     """gpt-neox's train_data_paths with one path, as the Pythia models were trained: half a percent more samples."""
     files = pairs(tmp_path, A)
     built = build_datasets(config(files, order="megatron", weights=(3.0,)), files, [], 7, 1000)
-    dataset = MegatronDataset(TokenDataset(files, 1, 0).parts[0], 4, 7, 1005)
+    dataset = MegatronDataset(TokenDataset(files, 1, 0).sources[0], 4, 7, 1005)
     assert rows(built.train, 1000) == rows(dataset, 1000)
     plain = build_datasets(config(files, order="megatron"), files, [], 7, 1000)
     assert rows(built.train, 1000) != rows(plain.train, 1000)

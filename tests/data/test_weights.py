@@ -14,7 +14,7 @@ from neox.config.pile import COMPONENTS
 from neox.data import TokenFile, build_datasets, megatron
 from neox.data.arrays import cached_arrays, content_key
 from neox.data.datasets import whole
-from neox.data.provenance import Origin, Sources
+from neox.data.provenance import Origin, Provenance
 from neox.data.weights import blend_weights, by_documents
 from tests.corpus.corpora import note, write_pair
 
@@ -83,7 +83,7 @@ def test_sources_are_read_back(tmp_path_factory: pytest.TempPathFactory, rows, k
     prefix = write_pair(tmp_path_factory.mktemp("data") / "x", lengths)
     note(prefix, *rows)
     file = TokenFile(prefix)
-    sources = Sources.of(file)
+    sources = Provenance.of(file)
     assert [tuple(sources[n]) for n in range(len(every))] == every
     first = min(first, len(every) - 1)
     wanted: dict[str | None, int] = {}
@@ -95,7 +95,7 @@ def test_sources_are_read_back(tmp_path_factory: pytest.TempPathFactory, rows, k
 
 def test_files_beside_that_do_not_fit(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "x", [3] * 6)
-    assert Sources.of(TokenFile(prefix))[5] == Origin(None, None)
+    assert Provenance.of(TokenFile(prefix))[5] == Origin(None, None)
     for name, broken in (
         ("x.json", b'{"origins": [["a", 5]]}'),
         ("x.json", b'{"origins": [3]}'),
@@ -105,13 +105,13 @@ def test_files_beside_that_do_not_fit(tmp_path: Path) -> None:
         ("x.components.npy", b"\x93NUMPY"),
     ):
         note(prefix, ("a", "ArXiv", 6))
-        assert Sources.of(TokenFile(prefix))[5] == Origin("a", "ArXiv")
+        assert Provenance.of(TokenFile(prefix))[5] == Origin("a", "ArXiv")
         (tmp_path / name).write_bytes(broken)
         with pytest.raises(ValueError, match=rf"{name}: does not fit .*x\.bin .*: remove it, or prepare again"):
-            Sources.of(TokenFile(prefix))
+            Provenance.of(TokenFile(prefix))
     np.save(tmp_path / "x.components.npy", np.zeros(5, np.uint16))
     with pytest.raises(ValueError, match=r"x\.components\.npy: does not fit .* tells of \(5,\) documents, there are 6"):
-        Sources.of(TokenFile(prefix))
+        Provenance.of(TokenFile(prefix))
 
 
 def test_megatrons_arrays_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Which documents `prepare` leaves out, and why: repeats of earlier ones, and text of evaluation sets.
+"""Deduplication and decontamination of a corpus, as `prepare` applies them.
 
     shards -> Cleaning.found: the repeats -> Cleaning.documents: what stays -> Cleaning.finish: removed.jsonl
 
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from neox.corpus.clean.dedup import PARAMETERS, Method
+from neox.corpus.clean.duplicates import DuplicateSearch, read_counts, read_duplicates
 from neox.corpus.clean.overlap import RUN, Overlaps, cut, evaluation_texts
-from neox.corpus.clean.repeats import Search, read_counts, read_repeats
 from neox.corpus.plan import Plan, locked
-from neox.corpus.readers import Document, Faults, OnError
+from neox.corpus.readers import Document, ErrorPolicy, OnError
 from neox.corpus.shards import Shard, documents
 from neox.system.files import write_atomic, write_whole
 
@@ -33,21 +33,24 @@ OVERLAP = "overlap"
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is left out of a corpus. What is `found` any process can apply: it is in `folder`."""
+    """Deduplication and decontamination of one corpus; its results lie in `folder`.
+
+    Any process can apply them: see `from_plan`.
+    """
 
     folder: Path
     shards: tuple[Shard, ...]
     dedup: Method | None
     key: str
-    """Tells this cleaning of these files from any other."""
+    """Hash that identifies this cleaning of these files."""
     overlaps: Overlaps = field(compare=False)
     """The evaluation sets, indexed."""
-    search: Search | None = None
-    """How repeats are found; none where none are looked for, or they are found."""
+    search: DuplicateSearch | None = None
+    """Search for duplicates; None without `dedup`, and where it has been done."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `again` makes the same cleaning from, as JSON holds it."""
+        """Settings for a plan, as JSON: the input of `from_plan`."""
         return {
             "folder": str(self.folder),
             "dedup": self.dedup,
@@ -56,8 +59,8 @@ class Cleaning:
         }
 
     @classmethod
-    def again(cls, plan: Plan) -> Cleaning:
-        """The cleaning of a plan, found elsewhere perhaps, to be applied."""
+    def from_plan(cls, plan: Plan) -> Cleaning:
+        """Open the cleaning that a plan's settings name, to apply it."""
         settings = plan.settings["cleaning"]
         folder = Path(settings["folder"])
         overlaps = Overlaps.load(folder / "overlaps.npz")
@@ -72,7 +75,9 @@ class Cleaning:
         decontaminate: Sequence[str] = (),
         on_error: OnError = "fail",
     ) -> Cleaning:
-        """A cleaning of a plan's shards; its evaluation sets are read and indexed, of the shards nothing is read yet.
+        """Set up the cleaning of a plan's shards; index the evaluation sets.
+
+        Reads no text of the shards yet.
 
         `decontaminate` names files or tasks, see `overlap.evaluation_texts`. Raises ValueError on one that
         cannot be read, or none of whose examples has 13 words.
@@ -82,14 +87,14 @@ class Cleaning:
             if known.short == known.examples:
                 raise ValueError(f"decontaminate: {known.name}: none of its {known.examples} examples has {RUN} words")
         shards, text_key = tuple(plan.shards), plan.settings["text_key"]
-        versions = ([(asdict(piece), plan.versions.get(piece.name)) for piece in shard.pieces] for shard in shards)
+        versions = ([(asdict(chunk), plan.versions.get(chunk.name)) for chunk in shard.chunks] for shard in shards)
         keys = tuple(_key(dedup, PARAMETERS, text_key, on_error, of_shard) for of_shard in versions)
-        search = Search(folder, dedup, text_key, on_error, shards, keys) if dedup else None
+        search = DuplicateSearch(folder, dedup, text_key, on_error, shards, keys) if dedup else None
         return cls(folder, shards, dedup, _key(keys, overlaps.digest), overlaps, search)
 
     @contextmanager
     def found(self, workers: int = 1, progress: bool = True) -> Iterator[None]:
-        """Find the repeats, see `repeats`, and put into the folder all that `again` needs; hold it meanwhile.
+        """Find the duplicates, write the folder that `from_plan` opens, and hold it.
 
         Raises what the readers raise, and ValueError while another run holds the folder.
         """
@@ -100,17 +105,19 @@ class Cleaning:
             yield
 
     def documents(
-        self, shard: Shard, text_key: str = "text", faults: Faults | None = None, meta_key: str | None = None
+        self, shard: Shard, text_key: str = "text", policy: ErrorPolicy | None = None, meta_key: str | None = None
     ) -> Iterator[Document]:
-        """What stays of a shard, in place of `neox.corpus.shards.documents`, which gives all of it.
+        """Read the documents of a shard that remain.
+
+        Stands in for `neox.corpus.shards.documents`, which reads all of them.
 
         When it has come to its end, what was left out is on the disk for `finish`.
-        Raises ValueError where the shard no longer holds the documents that were compared, Fault as the readers do.
+        Raises ValueError where the shard no longer holds the documents that were compared, ReadError as the readers do.
         """
-        repeats = read_repeats(self.folder, shard.number) if self.dedup else {}
+        repeats = read_duplicates(self.folder, shard.number) if self.dedup else {}
         removed: list[dict[str, Any]] = []
         count, taken = 0, 0.0
-        for number, document in enumerate(documents(shard, text_key, faults, meta_key)):
+        for number, document in enumerate(documents(shard, text_key, policy, meta_key)):
             count = number + 1
             row = {"source": document.source, "shard": shard.number, "document": number}
             taken += document.taken
@@ -127,12 +134,12 @@ class Cleaning:
                 yield document._replace(text=text, taken=taken)
                 taken = 0.0
         if self.dedup and count != sum(self._counts[shard.number]):
-            raise ValueError(f"{shard.pieces[0].name}: changed while it was read; prepare it again")
+            raise ValueError(f"{shard.chunks[0].name}: changed while it was read; prepare it again")
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in removed)
         write_atomic(self._removed(shard.number), lines.encode())
 
     def finish(self, out: Path) -> dict[str, Any]:
-        """Write what was left out of all shards to `out`, a line of JSON each; returns the counts, for a manifest.
+        """Write the list of everything left out to `out`; return the counts.
 
         A line has `source`, `shard`, `document` (its number in the shard) and `reason`. For a repeat `kept` names the
         document that stays; for an overlap `overlaps` has each set, its words and their place, and `pieces` and `left`
@@ -158,14 +165,14 @@ class Cleaning:
         return counts
 
     def forget(self) -> None:
-        """Remove the folder, once what it led to is whole."""
+        """Remove the folder, once the output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _name(self, shard: int, document: int) -> dict[str, Any]:
-        """The source and the numbers of a document of any shard."""
+        """Source and numbers of a document of any shard."""
         ends = accumulate(self._counts[shard])
-        pieces = zip(self.shards[shard].pieces, ends, strict=True)
-        source = next(piece.name for piece, end in pieces if document < end)
+        chunks = zip(self.shards[shard].chunks, ends, strict=True)
+        source = next(chunk.name for chunk, end in chunks if document < end)
         return {"source": source, "shard": shard, "document": document}
 
     def _removed(self, number: int) -> Path:
@@ -173,12 +180,15 @@ class Cleaning:
 
     @cached_property
     def _counts(self) -> list[list[int]]:
-        """Documents of each piece of each shard."""
+        """Number of documents in each chunk of each shard."""
         return [read_counts(self.folder, shard.number) for shard in self.shards]
 
 
 def removed_lines(counts: dict[str, Any], path: str) -> list[str]:
-    """What `Cleaning.finish` counted, in lines for a user; `path` is where all of it was written."""
+    """Report for a user of the counts that `Cleaning.finish` gave.
+
+    `path` is the file that lists every document.
+    """
     lines = [f"left out: {counts[reason]:,} {reason}s" for reason in REASONS.values() if reason in counts]
     if overlap := counts.get(OVERLAP):
         whole = overlap["whole"]

@@ -1,9 +1,9 @@
-"""Documents that were met before: of the same text (exact), or of nearly the same words (minhash).
+"""Duplicates of earlier documents: of the same text (exact), or near-duplicates (minhash).
 
-`write_keys` turns the documents of a shard into sorted files of keys; documents with an equal key are alike. `repeated`
-then walks through the keys of all shards, a range at a time, joins alike documents into groups and keeps the first of
-each. Memory is about 140 MB a process, below 400 MB where documents are very short and words ever new, and 4 bytes a
-document, whatever the text's size.
+`write_keys` turns the documents of a shard into sorted files of keys; documents with an equal key are alike.
+`find_duplicates` then walks through the keys of all shards, a range at a time, clusters matches transitively (connected
+components) and keeps the first of each. Memory is about 140 MB a process, below 400 MB where documents are very short
+and words ever new, and 4 bytes a document, whatever the text's size.
 
 MinHash with banding: Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", chapter 3.
 """
@@ -30,25 +30,33 @@ SHINGLE = 5  # words
 BANDS, ROWS = 14, 8
 SEED = 1
 PARAMETERS = [SHINGLE, BANDS, ROWS, SEED]
-"""What keys depend on besides the text."""
+"""Everything that keys depend on besides the text."""
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 22, 4096  # hashed in one call
 KEPT_KEYS = 1 << 18  # documents whose keys are sorted together and make one file
 RANGE_KEYS = 1 << 21  # keys of all shards that are compared together
 
 
 def likelihood(similarity: float, bands: int = BANDS, rows: int = ROWS) -> float:
-    """How likely two documents are found alike whose 5-word shingles have this Jaccard similarity: 1 - (1 - s^r)^b."""
+    """Probability that MinHash finds two documents of this Jaccard similarity: 1 - (1 - s^r)^b.
+
+    The similarity s is that of their sets of 5-word shingles.
+    """
     return float(1 - (1 - similarity**rows) ** bands)
 
 
 def exact_keys(texts: Sequence[str]) -> tuple[Numbers, npt.NDArray[np.bool_]]:
-    """Keys by which equal texts are found: uint64 [1, 2, texts], 128 bits of BLAKE2b; and which texts have any: all."""
+    """Keys of equal texts: uint64 [1, 2, texts], 128 bits of BLAKE2b.
+
+    The second array says which texts have keys: all of them.
+    """
     digests = b"".join(blake2b(text.encode(), digest_size=16).digest() for text in texts)
     return np.frombuffer(digests, "<u8").reshape(1, len(texts), 2).transpose(0, 2, 1), np.ones(len(texts), bool)
 
 
 def minhash_keys(texts: Sequence[str]) -> tuple[Numbers, npt.NDArray[np.bool_]]:
-    """Keys by which near-duplicates are found: uint64 [bands, 1, n] of the n texts with a word; and which those are.
+    """MinHash keys of near-duplicates: uint64 [bands, 1, n] of the n texts with a word.
+
+    The second array says which texts those are.
 
     Texts of fewer than 5 words are alike where all their words are equal, in order.
     """
@@ -75,7 +83,9 @@ KEYS: dict[Method, Callable[[Sequence[str]], tuple[Numbers, npt.NDArray[np.bool_
 
 
 def write_keys(texts: Iterable[str], method: Method, stem: Path) -> tuple[int, list[Path]]:
-    """Write the keys of a shard's documents as `<stem>-0.npy` and on; returns how many documents, and the files.
+    """Write the keys of a shard's documents as `<stem>-0.npy` and on.
+
+    Returns the number of documents, and the files.
 
     Each file is uint64 [bands, columns, n]: keys, sorted by the first of them, and in the last column each document's
     number in the shard. Empty texts count but have no keys. Raises OSError naming a file that cannot be written.
@@ -107,47 +117,52 @@ def write_keys(texts: Iterable[str], method: Method, stem: Path) -> tuple[int, l
 
 
 @dataclass(frozen=True)
-class Repeats:
-    """The documents of one shard that repeat an earlier one."""
+class Duplicates:
+    """Documents of one shard that repeat an earlier document."""
 
     numbers: npt.NDArray[np.int64]
     """Their numbers in the shard, ascending."""
     shards: npt.NDArray[np.int64]
-    """For each the shard of the document that is kept: the first of its group."""
+    """Shard of the document that is kept for each: the first of its component."""
     kept: npt.NDArray[np.int64]
-    """And that document's number there."""
+    """Number of that document in its shard."""
 
 
-def repeated(
+def find_duplicates(
     shards: Sequence[tuple[int, Sequence[Path]]], advance: Callable[[float], object] = lambda share: None
-) -> Iterator[Repeats]:
-    """The repeats in each shard, from what `write_keys` returned for all of them, in the shards' order.
+) -> Iterator[Duplicates]:
+    """Find the duplicates in each shard, as connected components of equal keys.
+
+    `shards` holds the results of `write_keys`, in the shards' order. The first document of a component is kept.
 
     `advance` is told the share of the work that each part was; the shares add up to 1.
     """
     bases = np.cumsum([0, *(count for count, _ in shards)])
-    groups = Groups(int(bases[-1]))
+    components = UnionFind(int(bases[-1]))
     tables = [
         (np.load(path, mmap_mode="r"), base) for (_, files), base in zip(shards, bases, strict=False) for path in files
     ]
-    for earlier, later, share in _alike(tables):
-        groups.join(earlier, later)
+    for earlier, later, share in _matching_pairs(tables):
+        components.join(earlier, later)
         advance(share)
     for base, end in pairwise(bases):
-        first = groups.first(np.arange(base, end))
+        first = components.first(np.arange(base, end))
         numbers = np.flatnonzero(first != np.arange(base, end))
         homes = np.searchsorted(bases, first[numbers], side="right") - 1
-        yield Repeats(numbers, homes, first[numbers] - bases[homes])
+        yield Duplicates(numbers, homes, first[numbers] - bases[homes])
 
 
-class Groups:
-    """Union-find over the numbers 0 to size - 1, many pairs at once; 4 bytes a number below four billion."""
+class UnionFind:
+    """Connected components of the numbers 0 to size - 1, many pairs at once.
+
+    Memory: 4 bytes a number below four billion.
+    """
 
     def __init__(self, size: int) -> None:
         self._parents = np.arange(size, dtype=np.uint32 if size <= 2**32 else np.int64)
 
     def join(self, left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> None:
-        """Put left[i] and right[i] into one group, for each i."""
+        """Put left[i] and right[i] into one component, for each i."""
         while len(left):
             left, right = self.first(left), self.first(right)
             apart = left != right
@@ -157,7 +172,7 @@ class Groups:
             left, right = low, high
 
     def first(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The least number in the group of each."""
+        """Least number in the component of each."""
         found: npt.NDArray[Any] = numbers
         while ((above := self._parents[found]) != found).any():
             found = above
@@ -165,10 +180,10 @@ class Groups:
         return found.astype(np.int64)
 
 
-def _alike(
+def _matching_pairs(
     tables: Sequence[tuple[Numbers, int]],
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], float]]:
-    """Pairs of documents that share a key, as two arrays, and the share of the work done for them.
+    """Pairs of documents that share a key, as two arrays, and the share of the work done.
 
     A range of keys is read at a time, from every table: a key's documents all lie in one range.
     """

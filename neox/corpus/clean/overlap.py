@@ -1,4 +1,4 @@
-"""Text of evaluation sets in training documents: found by runs of 13 words and cut out, as for GPT-3.
+"""Decontamination: text of evaluation sets in training documents, by GPT-3's rule of 13-word runs.
 
 The rule is that of Brown et al. 2020 (arXiv 2005.14165), appendix C, which the Pile's authors also used for their
 ablation: a match goes with 200 characters on each side of it, and what then lies between two cuts is a piece; pieces
@@ -31,7 +31,7 @@ MOST = 10  # pieces
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What is known of one set after it was indexed."""
+    """Index statistics of one evaluation set."""
 
     name: str
     examples: int
@@ -43,7 +43,7 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Overlap:
-    """A stretch of a document whose every run of 13 words is in evaluation sets."""
+    """A range of a document whose every run of 13 words is in evaluation sets."""
 
     set: str
     """The set that its first run is in."""
@@ -55,7 +55,7 @@ class Overlap:
 
 
 class Overlaps:
-    """The runs of words of several evaluation sets, and the search for them: 10 bytes a run."""
+    """Index of the word runs of evaluation sets: 10 bytes a run."""
 
     def __init__(self, numbers: Numbers, owners: npt.NDArray[np.uint16], sets: Sequence[EvaluationSet]) -> None:
         self._numbers, self._owners = numbers, owners
@@ -63,7 +63,10 @@ class Overlaps:
 
     @classmethod
     def of(cls, sets: Iterable[tuple[str, Iterable[str]]]) -> Overlaps:
-        """Index sets, each a name and the texts of its examples. A run that several sets hold belongs to the first."""
+        """Index sets, each given by a name and the texts of its examples.
+
+        A run that several sets hold belongs to the first.
+        """
         numbers, owners = np.empty(0, np.uint64), np.empty(0, np.uint16)
         known: list[EvaluationSet] = []
         for owner, (name, texts) in enumerate(sets):
@@ -94,11 +97,14 @@ class Overlaps:
 
     @property
     def digest(self) -> str:
-        """Tells these sets from others."""
+        """Hash that identifies these sets."""
         return blake2b(self._numbers.tobytes() + self._owners.tobytes(), digest_size=16).hexdigest()
 
     def find(self, text: str) -> list[Overlap]:
-        """Where `text` shares runs with the sets, in order; runs that overlap or touch are one stretch."""
+        """Find the runs that `text` shares with the sets, in order.
+
+        Runs that overlap or touch become one range.
+        """
         if not len(self._numbers):
             return []
         numbers = shingles(words(text), RUN)
@@ -120,7 +126,10 @@ class Overlaps:
 
 
 def cut(text: str, overlaps: Sequence[Overlap]) -> list[str]:
-    """What is left of a document, piece by piece; all of it where nothing overlaps, nothing where it is beyond use."""
+    """Cut the overlaps out of a document; return the text that remains, in pieces.
+
+    The whole text where nothing overlaps; nothing where too little of it would remain.
+    """
     if not overlaps:
         return [text]
     pieces, begin = [], 0
@@ -133,7 +142,7 @@ def cut(text: str, overlaps: Sequence[Overlap]) -> list[str]:
 
 
 def evaluation_texts(name: str) -> Iterator[str]:
-    """The examples behind a name: those of a file where there is one, else of a task of lm-eval.
+    """Read the examples of a name: a file's where there is one, else a task's of lm-eval.
 
     A file is .jsonl or .json with an example a line, or a .txt that is one example, each also .gz or .zst. An example's
     text is all strings in it, in order, with spaces between: question, choices and answer, whatever their keys.

@@ -1,4 +1,4 @@
-"""Words of a text without case and punctuation, and a number for each run of n of them.
+"""Words of a text without case and punctuation, and hashes of its n-word shingles.
 
 By these numbers near-duplicates and overlaps with evaluation sets are found.
 """
@@ -21,7 +21,9 @@ Numbers = npt.NDArray[np.uint64]
 
 
 def words(text: str) -> list[str]:
-    """The words of a text: lower case, cut at white space, punctuation deleted, as the GPT-3 paper's appendix C does.
+    """Split a text into words as the GPT-3 paper's appendix C does.
+
+    Lower case, cut at white space, punctuation deleted.
 
     Punctuation is ASCII's (its symbols too) and every character that Unicode calls punctuation; what consists of it
     alone is no word.
@@ -30,14 +32,16 @@ def words(text: str) -> list[str]:
 
 
 def placed(text: str) -> Iterator[tuple[str, int, int]]:
-    """The same words, each with where it begins and ends in `text`."""
+    """Yield the same words with their start and end in `text`."""
     for match in re.finditer(r"\S+", text):
         if word := _plain(match[0]):
             yield word, match.start(), match.end()
 
 
 def shingles(words: list[str], n: int) -> Numbers:
-    """A 64-bit hash of each run of `n` words, in order: uint64 [len(words) - n + 1], empty where there are fewer.
+    """Hash each run of `n` words, in order: uint64 [len(words) - n + 1].
+
+    Empty where there are fewer words.
 
     Equal in every process and on every machine.
     """
@@ -49,7 +53,7 @@ def shingles(words: list[str], n: int) -> Numbers:
 
 
 def folded(columns: Sequence[Numbers]) -> Numbers:
-    """One 64-bit number for the numbers in each row of `columns`, whose order counts."""
+    """Combine the numbers in each row of `columns` into one 64-bit hash; order counts."""
     total = np.zeros(len(columns[0]), np.uint64)
     for column, factor in zip(columns, _factors(len(columns)), strict=True):
         total += column * factor
@@ -61,7 +65,7 @@ def folded(columns: Sequence[Numbers]) -> Numbers:
 
 
 class _Known(dict[str, int]):
-    """Hashes of words that were met; begun anew when they are many, so that memory stays bounded."""
+    """Cache of word hashes, cleared when it is full, so that memory stays bounded."""
 
     def __missing__(self, word: str) -> int:
         if len(self) >= REMEMBERED:
@@ -75,13 +79,13 @@ _KNOWN = _Known()
 
 @cache
 def _factors(n: int) -> list[np.uint64]:
-    """One odd number for each of `n` places, so that their order counts."""
+    """One odd number for each of `n` positions, so that their order counts."""
     digests = (blake2b(f"place {place}".encode(), digest_size=8).digest() for place in range(n))
     return [np.uint64(int.from_bytes(digest, "little") | 1) for digest in digests]
 
 
 def _plain(text: str) -> str:
-    """`text` in lower case without punctuation, the letters of each word where they were."""
+    """Lower-case `text` without punctuation; words stay where they were."""
     if not text.isascii():
         text = _FOREIGN.sub(_unpunctuated, text)
     # Bytes are many times faster to delete from than characters.

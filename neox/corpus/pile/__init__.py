@@ -1,1 +1,1 @@
-"""The Pile: its release, components, statistics and datasheet."""
+"""Preparation of the Pile: its release, components, statistics and datasheet."""

@@ -1,4 +1,4 @@
-"""Which component each document of a corpus is from: noted while it is prepared, kept in two bytes a document.
+"""Component of each document of the Pile, in two bytes a document.
 
 documents -> Components.documents, which notes -> prepare -> .bin/.idx -> count_components: names, numbers, counts
 """
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from neox.corpus.pile.statistics import Counts
-from neox.corpus.readers import Document, Faults
+from neox.corpus.pile.statistics import ComponentCounts
+from neox.corpus.readers import Document, ErrorPolicy
 from neox.corpus.shards import Shard, documents
 from neox.data.arrays import write_npy
 from neox.data.manifest import Manifest
@@ -25,39 +25,42 @@ from neox.data.token_file import TokenFile
 from neox.system.files import write_atomic, write_whole
 
 META, NAME = "meta", "pile_set_name"
-Read = Callable[[Shard, str, Faults | None, str | None], Iterator[Document]]
+ReadShard = Callable[[Shard, str, ErrorPolicy | None, str | None], Iterator[Document]]
 
 
 def documents_with_component(
-    shard: Shard, text_key: str = "text", faults: Faults | None = None, read: Read = documents
+    shard: Shard, text_key: str = "text", policy: ErrorPolicy | None = None, read: ReadShard = documents
 ) -> Iterator[tuple[Document, str]]:
-    """The documents of a shard, each with its component. Raises ValueError on one without `meta.pile_set_name`."""
-    for place, document in enumerate(read(shard, text_key, faults, META)):
+    """Read the documents of a shard with their components.
+
+    Raises ValueError on a document without `meta.pile_set_name`.
+    """
+    for place, document in enumerate(read(shard, text_key, policy, META)):
         name = document.meta.get(NAME) if isinstance(document.meta, dict) else None
         if not isinstance(name, str):
-            where = f"{shard.pieces[0].name}: document {place} from there"
+            where = f"{shard.chunks[0].name}: document {place} from there"
             raise ValueError(f"{where} has no {META}.{NAME}, which says its component; is this the Pile?")
         yield document, name
 
 
 @dataclass(frozen=True)
 class Components:
-    """Reads shards, and notes of each document that holds text its component and size in `folder`."""
+    """Reader of shards that notes the component and size of each document in `folder`."""
 
     folder: Path
-    read: Read = documents
-    """What reads a shard: all of it, or what `Cleaning.documents` leaves."""
+    read: ReadShard = documents
+    """Reader of a shard: of all of it, or `Cleaning.documents`."""
 
     def documents(
-        self, shard: Shard, text_key: str = "text", faults: Faults | None = None, meta_key: str | None = META
+        self, shard: Shard, text_key: str = "text", policy: ErrorPolicy | None = None, meta_key: str | None = META
     ) -> Iterator[Document]:
-        """The documents of a shard; when it has come to its end, the note on it is on the disk.
+        """Read the documents of a shard; write its note when the shard is read.
 
         Raises ValueError on a document without `meta.pile_set_name`.
         """
         names: dict[str, int] = {}
         numbers, sizes = array("H"), array("Q")
-        for document, name in documents_with_component(shard, text_key, faults, self.read):
+        for document, name in documents_with_component(shard, text_key, policy, self.read):
             if document.text:
                 numbers.append(names.setdefault(name, len(names)))
                 sizes.append(len(document.text.encode()))
@@ -66,8 +69,8 @@ class Components:
         write_whole(path, lambda file: np.savez(file, names=json.dumps(list(names)), numbers=numbers, sizes=sizes))
 
 
-def count_components(prefix: Path) -> dict[str, Counts]:
-    """What a prepared pair holds of each component, from the notes of `Components`.
+def count_components(prefix: Path) -> dict[str, ComponentCounts]:
+    """Count documents, bytes and tokens of each component of a prepared pair.
 
     The notes become `<prefix>.components.npy`, uint16 for each document, the place of its component in the names that
     `<prefix>.components.json` lists, with the counts. Called again, it reads that.
@@ -80,13 +83,13 @@ def count_components(prefix: Path) -> dict[str, Counts]:
         known = {"sha256": manifest.sha256, **_merged(notes, prefix, bool(manifest.append_eod))}
         write_atomic(listed, json.dumps(known).encode())
     shutil.rmtree(notes, ignore_errors=True)
-    return {name: Counts(*counts) for name, counts in zip(known["names"], known["counts"], strict=True)}
+    return {name: ComponentCounts(*counts) for name, counts in zip(known["names"], known["counts"], strict=True)}
 
 
 def _merged(notes: Path, prefix: Path, append_eod: bool) -> dict[str, Any]:
-    """Write `<prefix>.components.npy`; returns the names, and for each documents, bytes and tokens."""
+    """Write `<prefix>.components.npy`; return the names and their counts."""
     sizes = TokenFile(prefix).sizes
-    counts: dict[str, Counts] = {}
+    counts: dict[str, ComponentCounts] = {}
 
     def blocks() -> Iterator[npt.NDArray[np.uint16]]:
         start = shard = 0
@@ -97,8 +100,8 @@ def _merged(notes: Path, prefix: Path, append_eod: bool) -> dict[str, Any]:
             tokens = sizes[start:end].astype(np.int64) - append_eod
             for number, name in enumerate(own):
                 mine = numbers == number
-                more = Counts(int(mine.sum()), int(lengths[mine].sum()), int(tokens[mine].sum()))
-                counts[name] = counts.get(name, Counts()) + more
+                more = ComponentCounts(int(mine.sum()), int(lengths[mine].sum()), int(tokens[mine].sum()))
+                counts[name] = counts.get(name, ComponentCounts()) + more
             names = list(counts)
             yield np.array([names.index(name) for name in own], np.uint16)[numbers]
             start, shard = end, shard + 1

@@ -1,4 +1,4 @@
-"""The sheet that goes with prepared text of the Pile: what is in it, what is known to be wrong with it, whose it is."""
+"""Datasheet of prepared text of the Pile: content, known problems, licences."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ what for; this sheet is no legal advice. `neox prepare pile-uncopyrighted` and `
 
 
 def datasheet(content: dict[str, Any], absent: Sequence[str]) -> str:
-    """The sheet as Markdown. `content`: what `statistics` gave; `absent`: files of the release that were not there."""
+    """Write the datasheet as Markdown.
+
+    `content` comes from `statistics`; `absent` names the missing files of the release.
+    """
     found = {name for split in content.values() for name in split["components"]}
     lines = ["# Datasheet: the Pile", "", ORIGIN, "", "## What was prepared here", ""]
     for split, figures in content.items():

@@ -1,4 +1,4 @@
-"""`neox prepare pile FOLDER`: the release's files to tokens, its components counted, a sheet beside them.
+"""`neox prepare pile FOLDER`: the release's files to tokens, statistics and a datasheet.
 
 FOLDER/NN.jsonl.zst, val, test -> train, val, test.{bin,idx} + .components.npy -> statistics.{json,md}, datasheet.md
 """
@@ -13,7 +13,7 @@ from typing import Any
 from neox.config import PrepareConfig
 from neox.corpus.pile.components import count_components
 from neox.corpus.pile.datasheet import datasheet
-from neox.corpus.pile.statistics import Counts, statistics, statistics_page
+from neox.corpus.pile.statistics import ComponentCounts, statistics, statistics_page
 from neox.corpus.preparation import PrepareReport, prepare
 from neox.system.files import write_atomic
 from neox.tokenizer import Tokenizer
@@ -24,14 +24,14 @@ HELD_OUT = {"val": "val.jsonl.zst", "test": "test.jsonl.zst"}
 
 @dataclass(frozen=True)
 class Release:
-    """The files of the release that are there, by split, and the names of those that are not."""
+    """Files of the release by split, and the names of the missing ones."""
 
     splits: dict[str, list[str]]
     absent: list[str]
 
 
 def find_release(folder: Path) -> Release:
-    """The Pile's files in `folder`, its training shards there or in `train/` below.
+    """Find the Pile's files in `folder`; training shards may lie in `train/` below.
 
     Raises ValueError where there is no training shard; a part of the release is enough.
     """
@@ -48,7 +48,9 @@ def find_release(folder: Path) -> Release:
 def prepare_pile(
     folder: str | Path, out: str | Path, tokenizer: Tokenizer, options: PrepareConfig | None = None, **keywords: Any
 ) -> dict[str, PrepareReport]:
-    """Prepare each split of the release into `<out>/<split>`, count its components, write the sheet; reports by split.
+    """Prepare each split of the release into `<out>/<split>`; return the reports by split.
+
+    Also counts the components and writes the datasheet.
 
     `options` and `keywords` are those of `prepare`. Beside each pair `<split>.components.npy` has for each document,
     uint16, the place of its component in the list of `<split>.components.json`. Raises what `prepare` raises,
@@ -56,7 +58,7 @@ def prepare_pile(
     """
     release, out = find_release(Path(folder)), Path(out)
     reports: dict[str, PrepareReport] = {}
-    counts: dict[str, dict[str, Counts]] = {}
+    counts: dict[str, dict[str, ComponentCounts]] = {}
     for split, files in release.splits.items():
         reports[split] = prepare(files, out / split, tokenizer, options, components=True, **keywords)
         counts[split] = count_components(out / split)

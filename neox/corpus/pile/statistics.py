@@ -1,4 +1,4 @@
-"""What a corpus holds of each component, beside what was published; and bits per byte by component and group."""
+"""Statistics of a corpus by component, beside published ones; bits per byte."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from neox.config.pile import COMPONENTS, GROUPS, PILE
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How much text there is. Sums: `a + b` is the text of both."""
+class ComponentCounts:
+    """Amount of text. `a + b` is the text of both."""
 
     documents: int = 0
     bytes: int = 0
@@ -22,8 +22,8 @@ class Counts:
     tokens: int = 0
     """Without end-of-document tokens."""
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.documents + other.documents, self.bytes + other.bytes, self.tokens + other.tokens)
+    def __add__(self, other: ComponentCounts) -> ComponentCounts:
+        return ComponentCounts(self.documents + other.documents, self.bytes + other.bytes, self.tokens + other.tokens)
 
     @property
     def tokens_per_byte(self) -> float:
@@ -32,7 +32,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How likely a model found some text. Sums: `a + b` is that of both."""
+    """Log-likelihood of some text under a model. `a + b` is that of both."""
 
     loglikelihood: float = 0.0
     """Sum of ln p over the tokens, each scored once."""
@@ -47,7 +47,9 @@ class Likelihood:
 
     @property
     def bits_per_byte(self) -> float:
-        """(tokens / bytes) * loss / ln 2, where the loss is the mean of -ln p over the tokens: the Pile's paper, 3.1.
+        """Bits per byte: (tokens / bytes) * loss / ln 2 (the Pile's paper, 3.1).
+
+        The loss is the mean of -ln p over the tokens.
 
         Tokens and bytes are those of the whole text, so of two tokenizers neither has an advantage; nan without text.
         """
@@ -57,11 +59,11 @@ class Likelihood:
         return self.tokens / self.bytes * loss / math.log(2)
 
 
-Sum = TypeVar("Sum", Counts, Likelihood)
+Sum = TypeVar("Sum", ComponentCounts, Likelihood)
 
 
 def by_group(components: Mapping[str, Sum]) -> dict[str, Sum]:
-    """The sums over the Pile's five groups, of those that have a component here; other names are left out."""
+    """Sums over the Pile's five groups; names that are not components are left out."""
     groups: dict[str, Sum] = {}
     for group in GROUPS:
         found = [value for name, value in components.items() if name in COMPONENTS and COMPONENTS[name].group == group]
@@ -71,18 +73,18 @@ def by_group(components: Mapping[str, Sum]) -> dict[str, Sum]:
 
 
 def total(values: Iterable[Sum]) -> Sum:
-    """The sum of at least one."""
+    """Sum of at least one value."""
     return reduce(add, values)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of components as the paper orders them, then all others by name."""
+    """Sort names of components as the paper does, then all others by name."""
     given = set(names)
     return [component.name for component in PILE if component.name in given] + sorted(given - set(COMPONENTS))
 
 
-def statistics(splits: Mapping[str, Mapping[str, Counts]]) -> dict[str, Any]:
-    """The counts of each component in each split, with groups and total and the published figures: for a JSON file."""
+def statistics(splits: Mapping[str, Mapping[str, ComponentCounts]]) -> dict[str, Any]:
+    """Counts by split: total, groups, components, and published figures, for a JSON file."""
     content: dict[str, Any] = {}
     for split, components in splits.items():
         if not components:
@@ -99,8 +101,8 @@ def statistics(splits: Mapping[str, Mapping[str, Counts]]) -> dict[str, Any]:
     return content
 
 
-def statistics_page(splits: Mapping[str, Mapping[str, Counts]]) -> str:
-    """The same as Markdown: a table for each split, published figures in parentheses."""
+def statistics_page(splits: Mapping[str, Mapping[str, ComponentCounts]]) -> str:
+    """Counts by split as Markdown tables, with published figures in parentheses."""
     lines = [
         "# Components",
         "",
@@ -120,7 +122,10 @@ def statistics_page(splits: Mapping[str, Mapping[str, Counts]]) -> str:
 
 
 def likelihood_page(components: Mapping[str, Likelihood], name: str) -> str:
-    """A model's bits per byte on each component and group as a table in Markdown, beside GPT-2's published ones."""
+    """Bits per byte of a model by component and group, as a Markdown table.
+
+    GPT-2's published ones stand beside it.
+    """
     rows = [
         f"| {component} | {components[component].bytes:,} | {components[component].tokens:,} "
         f"| {components[component].bits_per_byte:.4f} "
@@ -137,7 +142,7 @@ def likelihood_page(components: Mapping[str, Likelihood], name: str) -> str:
     return "\n".join([*head, *rows]) + "\n"
 
 
-def _figures(counts: Counts, whole: Counts) -> dict[str, float]:
+def _figures(counts: ComponentCounts, whole: ComponentCounts) -> dict[str, float]:
     return {
         "share": 100 * counts.bytes / whole.bytes if whole.bytes else math.nan,
         "document_kib": counts.bytes / counts.documents / 1024 if counts.documents else math.nan,
@@ -154,8 +159,8 @@ def _published(name: str) -> dict[str, float]:
     }
 
 
-def _row(counts: Counts, whole: Counts) -> dict[str, Any]:
-    """What is not a number, of no text, is null."""
+def _row(counts: ComponentCounts, whole: ComponentCounts) -> dict[str, Any]:
+    """Counts and figures as JSON; a figure that no text gives is null."""
     figures = {key: None if math.isnan(value) else value for key, value in _figures(counts, whole).items()}
     return asdict(counts) | figures
 
@@ -166,7 +171,7 @@ HEAD = (
 )
 
 
-def _line(name: str, counts: Counts, whole: Counts) -> str:
+def _line(name: str, counts: ComponentCounts, whole: ComponentCounts) -> str:
     known = _published(name) if name in COMPONENTS else {}
     places = {"share": 2, "document_kib": 2, "tokens_per_byte": 4}
     cells = [

@@ -1,4 +1,7 @@
-"""Documents of a table's column: Parquet and Arrow files. Rows count from 0, as in pyarrow and datasets."""
+"""Documents of a column of Parquet and Arrow files.
+
+Rows count from 0, as in pyarrow and datasets.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +9,60 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import IO, Any
 
-from neox.corpus.readers.chunks import PIECE_BYTES, Document, Piece
-from neox.corpus.readers.errors import Fault, Faults, missing_key, one_line, optional, text_of
-from neox.corpus.readers.places import is_url, open_place, size_of
+from neox.corpus.readers.chunks import CHUNK_BYTES, Chunk, Document
+from neox.corpus.readers.errors import ErrorPolicy, ReadError, missing_key, one_line, optional, text_of
+from neox.corpus.readers.urls import is_url, open_raw, size_of
 
 ROWS = 1024  # decoded at a time
 READ_AHEAD = 1 << 20  # bytes; without it pyarrow reads the column of a whole row group at once
 
 
 def check_parquet(name: str, text_key: str) -> None:
-    """Raises Fault where this is no Parquet file, or has no column of texts called `text_key`. Reads its end only."""
+    """Check that a file is Parquet and has a column `text_key` of texts.
+
+    Reads its end only. Raises ReadError.
+    """
     with _parquet(name) as file:
         check_column(file.schema_arrow, name, text_key, file.metadata.num_rows)
 
 
 def split_parquet(name: str) -> list[int]:
-    """The row groups that pieces of about `PIECE_BYTES` begin with; just 0 where the file is damaged."""
+    """Find the row groups where chunks of about `CHUNK_BYTES` begin.
+
+    Just 0 where the file is damaged.
+    """
     starts, size = [0], 0
-    with suppress(Fault), _parquet(name) as file:
+    with suppress(ReadError), _parquet(name) as file:
         for group in range(file.num_row_groups):
-            if size >= PIECE_BYTES:
+            if size >= CHUNK_BYTES:
                 starts, size = [*starts, group], 0
             size += file.metadata.row_group(group).total_byte_size
     return starts
 
 
-def read_parquet(piece: Piece, text_key: str, faults: Faults, meta_key: str | None = None) -> Iterator[Document]:
-    """One document a row; only the columns `text_key` and `meta_key` are read, row group by row group.
+def read_parquet(chunk: Chunk, text_key: str, policy: ErrorPolicy, meta_key: str | None = None) -> Iterator[Document]:
+    """Read one document a row, row group by row group; only the columns in use.
 
-    Each document comes with its share of the file's bytes. A row group that cannot be read is one fault, of as many
-    documents as it still had; the next one is read all the same.
+    Each document comes with its share of the file's bytes. A row group that cannot be read is one error, of as
+    many documents as it still had; the next row group is read all the same.
     """
-    name = piece.name
+    name = chunk.name
     try:
         file = _parquet(name)
-    except Fault as fault:
-        faults.add(fault)
+    except ReadError as read_error:
+        policy.add(read_error)
         return
     with file:
         counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        groups = range(piece.start, len(counts) if piece.end is None else piece.end)
+        groups = range(chunk.start, len(counts) if chunk.end is None else chunk.end)
         try:
             check_column(file.schema_arrow, name, text_key, sum(counts[group] for group in groups))
-        except Fault as fault:
-            faults.add(fault)
+        except ReadError as read_error:
+            policy.add(read_error)
             return
         columns = [text_key, *([meta_key] if meta_key in file.schema_arrow.names else [])]
         share = (size_of(name) or 0) / max(sum(counts), 1)
-        end = sum(counts[: piece.start])
+        end = sum(counts[: chunk.start])
         for group in groups:
             row, end = end, end + counts[group]
             batches = file.iter_batches(ROWS, [group], columns=columns, use_threads=False)
@@ -62,11 +71,11 @@ def read_parquet(piece: Piece, text_key: str, faults: Faults, meta_key: str | No
                     batch = next(batches, None)
                 except Exception as error:  # whatever the decoder of a damaged page says: OSError, ArrowInvalid, ...
                     what = f"row {row}: damaged ({one_line(error)}); the rest of row group {group} is lost"
-                    faults.add(Fault("damaged", f"{name}: {what}: fetch the file or make it again", end - row))
+                    policy.add(ReadError("damaged", f"{name}: {what}: fetch the file or make it again", end - row))
                     break
                 if batch is None:
                     break
-                yield from column_documents(batch, name, row, text_key, share, faults, meta_key)
+                yield from column_documents(batch, name, row, text_key, share, policy, meta_key)
                 row += batch.num_rows
 
 
@@ -74,30 +83,36 @@ def _parquet(name: str) -> Any:
     arrow, parquet = optional("pyarrow", name), optional("pyarrow.parquet", name)
     try:
         # By path pyarrow reads the file itself, without Python's lock.
-        place = open_place(name) if is_url(name) else name
+        place = open_raw(name) if is_url(name) else name
         return parquet.ParquetFile(place, buffer_size=READ_AHEAD, page_checksum_verification=True)
     except (arrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and (error.errno is not None or (is_url(name) and "reached" in str(error))):
             raise  # the system's error, not the format's
         what = "no Parquet file, or one that was cut short" if size_of(name) else "it is empty, no Parquet file"
-        raise Fault("damaged", f"{name}: {what} ({one_line(error)}): fetch it or make it again") from None
+        raise ReadError("damaged", f"{name}: {what} ({one_line(error)}): fetch it or make it again") from None
 
 
 def check_arrow(name: str, text_key: str) -> None:
-    """Raises Fault where this is no Arrow file, or has no column of texts called `text_key`. Reads its start only."""
-    with open_place(name) as file:
+    """Check that a file is Arrow and has a column `text_key` of texts.
+
+    Reads its start only. Raises ReadError.
+    """
+    with open_raw(name) as file:
         check_column(_arrow(name, file)[0], name, text_key, 1)
 
 
-def read_arrow(piece: Piece, text_key: str, faults: Faults, meta_key: str | None = None) -> Iterator[Document]:
-    """One document a row of an Arrow file, in either of its formats (IPC stream or IPC file), batch by batch."""
-    name, row = piece.name, 0
-    with open_place(name) as file:
+def read_arrow(chunk: Chunk, text_key: str, policy: ErrorPolicy, meta_key: str | None = None) -> Iterator[Document]:
+    """Read one document a row of an Arrow file, batch by batch.
+
+    Both formats are read: IPC stream and IPC file.
+    """
+    name, row = chunk.name, 0
+    with open_raw(name) as file:
         try:
             schema, batches = _arrow(name, file)
             check_column(schema, name, text_key, 1)
-        except Fault as fault:
-            faults.add(fault)
+        except ReadError as read_error:
+            policy.add(read_error)
             return
         taken = 0
         while True:
@@ -105,7 +120,7 @@ def read_arrow(piece: Piece, text_key: str, faults: Faults, meta_key: str | None
                 batch = next(batches, None)
             except Exception as error:  # ArrowInvalid, OSError, as the damage goes
                 what = f"row {row}: damaged ({one_line(error)}); the rest of the file is lost"
-                faults.add(Fault("damaged", f"{name}: {what}: fetch the file or make it again"))
+                policy.add(ReadError("damaged", f"{name}: {what}: fetch the file or make it again"))
                 return
             if batch is None:
                 return
@@ -113,12 +128,12 @@ def read_arrow(piece: Piece, text_key: str, faults: Faults, meta_key: str | None
             taken = file.tell()
             for first in range(0, len(batch), ROWS):
                 rows = batch.slice(first, ROWS)
-                yield from column_documents(rows, name, row + first, text_key, share, faults, meta_key)
+                yield from column_documents(rows, name, row + first, text_key, share, policy, meta_key)
             row += len(batch)
 
 
 def _arrow(name: str, file: IO[bytes]) -> tuple[Any, Iterator[Any]]:
-    """The schema of an open Arrow file, and its record batches."""
+    """Schema and record batches of an open Arrow file."""
     arrow = optional("pyarrow", name)
     try:
         whole = file.read(6) == b"ARROW1"
@@ -130,23 +145,35 @@ def _arrow(name: str, file: IO[bytes]) -> tuple[Any, Iterator[Any]]:
         return stream.schema, iter(stream)
     except (arrow.ArrowException, OSError) as error:
         what = f"no Arrow file, or one that was cut short ({one_line(error)})"
-        raise Fault("damaged", f"{name}: {what}: fetch it or make it again") from None
+        raise ReadError("damaged", f"{name}: {what}: fetch it or make it again") from None
 
 
 def check_column(schema: Any, where: str, text_key: str, rows: int) -> None:
-    """Raises Fault, of all `rows`, where the Arrow schema has no column of texts called `text_key`."""
+    """Check that an Arrow schema has a column `text_key` of texts.
+
+    Raises ReadError, of all `rows`.
+    """
     if text_key not in schema.names:
         raise missing_key(where, text_key, schema.names, rows)
     found = schema.field(text_key).type
     if _as_bytes(found) is None:
         message = f"{where}: column {text_key!r} holds {found}, not text; set data.text_key to the column of the text"
-        raise Fault("no text", message, rows)
+        raise ReadError("no text", message, rows)
 
 
 def column_documents(
-    table: Any, where: str, first_row: int, text_key: str, share: float, faults: Faults, meta_key: str | None = None
+    table: Any,
+    where: str,
+    first_row: int,
+    text_key: str,
+    share: float,
+    policy: ErrorPolicy,
+    meta_key: str | None = None,
 ) -> Iterator[Document]:
-    """The documents of a record batch or a table whose first row is row `first_row` of `where`, each with `share`."""
+    """Read the documents of a record batch or a table, each with `share` bytes.
+
+    Its first row is row `first_row` of `where`.
+    """
     # As bytes, decoded row by row: Arrow itself does not look whether a string is UTF-8, and would fail for all rows.
     column = table.column(text_key)
     import pyarrow
@@ -158,14 +185,17 @@ def column_documents(
     for row, (value, meta) in enumerate(zip(values, metas, strict=True), start=first_row):
         try:
             text = text_of(value, f"{where}: row {row}", text_key)
-        except Fault as fault:
-            faults.add(fault)
+        except ReadError as read_error:
+            policy.add(read_error)
             continue
         yield Document(text, share, meta)
 
 
 def _as_bytes(kind: Any) -> Any:
-    """The Arrow type of bytes that a column of texts is cast to, or of lists of bytes; None where it holds no texts."""
+    """Arrow type of bytes to cast a column of texts to; None where it holds none.
+
+    Of a column of lists of texts it is a list of bytes.
+    """
     import pyarrow
 
     types = pyarrow.types

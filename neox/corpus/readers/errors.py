@@ -1,4 +1,4 @@
-"""What cannot be read: one line that says what and where, raised at once or counted by its reason."""
+"""Errors of reading: one line with the place, raised at once or counted by reason."""
 
 from __future__ import annotations
 
@@ -20,31 +20,34 @@ Reason = Literal["not JSON", "not UTF-8", "no key", "no text", "lone surrogate",
 SHOWN = 3  # places kept for each reason: enough to look at, few enough for a manifest
 
 
-class Fault(ValueError):
-    """One document, or the rest of one file, that cannot be read. The message is one line with the place in it."""
+class ReadError(ValueError):
+    """A document, or the rest of a file, that cannot be read.
+
+    The message is one line with the place in it.
+    """
 
     def __init__(self, reason: Reason, message: str, documents: int = 1) -> None:
         super().__init__(message)
         self.reason = reason
         self.documents = documents
-        """How many documents this costs; 1 where a damaged file does not say."""
+        """Number of documents lost; 1 where a damaged file does not say."""
 
 
 @dataclass
 class Skipped:
-    """What was left out for one reason."""
+    """Documents left out for one reason."""
 
     documents: int = 0
-    """How many; the rest of a damaged file counts as one where nothing says how much it held."""
+    """Number of documents; the rest of a damaged file counts as one if its length is unknown."""
     first: list[str] = field(default_factory=list)
-    """The first few, each one line with file and line."""
+    """The first few errors, each one line with file and line."""
 
 
-class Faults:
-    """Takes each fault: raises it (`fail`), or counts it and goes on (`skip`)."""
+class ErrorPolicy:
+    """Handling of read errors: raise them (`fail`), or count them and go on (`skip`)."""
 
-    def __init__(self, on_error: OnError, report: Callable[[Fault], object] | None = None) -> None:
-        """`report` is told of each fault that is skipped."""
+    def __init__(self, on_error: OnError, report: Callable[[ReadError], object] | None = None) -> None:
+        """`report` is called with each error that is skipped."""
         if on_error not in ("fail", "skip"):
             raise ValueError(f'data.on_error: must be "fail" or "skip", not {on_error!r}')
         self.skips = on_error == "skip"
@@ -52,21 +55,23 @@ class Faults:
         self.skipped: dict[str, Skipped] = {}
         """By reason, in the order in which the reasons were met."""
 
-    def add(self, fault: Fault) -> None:
-        """Raises `fault`, with the way to go on without what it names, unless faults are skipped."""
+    def add(self, read_error: ReadError) -> None:
+        """Count the error where errors are skipped; else raise it with that hint."""
         if not self.skips:
-            message = f"{fault}; or leave out what cannot be read: data.on_error=skip"
-            raise Fault(fault.reason, message, fault.documents) from None
+            message = f"{read_error}; or leave out what cannot be read: data.on_error=skip"
+            raise ReadError(read_error.reason, message, read_error.documents) from None
         if self._report:
-            self._report(fault)
-        kept = self.skipped.setdefault(fault.reason, Skipped())
-        kept.documents += fault.documents
+            self._report(read_error)
+        kept = self.skipped.setdefault(read_error.reason, Skipped())
+        kept.documents += read_error.documents
         if len(kept.first) < SHOWN:
-            kept.first.append(str(fault))
+            kept.first.append(str(read_error))
 
 
 class SkipReport:
-    """Rows under a temporary name until `place`; where there is none, no file, and none of an earlier run either.
+    """The report `<prefix>.skipped.jsonl`, a row for each read error.
+
+    Rows go to a temporary name until `place`. Without rows there is no file, and one of an earlier run is removed.
 
     A row: `reason`, `documents` (how many it cost), `what` (one line with file and place).
     """
@@ -78,13 +83,13 @@ class SkipReport:
     def __enter__(self) -> SkipReport:
         return self
 
-    def __call__(self, fault: Fault) -> None:
-        """Append the row of a fault."""
-        row = {"reason": fault.reason, "documents": fault.documents, "what": str(fault)}
+    def __call__(self, read_error: ReadError) -> None:
+        """Append the row of an error."""
+        row = {"reason": read_error.reason, "documents": read_error.documents, "what": str(read_error)}
         self._open().write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
 
     def append(self, part_prefix: Path) -> None:
-        """Append the rows of a part, if it has any."""
+        """Append the rows of a finished shard, if it has any."""
         if skip_file(part_prefix).exists():
             with skip_file(part_prefix).open("rb") as rows:
                 shutil.copyfileobj(rows, self._open())
@@ -118,9 +123,11 @@ def skip_file(out_prefix: str | Path) -> Path:
 
 
 def text_of(value: object, where: str, text_key: str) -> str:
-    """The text of one document: a string as it is, a list of strings joined by blank lines (as lm_dataformat does).
+    """Text of one document: a string, or a list of strings joined by blank lines.
 
-    Raises Fault on anything else, on bytes that are no UTF-8 (columns hold bytes) and on a lone surrogate.
+    lm_dataformat joins lists so.
+
+    Raises ReadError on anything else, on bytes that are no UTF-8 (columns hold bytes) and on a lone surrogate.
     """
     try:
         if isinstance(value, str):
@@ -131,10 +138,10 @@ def text_of(value: object, where: str, text_key: str) -> str:
             return "\n\n".join(part if isinstance(part, str) else part.decode("utf-8") for part in value)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise Fault(
+        raise ReadError(
             "not UTF-8", f"{where}: {text_key!r} is not UTF-8 at its byte {error.start} (0x{byte:02x})"
         ) from None
-    raise Fault(
+    raise ReadError(
         "no text", f"{where}: key {text_key!r} holds {kind(value)}, not a string; set data.text_key or mend the data"
     )
 
@@ -155,11 +162,11 @@ def kind(value: object) -> str:
     return "an object"
 
 
-def missing_key(where: str, text_key: str, keys: Sequence[object], documents: int = 1) -> Fault:
-    """The fault of a document, or of a table, that has other keys than the one of the text."""
+def missing_key(where: str, text_key: str, keys: Sequence[object], documents: int = 1) -> ReadError:
+    """Make the error of a document, or a table, without the key of the text."""
     named = ", ".join(repr(key) for key in keys[:8]) or "none"
     more = ", ..." if len(keys) > 8 else ""
-    return Fault(
+    return ReadError(
         "no key",
         f"{where}: no key {text_key!r} (keys here: {named}{more}); set data.text_key to the key of the text",
         documents,
@@ -167,7 +174,10 @@ def missing_key(where: str, text_key: str, keys: Sequence[object], documents: in
 
 
 def optional(module: str, where: str, extra: str = "data") -> ModuleType:
-    """Import a module of an extra. Raises ValueError that says what needs it and how to install it."""
+    """Import a module of an extra.
+
+    Raises ValueError that says what needs it and how to install it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -176,5 +186,5 @@ def optional(module: str, where: str, extra: str = "data") -> ModuleType:
 
 
 def one_line(error: Exception) -> str:
-    """What a library says, on one line that is not too long."""
+    """Message of a library's error on one line of limited length."""
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Documents of Hugging Face data sets: a folder that `save_to_disk` wrote, or one of the hub, streamed."""
+"""Documents of Hugging Face data sets, saved by `save_to_disk` or streamed from the hub."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from neox.corpus.readers.chunks import PIECE_BYTES, Document, Piece
+from neox.corpus.readers.chunks import CHUNK_BYTES, Chunk, Document
 from neox.corpus.readers.columns import ROWS, check_column, column_documents
-from neox.corpus.readers.errors import Fault, Faults, one_line, optional
+from neox.corpus.readers.errors import ErrorPolicy, ReadError, one_line, optional
 
 HUB = "hf:"
 HUB_NAME = re.compile(
@@ -20,7 +20,7 @@ HUB_NAME = re.compile(
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
+    """Tell whether `save_to_disk` wrote this folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
@@ -36,46 +36,46 @@ class SavedDataset:
             ways = " or ".join(map(str, splits))
             raise ValueError(f"{name}: holds a data set of several splits; name one of them: {ways}")
         self.size: int | None = sum(file.stat().st_size for file in folder.glob("*.arrow"))
-        self.noted: dict[str, Any] = {"path": name, "bytes": self.size}
+        self.manifest_entry: dict[str, Any] = {"path": name, "bytes": self.size}
 
     def check(self, text_key: str) -> None:
-        """Raises Fault where the data set is damaged or has no column of texts."""
+        """Check that the data set is sound and has a column of texts. Raises ReadError."""
         self._load(text_key)
 
-    def strangers(self) -> Iterator[Fault]:
-        """None: a data set knows its own files."""
+    def unrecognized(self) -> Iterator[ReadError]:
+        """No errors: a data set knows its own files."""
         return iter(())
 
-    def pieces(self) -> list[Piece]:
+    def chunks(self) -> list[Chunk]:
         """Ranges of rows."""
         size, rows = self.size or 0, 0
-        with suppress(Fault):
+        with suppress(ReadError):
             rows = len(self._load())
-        step = max(1, rows * PIECE_BYTES // max(size, PIECE_BYTES))
+        step = max(1, rows * CHUNK_BYTES // max(size, CHUNK_BYTES))
         starts = range(0, max(rows, 1), step)
         ends = [*starts[1:], None]
-        return [Piece(self.name, "saved", a, b, size // len(starts)) for a, b in zip(starts, ends, strict=True)]
+        return [Chunk(self.name, "saved", a, b, size // len(starts)) for a, b in zip(starts, ends, strict=True)]
 
-    def documents(self, piece: Piece, text_key: str, faults: Faults, meta_key: str | None) -> Iterator[Document]:
+    def documents(self, chunk: Chunk, text_key: str, policy: ErrorPolicy, meta_key: str | None) -> Iterator[Document]:
         """Rows with their share of the bytes of the Arrow files, which are mapped, not loaded."""
         try:
             rows = self._load(text_key)
-        except Fault as fault:
-            faults.add(fault)
+        except ReadError as read_error:
+            policy.add(read_error)
             return
         share = (self.size or 0) / max(len(rows), 1)
         columns = [text_key, *([meta_key] if meta_key in rows.column_names else [])]
-        rows = rows.select(range(piece.start, len(rows) if piece.end is None else piece.end))
+        rows = rows.select(range(chunk.start, len(rows) if chunk.end is None else chunk.end))
         for number, table in enumerate(rows.select_columns(columns).with_format("arrow").iter(ROWS)):
-            first = piece.start + number * ROWS
-            yield from column_documents(table, self.name, first, text_key, share, faults, meta_key)
+            first = chunk.start + number * ROWS
+            yield from column_documents(table, self.name, first, text_key, share, policy, meta_key)
 
     def _load(self, text_key: str | None = None) -> Any:
         try:
             rows = self._datasets.load_from_disk(self.name)
         except Exception as error:  # pyarrow's, json's or the system's, as the damage goes
             what = f"no data set that `datasets` can load ({one_line(error)})"
-            raise Fault("damaged", f"{self.name}: {what}: fetch it or save it again") from None
+            raise ReadError("damaged", f"{self.name}: {what}: fetch it or save it again") from None
         if text_key is not None:
             check_column(rows.features.arrow_schema, self.name, text_key, len(rows))
         return rows
@@ -83,8 +83,10 @@ class SavedDataset:
 
 @cache
 def _commit(hub: Any, repo: str, revision: str | None) -> str:
-    """The commit that `revision` stands for, looked up once a process: both passes, one to train a tokenizer and one
-    to encode, read the same data whatever is pushed meanwhile."""
+    """Commit of a `revision`, looked up once a process.
+
+    Training a tokenizer and encoding then read the same data, whatever is pushed meanwhile.
+    """
     return str(hub.HfApi().dataset_info(repo, revision=revision).sha)
 
 
@@ -113,29 +115,32 @@ class HubDataset:
         known = (self._stream.info.splits or {}).get(split)
         self._rows: int = known.num_examples if known else 0
         self.size: int | None = (known.num_bytes or None) if known and self._rows else None
-        self.noted: dict[str, Any] = {"path": name, "bytes": self.size, "revision": commit}
+        self.manifest_entry: dict[str, Any] = {"path": name, "bytes": self.size, "revision": commit}
 
     def check(self, text_key: str) -> None:
-        """Raises Fault where the data set states its columns and has none of texts."""
+        """Check that the data set has a column of texts, if it states its columns.
+
+        Raises ReadError.
+        """
         if self._stream.features:
             check_column(self._stream.features.arrow_schema, self.name, text_key, 0)
 
-    def strangers(self) -> Iterator[Fault]:
-        """None: a data set knows its own files."""
+    def unrecognized(self) -> Iterator[ReadError]:
+        """No errors: a data set knows its own files."""
         return iter(())
 
-    def pieces(self) -> list[Piece]:
-        """The files that the data set consists of, as `datasets` counts them."""
+    def chunks(self) -> list[Chunk]:
+        """Files of the data set, as `datasets` counts them."""
         shards = int(self._stream.num_shards)
         size = (self.size or 0) // shards
-        return [Piece(self._pinned, "hub", n, n + 1 if n + 1 < shards else None, size) for n in range(shards)]
+        return [Chunk(self._pinned, "hub", n, n + 1 if n + 1 < shards else None, size) for n in range(shards)]
 
-    def documents(self, piece: Piece, text_key: str, faults: Faults, meta_key: str | None) -> Iterator[Document]:
-        """Rows with their share of the bytes that the hub states; with their own bytes where it states none."""
+    def documents(self, chunk: Chunk, text_key: str, policy: ErrorPolicy, meta_key: str | None) -> Iterator[Document]:
+        """Rows with their share of the bytes that the hub states, else their own bytes."""
         row, name, stream, shards = 0, self.name, self._stream, int(self._stream.num_shards)
         if shards > 1:
-            name = f"{self.name} (file {piece.start} of {shards})"
-            stream = stream.shard(num_shards=shards, index=piece.start)
+            name = f"{self.name} (file {chunk.start} of {shards})"
+            stream = stream.shard(num_shards=shards, index=chunk.start)
         tables = iter(stream.with_format("arrow").iter(ROWS))
         share = (self.size or 0) / max(self._rows, 1)
         while True:
@@ -146,18 +151,21 @@ class HubDataset:
             if table is None:
                 return
             check_column(table.schema, f"{name}: row {row}", text_key, len(table))
-            for document in column_documents(table, name, row, text_key, share, faults, meta_key):
+            for document in column_documents(table, name, row, text_key, share, policy, meta_key):
                 yield document if share else document._replace(taken=len(document.text.encode("utf-8")))
             row += len(table)
 
 
 @cache
 def _opened(pinned: str) -> HubDataset:
-    """A data set of the hub, opened once in a process: for each piece anew the hub would list all of its files."""
+    """Open a data set of the hub once a process.
+
+    Opened again for each chunk, the hub would list all of its files each time.
+    """
     return HubDataset(pinned)
 
 
-def read_dataset(piece: Piece, text_key: str, faults: Faults, meta_key: str | None = None) -> Iterator[Document]:
-    """The rows of a piece of a saved data set or of one on the hub."""
-    opened = SavedDataset(piece.name) if piece.kind == "saved" else _opened(piece.name)
-    return opened.documents(piece, text_key, faults, meta_key)
+def read_dataset(chunk: Chunk, text_key: str, policy: ErrorPolicy, meta_key: str | None = None) -> Iterator[Document]:
+    """Read the rows of a chunk of a data set, saved or on the hub."""
+    opened = SavedDataset(chunk.name) if chunk.kind == "saved" else _opened(chunk.name)
+    return opened.documents(chunk, text_key, policy, meta_key)

@@ -1,4 +1,4 @@
-"""From names to sources: a file, a glob, a folder or a URL of files, a saved data set, or one of the hub."""
+"""Sources of names: a file, glob, folder or URL of files, or a data set."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from neox.corpus.readers.chunks import Document, Piece
+from neox.corpus.readers.chunks import Chunk, Document
 from neox.corpus.readers.columns import check_arrow, check_parquet, read_arrow, read_parquet, split_parquet
-from neox.corpus.readers.errors import Fault, Faults, OnError, optional
+from neox.corpus.readers.errors import ErrorPolicy, OnError, ReadError, optional
 from neox.corpus.readers.hub_datasets import HUB, HubDataset, SavedDataset, is_saved, read_dataset
-from neox.corpus.readers.places import below_url, is_pattern, is_url, matching, open_place, size_of
 from neox.corpus.readers.streams import COMPRESSED
 from neox.corpus.readers.text import read_jsonl, read_txt, split_jsonl
+from neox.corpus.readers.urls import below_url, is_pattern, is_url, matching, open_raw, size_of
 
 FileId = tuple[int, int] | str
 """Device and inode of a file, whatever its name; or the identity of a data set of the hub."""
@@ -24,33 +24,33 @@ class Source(Protocol):
     name: str
     size: int | None
     """Bytes that the progress bar counts to: of the files, compressed ones as they are; None where nothing says."""
-    noted: dict[str, Any]
-    """What the manifest says of it: `path` (the name), `bytes`, and more where there is more to say."""
+    manifest_entry: dict[str, Any]
+    """Its entry in the manifest: `path` (the name), `bytes`, and `files` or `revision`."""
 
-    def pieces(self) -> list[Piece]:
-        """What it is read as, in order, whoever reads it."""
+    def chunks(self) -> list[Chunk]:
+        """Chunks of the source, in order."""
         ...
 
     def check(self, text_key: str) -> None:
-        """Raises Fault on what can be known to be wrong without reading the text."""
+        """Check everything that can be known without reading the text. Raises ReadError."""
         ...
 
-    def strangers(self) -> Iterator[Fault]:
-        """A fault for each file that is of no known kind."""
+    def unrecognized(self) -> Iterator[ReadError]:
+        """An error for each file of an unknown kind."""
         ...
 
 
 Name = str | Path | Source
-"""What a user names: see `find_sources`; or a source that was found already, which stands as it is."""
+"""Name of a source, see `find_sources`; or a source that was found already, which stands as it is."""
 
 
 class Format(NamedTuple):
-    """How one kind of file is read."""
+    """Functions that read one kind of file."""
 
-    read: Callable[[Piece, str, Faults, str | None], Iterator[Document]]
+    read: Callable[[Chunk, str, ErrorPolicy, str | None], Iterator[Document]]
     package: str | None = None
     split: Callable[[str], list[int]] = lambda name: [0]
-    """Where its pieces begin, in what `Piece.start` counts for this kind."""
+    """Start of each chunk, in the unit of `Chunk.start` for this kind."""
     check: Callable[[str, str], None] | None = None
 
 
@@ -73,20 +73,25 @@ SUFFIXES = [kind for kind in FORMATS if kind.startswith(".")]
 KINDS = f"{', '.join(TEXT)}, each also with {' or '.join(COMPRESSED)}, .parquet and .arrow"
 
 
-def read_piece(piece: Piece, text_key: str, faults: Faults, meta_key: str | None = None) -> Iterator[Document]:
-    """Each document of a piece, empty ones too. Raises Fault unless `faults` skips them.
+def read_chunk(chunk: Chunk, text_key: str, policy: ErrorPolicy, meta_key: str | None = None) -> Iterator[Document]:
+    """Read each document of a chunk, empty ones too.
+
+    Raises ReadError unless the policy skips errors.
 
     `text_key` names the member or the column that holds the text, `meta_key` another one that is wanted beside it.
     """
-    return FORMATS[piece.kind].read(piece, text_key, faults, meta_key)
+    return FORMATS[chunk.kind].read(chunk, text_key, policy, meta_key)
 
 
-def read_source(source: Source, text_key: str, faults: Faults) -> Iterator[Document]:
-    """Each document of a source, empty ones too, with its share of `size`. Raises Fault unless `faults` skips them."""
-    for fault in source.strangers():
-        faults.add(fault)
-    for piece in source.pieces():
-        yield from read_piece(piece, text_key, faults)
+def read_source(source: Source, text_key: str, policy: ErrorPolicy) -> Iterator[Document]:
+    """Read each document of a source, empty ones too, with its share of `size`.
+
+    Raises ReadError unless the policy skips errors.
+    """
+    for read_error in source.unrecognized():
+        policy.add(read_error)
+    for chunk in source.chunks():
+        yield from read_chunk(chunk, text_key, policy)
 
 
 def find_sources(names: Name | Sequence[Name], text_key: str = "text", on_error: OnError = "fail") -> list[Source]:
@@ -97,8 +102,9 @@ def find_sources(names: Name | Sequence[Name], text_key: str = "text", on_error:
     folder that `Dataset.save_to_disk` wrote; or a data set of the Hugging Face hub, as
     `hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]` or `hf://OWNER/NAME...`.
     Raises FileNotFoundError, and ValueError on a file that is reached twice, a file of an unknown kind, a folder
-    without a file that can be read, a package that is missing; OSError on a file that cannot be opened. Unless faults
-    are skipped also Fault on a Parquet file or a saved data set that is damaged or has no column of texts `text_key`.
+    without a file that can be read, a package that is missing; OSError on a file that cannot be opened. With
+    `on_error="fail"` also ReadError on a Parquet file or a saved data set that is damaged or has no column of texts
+    `text_key`.
     """
     if not (listed := list(names) if isinstance(names, Sequence) and not isinstance(names, str) else [names]):
         raise ValueError("no input files given")
@@ -108,8 +114,8 @@ def find_sources(names: Name | Sequence[Name], text_key: str = "text", on_error:
         for source in (source for source, name in zip(sources, listed, strict=True) if source is not name):
             try:
                 source.check(text_key)
-            except Fault as fault:
-                Faults(on_error).add(fault)
+            except ReadError as read_error:
+                ErrorPolicy(on_error).add(read_error)
     return sources
 
 
@@ -142,7 +148,10 @@ def _source(name: str, seen: dict[FileId, str]) -> Source:
 
 
 def _below(folder: Path, seen: dict[FileId, str]) -> Iterator[Path]:
-    """Every file below `folder`, through links too, in no order. Unlike os.walk it hides no folder that is closed."""
+    """Every file below `folder`, in no order, links followed.
+
+    Unlike os.walk it does not pass over a folder that cannot be opened.
+    """
     _meet(folder, seen)
     for path in folder.iterdir():
         if path.name.startswith("."):
@@ -155,16 +164,14 @@ def _below(folder: Path, seen: dict[FileId, str]) -> Iterator[Path]:
 
 
 def _meet(path: Path, seen: dict[FileId, str]) -> None:
-    """Note a file or a folder by its place on the disk.
+    """Note a file or a folder by its identity on the disk.
 
     Raises ValueError where it was met already, by any name, and where it is a pipe or the like.
     """
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(
-            f"{path!r}: its name is not UTF-8, and could not be noted in the manifest; rename it"
-        ) from None
+        raise ValueError(f"{path!r}: its name is not UTF-8, and cannot stand in the manifest; rename it") from None
     if not (path.is_file() or path.is_dir()):
         # All text is read twice where a tokenizer is trained.
         path.stat()  # a link to nothing has an error of its own
@@ -180,7 +187,7 @@ def _once(place: FileId, name: str, seen: dict[FileId, str]) -> None:
 
 
 class Files:
-    """One file, all files below a folder, or all that match a glob, sorted by their paths."""
+    """A file, the files below a folder, or those of a glob, sorted by path."""
 
     def __init__(self, name: str, paths: list[str]) -> None:
         self.name = name
@@ -195,39 +202,42 @@ class Files:
         self._sizes = {path: size_of(path) for path in self._paths}
         known = [size for size in self._sizes.values() if size is not None]
         self.size: int | None = sum(known) if len(known) == len(self._sizes) else None
-        self.noted: dict[str, Any] = {"path": name, "bytes": self.size}
+        self.manifest_entry: dict[str, Any] = {"path": name, "bytes": self.size}
         if self._paths != [name]:
-            self.noted["files"] = [
+            self.manifest_entry["files"] = [
                 {"path": path.removeprefix(name.rstrip("/") + "/"), "bytes": size} for path, size in self._sizes.items()
             ]
 
     def check(self, text_key: str) -> None:
-        """Raises Fault on a file of an unknown kind and on a bad table, OSError on a file that cannot be opened."""
-        for fault in self.strangers():
-            raise fault
+        """Check the kind of each file, and the columns of tables.
+
+        Raises ReadError on a file of an unknown kind and on a bad table, OSError on a file that cannot be opened.
+        """
+        for read_error in self.unrecognized():
+            raise read_error
         for path in self._paths:
             if not is_url(path):
-                open_place(path).close()
+                open_raw(path).close()
             if check := FORMATS[_format(path)].check:
                 check(path, text_key)
 
-    def strangers(self) -> Iterator[Fault]:
-        """A fault for each file that is of no known kind."""
+    def unrecognized(self) -> Iterator[ReadError]:
+        """An error for each file of an unknown kind."""
         for path in self._unknown:
             hint = f"the suffixes are {KINDS}; move it away or name the files to read"
-            yield Fault("unknown kind", f"{path}: unknown kind of file; {hint}")
+            yield ReadError("unknown kind", f"{path}: unknown kind of file; {hint}")
 
-    def pieces(self) -> list[Piece]:
-        """File after file, large ones in several pieces where the format allows it."""
+    def chunks(self) -> list[Chunk]:
+        """File after file, large ones in several chunks where the format allows it."""
         found = []
         for path, size in self._sizes.items():
             starts = FORMATS[_format(path)].split(path)
             share = (size or 0) // len(starts)
             ends = [*starts[1:], None]
-            found += [Piece(path, _format(path), a, b, share) for a, b in zip(starts, ends, strict=True)]
+            found += [Chunk(path, _format(path), a, b, share) for a, b in zip(starts, ends, strict=True)]
         return found
 
 
 def _format(path: str | Path) -> str:
-    """The suffix by which FORMATS knows how `path` is read, or an empty string."""
+    """Suffix by which FORMATS knows `path`, or an empty string."""
     return next((suffix for suffix in SUFFIXES if str(path).lower().endswith(suffix)), "")

@@ -20,7 +20,7 @@ EXAM = " ".join(f"exam{i}" for i in range(20))
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Four files of a few documents, each file a shard, or several."""
-    monkeypatch.setattr(shards_module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(shards_module, "CHUNK_BYTES", 1)
     draw = random.Random(3)
     texts = [" ".join(draw.choices([f"w{i}" for i in range(999)], k=120)) for _ in range(30)]
     texts += [*texts[5:15], *(text + " more" for text in texts[10:20]), texts[0] + f" {EXAM} " + texts[1], "", "", EXAM]
@@ -143,7 +143,7 @@ from neox.corpus.clean.cleaning import Cleaning
 from neox.corpus.plan import Plan
 from neox.corpus.readers import find_sources
 
-shards_module.PIECE_BYTES = 1
+shards_module.CHUNK_BYTES = 1
 corpus, exam, out, step = sys.argv[1:5]
 fsync = os.fsync
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neox.corpus.clean import dedup
-from neox.corpus.clean.dedup import SHINGLE, Groups, Method, likelihood, repeated, write_keys
+from neox.corpus.clean.dedup import SHINGLE, Method, UnionFind, find_duplicates, likelihood, write_keys
 
 
 def repeats(shards: list[list[str]], method: Method, folder: Path) -> dict[tuple[int, int], tuple[int, int]]:
@@ -19,7 +19,7 @@ def repeats(shards: list[list[str]], method: Method, folder: Path) -> dict[tuple
     assert [count for count, _ in written] == [len(texts) for texts in shards]
     return {
         (shard, int(number)): (int(home), int(kept))
-        for shard, found in enumerate(repeated(written))
+        for shard, found in enumerate(find_duplicates(written))
         for number, home, kept in zip(found.numbers, found.shards, found.kept, strict=True)
     }
 
@@ -58,7 +58,7 @@ def test_exact_repeats_are_those_of_a_dictionary(tmp_path, monkeypatch, shards, 
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=20), max_size=4))
 def test_groups_are_those_of_a_search(batches: list[list[tuple[int, int]]]):
-    groups = Groups(30)
+    groups = UnionFind(30)
     for pairs in batches:
         groups.join(*np.array(pairs, np.int64).reshape(-1, 2).T)
     least = list(range(30))

@@ -26,7 +26,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three files, a shard each: the second repeats the first, the third holds an exam between two pages."""
-    monkeypatch.setattr(shards_module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(shards_module, "CHUNK_BYTES", 1)
     folder = tmp_path / "corpus"
     folder.mkdir()
     texts = [["one", PAGE, ""], [PAGE, "two"], [f"{LEAF} {EXAM} {LEAF}", EXAM]]
@@ -75,8 +75,8 @@ def test_the_tokens_are_of_what_stays(corpus: Path, tmp_path: Path, tokenizer: T
 def test_what_was_found_is_read_once_in_a_process(
     corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
-    real, plans = Cleaning.again, []
-    monkeypatch.setattr(Cleaning, "again", lambda plan: plans.append(plan) or real(plan))
+    real, plans = Cleaning.from_plan, []
+    monkeypatch.setattr(Cleaning, "from_plan", lambda plan: plans.append(plan) or real(plan))
     prepare(corpus, tmp_path / "clean", tokenizer, progress=False, workers=1, dedup="exact")
     assert [len(plan.shards) for plan in plans] == [3]
 
@@ -85,7 +85,7 @@ def test_two_at_once(corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeyp
     """The second is refused before it touches what the first has found."""
     monkeypatch.setattr("neox.corpus.plan.PATIENCE", 0.3)
     module, out = importlib.import_module("neox.corpus.preparation"), tmp_path / "clean"
-    real = module.make_part
+    real = module.write_shard
 
     def content() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in Path(f"{out}.cleaning").rglob("*") if path.is_file()}
@@ -97,7 +97,7 @@ def test_two_at_once(corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeyp
         assert content() == before
         real(*arguments)
 
-    monkeypatch.setattr(module, "make_part", another)
+    monkeypatch.setattr(module, "write_shard", another)
     assert prepare(corpus, out, tokenizer, progress=False, workers=1, dedup="exact").removed == {"duplicate": 1}
 
 

@@ -55,7 +55,7 @@ def release(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_release_is_prepared_and_counted(release: Path, tmp_path: Path, workers: int, monkeypatch, capsys):
-    monkeypatch.setattr(shards, "PIECE_BYTES", 1)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 1)
     tokenizer = train_bpe(["int main; we show été"], vocab_size=300)
     tokenizer.save(tmp_path / "tokenizer.json")
     out = tmp_path / "out"

@@ -6,7 +6,7 @@ import pytest
 
 from neox.config.pile import GROUPS, PILE
 from neox.corpus.pile.statistics import (
-    Counts,
+    ComponentCounts,
     Likelihood,
     by_group,
     in_order,
@@ -68,7 +68,11 @@ def test_a_group_is_its_text_taken_together():
 
 
 def test_counts_stand_beside_the_published_ones():
-    counts = {"Github": Counts(2, 4096, 2048), "ArXiv": Counts(1, 12288, 3072), "mine": Counts(1, 0, 0)}
+    counts = {
+        "Github": ComponentCounts(2, 4096, 2048),
+        "ArXiv": ComponentCounts(1, 12288, 3072),
+        "mine": ComponentCounts(1, 0, 0),
+    }
     content = statistics({"train": counts, "val": {}})
     assert set(content) == {"train"}
     github = content["train"]["components"]["Github"]

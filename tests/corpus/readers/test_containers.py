@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox.corpus import prepare, read_documents
-from neox.corpus.readers import Faults, Skipped, find_sources, read_source
-from neox.corpus.readers.streams import CHUNK
+from neox.corpus.readers import ErrorPolicy, Skipped, find_sources, read_source
+from neox.corpus.readers.streams import BLOCK
 from neox.tokenizer import Tokenizer, train_bpe
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
@@ -98,7 +98,7 @@ def test_any_container_gives_the_same_token_files(
         for suffix in (".bin", ".idx"):
             found = (folder / "out" / f"{number}{suffix}").read_bytes()
             assert found == (folder / "out" / f"expected{suffix}").read_bytes(), source
-        taken = sum(document.taken for document in read_source(find_sources(source)[0], "text", Faults("fail")))
+        taken = sum(document.taken for document in read_source(find_sources(source)[0], "text", ErrorPolicy("fail")))
         size = find_sources(source)[0].size
         assert size is not None
         assert 0 < taken < size + 1e-6
@@ -146,9 +146,9 @@ RAW = b"".join(json.dumps({"text": row}).encode() + b"\n" for row in ROWS)
 
 
 def skipping(path: Path) -> tuple[list[str], dict[str, Skipped]]:
-    faults = Faults("skip")
+    policy = ErrorPolicy("skip")
     (source,) = find_sources(path, on_error="skip")
-    return [text for text, *_ in read_source(source, "text", faults)], faults.skipped
+    return [text for text, *_ in read_source(source, "text", policy)], policy.skipped
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zst], ids=["gz", "zst"])
@@ -179,7 +179,7 @@ def test_a_cut_file_is_noticed_and_what_was_whole_is_kept(
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_much_is_read_of_a_file_that_is_cut_late(tmp_path: Path, suffix: str) -> None:
-    raw = os.urandom(CHUNK).hex().encode()  # half of it is as much as can be saved
+    raw = os.urandom(BLOCK).hex().encode()  # half of it is as much as can be saved
     lines = b"".join(b'{"text": "%s"}\n' % raw[n : n + 100] for n in range(0, len(raw), 100))
     packed = gzip.compress(lines) if suffix == ".gz" else zst(lines)
     (tmp_path / f"a.jsonl{suffix}").write_bytes(packed[:-10])
@@ -302,10 +302,10 @@ def test_the_wrong_column_costs_all_rows(tmp_path: Path, key: str, words: str, r
     with pytest.raises(ValueError) as caught:
         read_documents(tmp_path / "a.parquet", key)
     assert words in str(caught.value)
-    faults = Faults("skip")
+    policy = ErrorPolicy("skip")
     (source,) = find_sources(tmp_path / "a.parquet", key, "skip")
-    assert list(read_source(source, key, faults)) == []
-    assert {why: s.documents for why, s in faults.skipped.items()} == {reason: 400}
+    assert list(read_source(source, key, policy)) == []
+    assert {why: s.documents for why, s in policy.skipped.items()} == {reason: 400}
 
 
 def test_only_the_column_of_the_text_is_read(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox.corpus import prepare, read_documents
-from neox.corpus.readers import Document, Faults, Piece, find_sources, read_piece, read_source
+from neox.corpus.readers import Chunk, Document, ErrorPolicy, find_sources, read_chunk, read_source
 from neox.data import TokenFile
 from neox.tokenizer import Tokenizer, train_bpe
 
@@ -54,7 +54,7 @@ def test_a_saved_data_set_gives_the_tokens_of_its_texts(
     noted = json.loads((tmp_path / "out" / "a.json").read_text())["sources"]
     assert noted == [{"path": str(folder), "bytes": size}]
     (source,) = find_sources(folder)
-    assert sum(document.taken for document in read_source(source, "text", Faults("fail"))) == pytest.approx(size)
+    assert sum(document.taken for document in read_source(source, "text", ErrorPolicy("fail"))) == pytest.approx(size)
 
 
 def test_a_saved_selection_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
@@ -69,10 +69,10 @@ def test_bad_rows_of_a_saved_data_set(tmp_path: Path) -> None:
     folder = save(["a", None, "b"] + ["c"] * 1500 + [None], tmp_path / "set")
     with pytest.raises(ValueError, match="set: row 1: key 'text' holds null, not a string.*data.on_error=skip"):
         list(read_documents(folder))
-    faults = Faults("skip")
+    policy = ErrorPolicy("skip")
     (source,) = find_sources(folder, on_error="skip")
-    assert [text for text, *_ in read_source(source, "text", faults)] == ["a", "b"] + ["c"] * 1500
-    assert [place.partition(": key")[0] for place in faults.skipped["no text"].first] == [
+    assert [text for text, *_ in read_source(source, "text", policy)] == ["a", "b"] + ["c"] * 1500
+    assert [place.partition(": key")[0] for place in policy.skipped["no text"].first] == [
         f"{folder}: row {row}" for row in (1, 1503)
     ]
 
@@ -85,10 +85,10 @@ def test_the_wrong_column_of_a_saved_data_set(tmp_path: Path, key: str, words: s
     folder = save(["a", "b"], tmp_path / "set")
     with pytest.raises(ValueError, match=words):
         read_documents(folder, key)
-    faults = Faults("skip")
+    policy = ErrorPolicy("skip")
     (source,) = find_sources(folder, key, "skip")
-    assert list(read_source(source, key, faults)) == []
-    assert [skipped.documents for skipped in faults.skipped.values()] == [2]
+    assert list(read_source(source, key, policy)) == []
+    assert [skipped.documents for skipped in policy.skipped.values()] == [2]
 
 
 def test_a_damaged_saved_data_set(tmp_path: Path) -> None:
@@ -211,12 +211,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 READ = """
 import json, sys
 from neox.corpus import read_documents
-from neox.corpus.readers import Document, Faults, Piece, find_sources, read_piece, read_source
+from neox.corpus.readers import Document, ErrorPolicy, Chunk, find_sources, read_chunk, read_source
 for name in sys.argv[1:]:
     try:
         source, *_ = find_sources(name.split())
-        rows = [list(document[:2]) for document in read_source(source, "text", Faults("fail"))]
-        print(json.dumps([rows, source.size, source.noted]))
+        rows = [list(document[:2]) for document in read_source(source, "text", ErrorPolicy("fail"))]
+        print(json.dumps([rows, source.size, source.manifest_entry]))
     except ValueError as error:
         print(json.dumps(str(error)))
 """
@@ -305,11 +305,11 @@ def test_a_data_set_of_many_files_is_opened_once(monkeypatch: pytest.MonkeyPatch
         def __init__(self, name: str) -> None:
             opened.append(name)
 
-        def documents(self, piece: Piece, *_: Any) -> Iterator[Document]:
+        def documents(self, piece: Chunk, *_: Any) -> Iterator[Document]:
             yield Document(f"file {piece.start}")
 
     monkeypatch.setattr("neox.corpus.readers.hub_datasets.HubDataset", Counted)
-    pieces = [Piece("hf:o/counted@c#train", "hub", number) for number in range(3)]
-    texts = [document.text for piece in pieces for document in read_piece(piece, "text", Faults("fail"))]
+    pieces = [Chunk("hf:o/counted@c#train", "hub", number) for number in range(3)]
+    texts = [document.text for piece in pieces for document in read_chunk(piece, "text", ErrorPolicy("fail"))]
     assert texts == ["file 0", "file 1", "file 2"]
     assert opened == ["hf:o/counted@c#train"]

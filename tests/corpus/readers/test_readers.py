@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox.corpus import read_documents
-from neox.corpus.readers import Faults, find_sources, read_source
+from neox.corpus.readers import ErrorPolicy, find_sources, read_source
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 
@@ -33,16 +33,16 @@ def error_of(path: Path) -> str:
     message = str(caught.value)
     assert "\n" not in message
     assert message.endswith(WAY_OUT)
-    faults = Faults("skip")
-    list(records_of(path, faults=faults))
-    (skipped,) = faults.skipped.values()
+    policy = ErrorPolicy("skip")
+    list(records_of(path, policy=policy))
+    (skipped,) = policy.skipped.values()
     assert (skipped.documents, skipped.first) == (1, [message.removesuffix(WAY_OUT)])
     return message
 
 
-def records_of(path: Path, key: str = "text", faults: Faults | None = None) -> list[tuple[str, float]]:
+def records_of(path: Path, key: str = "text", policy: ErrorPolicy | None = None) -> list[tuple[str, float]]:
     (source,) = find_sources(path, key, "skip")
-    return [(found.text, found.taken) for found in read_source(source, key, faults or Faults("fail"))]
+    return [(found.text, found.taken) for found in read_source(source, key, policy or ErrorPolicy("fail"))]
 
 
 @settings(deadline=None)
@@ -160,18 +160,18 @@ def test_what_is_skipped_is_counted_by_reason_with_the_first_places(
 ) -> None:
     content = [row if isinstance(row, bytes) else json.dumps({"text": row}).encode() for row in rows]
     path = lines(tmp_path_factory.mktemp("skip") / "a.jsonl", *content)
-    faults = Faults("skip")
-    found = [text for text, _ in records_of(path, faults=faults)]
+    policy = ErrorPolicy("skip")
+    found = [text for text, _ in records_of(path, policy=policy)]
     assert found == [row for row in rows if isinstance(row, str)]
     expected: dict[str, list[int]] = {}
     for number, row in enumerate(rows, 1):
         if isinstance(row, bytes):
             expected.setdefault(FAULTS[row], []).append(number)
-    assert {why: skipped.documents for why, skipped in faults.skipped.items()} == {
+    assert {why: skipped.documents for why, skipped in policy.skipped.items()} == {
         w: len(n) for w, n in expected.items()
     }
     for why, numbers in expected.items():
-        places = [int(place.removeprefix(f"{path}:").partition(": ")[0]) for place in faults.skipped[why].first]
+        places = [int(place.removeprefix(f"{path}:").partition(": ")[0]) for place in policy.skipped[why].first]
         assert places == numbers[:3]
     assert list(read_documents(path, on_error="skip")) == [text for text in found if text]
 
@@ -203,7 +203,7 @@ def test_a_file_that_the_disk_cannot_give_is_named(tmp_path: Path, monkeypatch: 
         raise OSError(5, "Input/output error")
         yield
 
-    monkeypatch.setattr("neox.corpus.readers.streams._chunks", broken)
+    monkeypatch.setattr("neox.corpus.readers.streams._blocks", broken)
     with pytest.raises(OSError, match="Input/output error") as caught:
         list(read_documents(path))
     assert caught.value.filename == str(path)

@@ -34,7 +34,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("readers.chunks", "readers.streams", "readers.text", "readers.columns", "shards"):
-        monkeypatch.setattr(f"neox.corpus.{module}.PIECE_BYTES", 9000)
+        monkeypatch.setattr(f"neox.corpus.{module}.CHUNK_BYTES", 9000)
     monkeypatch.setattr("neox.corpus.plan.PATIENCE", 0.3)
 
 
@@ -99,9 +99,9 @@ from neox.corpus import prepare
 from neox.tokenizer import Tokenizer
 for module in ("chunks", "streams", "text", "columns"):
     __import__(f"neox.corpus.readers.{module}")
-    setattr(sys.modules[f"neox.corpus.readers.{module}"], "PIECE_BYTES", 9000)
+    setattr(sys.modules[f"neox.corpus.readers.{module}"], "CHUNK_BYTES", 9000)
 import neox.corpus.shards
-neox.corpus.shards.PIECE_BYTES = 9000
+neox.corpus.shards.CHUNK_BYTES = 9000
 corpus, out, tokenizer, workers = sys.argv[1:]
 prepare(corpus, out, Tokenizer.from_file(tokenizer), progress=False, workers=int(workers))
 """
@@ -146,13 +146,13 @@ def test_killed_and_continued_gives_the_same_bytes(
     assert made
     assert not Path(f"{out}.idx").exists()
     module = importlib.import_module("neox.corpus.preparation")
-    real, seen = module.make_part, []
+    real, seen = module.write_shard, []
 
     def noted(parts: Any, plan: Any, shard: Any, *rest: Any) -> None:
         seen.append(shard.number)
         real(parts, plan, shard, *rest)
 
-    monkeypatch.setattr(module, "make_part", noted)
+    monkeypatch.setattr(module, "write_shard", noted)
     prepare(corpus, out, tokenizer, progress=False, workers=1)
     assert seen
     assert not {int(name[:6]) for name in made} & set(seen)
@@ -178,7 +178,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path, corpus: Path, tokenizer: T
         assert rounds < 40
 
 
-# --- faults ----------------------------------------------------------------------------------------------------------
+# --- policy ----------------------------------------------------------------------------------------------------------
 
 
 def fails(corpus: Path, out: Path, tokenizer: Tokenizer, words: str, **options: Any) -> None:
@@ -278,14 +278,14 @@ def test_a_file_that_changes_while_it_is_tokenized(
     tmp_path: Path, corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = importlib.import_module("neox.corpus.shards")
-    real = shards.read_piece
+    real = shards.read_chunk
 
     def meanwhile(piece: Any, *rest: Any) -> Any:
         yield from real(piece, *rest)
         if piece.name.endswith("b.jsonl.zst"):
             os.utime(piece.name, (1, 1))
 
-    monkeypatch.setattr(shards, "read_piece", meanwhile)
+    monkeypatch.setattr(shards, "read_chunk", meanwhile)
     fails(corpus, tmp_path / "c", tokenizer, r"b\.jsonl\.zst: has changed since this run of prepare began")
 
 
@@ -305,9 +305,9 @@ def test_other_settings_than_those_of_the_parts(
 
 
 def test_two_runs_on_one_output(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
-    from neox.corpus.plan import Parts
+    from neox.corpus.plan import ShardOutputs
 
-    with Parts(tmp_path / "c").locked():
+    with ShardOutputs(tmp_path / "c").locked():
         fails(corpus, tmp_path / "c", tokenizer, r"c\.parts: another run is writing this output now; wait for it")
     assert prepare(corpus, tmp_path / "c", tokenizer, progress=False, workers=1).documents == 600
 

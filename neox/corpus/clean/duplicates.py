@@ -1,4 +1,4 @@
-"""The repeats in all shards of a corpus, found once: the keys of each shard, by all cores, then those that are equal.
+"""Search for duplicates in all shards of a corpus, by all cores, resumable after a kill.
 
 In a folder: `keys/NNNNN-M.npy` and their marker `keys/NNNNN.json`, written last, so that a run that was killed goes on
 behind it; `repeats/NNNNN.npy`, and `repeats/done.json` when all are there, whereupon the keys are removed.
@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from neox.corpus.clean.dedup import Method, repeated, write_keys
-from neox.corpus.pool import Task, each, serve
-from neox.corpus.readers import Faults, OnError, read_piece
+from neox.corpus.clean.dedup import Method, find_duplicates, write_keys
+from neox.corpus.pool import Task, run_workers, worker_loop
+from neox.corpus.readers import ErrorPolicy, OnError, read_chunk
 from neox.corpus.shards import Shard, shard_rows, shards_of
 from neox.system.files import byte_progress, write_atomic, write_synced
 
 
 @dataclass(frozen=True)
-class Search:
-    """What repeats depend on; any process can take a part in it."""
+class DuplicateSearch:
+    """Everything that the duplicates depend on; any process can do a share of the search."""
 
     folder: Path
     dedup: Method
@@ -31,10 +31,10 @@ class Search:
     on_error: OnError
     shards: tuple[Shard, ...]
     keys: tuple[str, ...]
-    """Tell the documents of each shard, and how they are compared, from others."""
+    """Hash, for each shard, of its documents and of how they are compared."""
 
     def run(self, workers: int, progress: bool, lock: int) -> None:
-        """Find the repeats; what was found before in `folder`, for the same `keys`, stands.
+        """Find the duplicates; reuse earlier results in `folder` for the same `keys`.
 
         `lock` is the file that holds the folder. Raises what the readers raise.
         """
@@ -47,11 +47,11 @@ class Search:
             self._write_all(workers, lock, partial(bar.advance, task))
             written = []
             for shard in self.shards:
-                marker = json.loads(_marker(self.folder, shard.number).read_bytes())
+                marker = json.loads(_done_marker(self.folder, shard.number).read_bytes())
                 written.append((sum(marker["counts"]), _files(self.folder, shard.number, marker["files"])))
             size = sum(path.stat().st_size for _, files in written for path in files)
             task = bar.add_task("compare", total=size)
-            found = repeated(written, lambda share: bar.advance(task, share * size))
+            found = find_duplicates(written, lambda share: bar.advance(task, share * size))
             done.parent.mkdir(exist_ok=True)
             for shard, repeats in zip(self.shards, found, strict=True):
                 rows = np.stack((repeats.numbers, repeats.shards, repeats.kept))
@@ -63,37 +63,37 @@ class Search:
 
     def write(self, number: int, advance: Callable[[float], object]) -> None:
         """Write the keys of one shard; the marker is last."""
-        faults = Faults(self.on_error)
-        pieces = self.shards[number].pieces
-        counts = [0] * len(pieces)
+        policy = ErrorPolicy(self.on_error)
+        chunks = self.shards[number].chunks
+        counts = [0] * len(chunks)
 
         def texts() -> Iterator[str]:
-            for place, piece in enumerate(pieces):
-                for document in read_piece(piece, self.text_key, faults):
+            for place, chunk in enumerate(chunks):
+                for document in read_chunk(chunk, self.text_key, policy):
                     counts[place] += 1
                     advance(document.taken)
                     yield document.text
 
-        marker = _marker(self.folder, number)
+        marker = _done_marker(self.folder, number)
         _, files = write_keys(texts(), self.dedup, marker.with_suffix(""))
         content = {"key": self.keys[number], "counts": counts, "files": len(files)}
         write_atomic(marker, json.dumps(content).encode())
 
     def _write_all(self, workers: int, lock: int, advance: Callable[[float], object]) -> None:
-        """Write the keys of each shard that are not there, in this process or in several."""
-        missing = {shard.number: shard.pieces[0].name for shard in self.shards if not self._written(shard.number)}
+        """Write the missing keys, in this process or in several."""
+        missing = {shard.number: shard.chunks[0].name for shard in self.shards if not self._written(shard.number)}
         advance(sum(shard.size for shard in self.shards if shard.number not in missing))
         if workers > 1 and len(missing) > 1:
             content = [self.dedup, self.text_key, self.on_error, shard_rows(self.shards), self.keys]
             write_atomic(self.folder / "search.json", json.dumps(content).encode())
-            each([__name__, str(self.folder)], missing, min(workers, len(missing)), lock, advance)
+            run_workers([__name__, str(self.folder)], missing, min(workers, len(missing)), lock, advance)
         else:
             for number in missing:
                 self.write(number, advance)
 
     def _written(self, number: int) -> bool:
-        """Whether the keys of a shard are there, whole and of these documents."""
-        marker = _marker(self.folder, number)
+        """Tell whether the keys of a shard are complete and belong to these documents."""
+        marker = _done_marker(self.folder, number)
         if not marker.exists():
             return False
         known = json.loads(marker.read_bytes())
@@ -101,24 +101,24 @@ class Search:
         return known["key"] == self.keys[number] and all(path.exists() for path in files)
 
 
-def read_repeats(folder: Path, number: int) -> dict[int, tuple[int, int]]:
-    """The documents of a shard that repeat an earlier one, each with the shard and the number there of what stays."""
+def read_duplicates(folder: Path, number: int) -> dict[int, tuple[int, int]]:
+    """Duplicates in a shard: document number -> (shard, number) of the one that is kept."""
     rows = np.load(_repeats(folder, number))
     return {place: (shard, kept) for place, shard, kept in rows.T.tolist()}
 
 
 def read_counts(folder: Path, number: int) -> list[int]:
-    """How many documents each piece of a shard had."""
-    counts: list[int] = json.loads(_marker(folder, number).read_bytes())["counts"]
+    """Number of documents in each chunk of a shard."""
+    counts: list[int] = json.loads(_done_marker(folder, number).read_bytes())["counts"]
     return counts
 
 
-def _marker(folder: Path, number: int) -> Path:
+def _done_marker(folder: Path, number: int) -> Path:
     return folder / "keys" / f"{number:05d}.json"
 
 
 def _files(folder: Path, number: int, count: int) -> list[Path]:
-    """What `write_keys` wrote; a marker says how many, and no path."""
+    """Paths of the files that `write_keys` wrote; only their count is read from disk."""
     return [folder / "keys" / f"{number:05d}-{place}.npy" for place in range(count)]
 
 
@@ -127,10 +127,10 @@ def _repeats(folder: Path, number: int) -> Path:
 
 
 def main(folder: str) -> None:
-    """What a process does that writes keys, see `neox.corpus.pool`."""
+    """Entry point of a process that writes keys, see `neox.corpus.pool`."""
 
     def begin() -> Task:
         dedup, text_key, on_error, rows, keys = json.loads((Path(folder) / "search.json").read_bytes())
-        return Search(Path(folder), dedup, text_key, on_error, tuple(shards_of(rows)), tuple(keys)).write
+        return DuplicateSearch(Path(folder), dedup, text_key, on_error, tuple(shards_of(rows)), tuple(keys)).write
 
-    serve(begin)
+    worker_loop(begin)

@@ -1,4 +1,4 @@
-"""Files by path or by URL: local ones from the system, `s3://`, `gs://`, `http://` and the like through fsspec."""
+"""Files by path or by URL (`s3://`, `gs://`, `http://`, ..., through fsspec)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ VERSIONS = ("mtime", "LastModified", "Last-Modified", "updated", "created", "ETa
 
 
 def is_url(name: str) -> bool:
-    """Whether fsspec is asked for `name`."""
+    """Tell whether `name` is a URL, for fsspec."""
     return "://" in name
 
 
-def open_place(name: str) -> IO[bytes]:
-    """The raw bytes of a file, seekable where its place allows it. Raises OSError that names the file."""
+def open_raw(name: str) -> IO[bytes]:
+    """Open the raw bytes of a file, seekable where its store allows it.
+
+    Raises OSError that names the file.
+    """
     if not is_url(name):
         return Path(name).open("rb", buffering=0)
     system, path = _system(name)
@@ -31,12 +34,15 @@ def open_place(name: str) -> IO[bytes]:
 
 
 def size_of(name: str) -> int | None:
-    """Bytes of a file; None where a server does not say. Raises OSError that names the file."""
+    """Size of a file in bytes; None where a server does not say.
+
+    Raises OSError that names the file.
+    """
     return Path(name).stat().st_size if not is_url(name) else _info(name).get("size")
 
 
 def version_of(name: str) -> list[Any]:
-    """What tells this version of a file from an older one without reading it: size and time, or what a store says."""
+    """Version of a file without reading it: size and time, or a store's own."""
     if not is_url(name):
         folder = Path(name)
         files = sorted(folder.iterdir()) if folder.is_dir() else [folder]  # a saved data set is a folder
@@ -47,11 +53,14 @@ def version_of(name: str) -> list[Any]:
 
 
 def ends_digest(name: str) -> str:
-    """sha256 of a file's first and last 64 KiB: notices a change that kept size and time. Of a folder, of nothing."""
+    """Hash of a file's first and last 64 KiB (sha256); of a folder, of nothing.
+
+    It notices a change that kept size and time.
+    """
     digest = hashlib.sha256()
     if not is_url(name) and Path(name).is_dir():
         return digest.hexdigest()
-    with open_place(name) as file:
+    with open_raw(name) as file:
         digest.update(file.read(SAMPLE))
         size = size_of(name)
         if size is not None and size > SAMPLE and file.seekable():
@@ -61,12 +70,12 @@ def ends_digest(name: str) -> str:
 
 
 def is_pattern(name: str) -> bool:
-    """Whether `name` has the wildcards of a glob in it, and is no file of that name."""
+    """Tell whether `name` is a glob, and not a file of that name."""
     return glob.has_magic(name) and (is_url(name) or not Path(name).exists())
 
 
 def matching(pattern: str) -> list[str]:
-    """The files that a glob stands for, in no order."""
+    """Files that match a glob, in no order."""
     if not is_url(pattern):
         return [found for found in glob.glob(pattern, recursive=True) if Path(found).is_file()]
     system, path = _system(pattern)
@@ -78,7 +87,7 @@ def matching(pattern: str) -> list[str]:
 
 
 def below_url(url: str) -> list[str]:
-    """The files below a folder of a store, in no order; the URL itself where it is a file."""
+    """Files below a folder of a store, in no order; the URL itself of a file."""
     system, path = _system(url)
     try:
         if not system.isdir(path):
