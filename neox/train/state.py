@@ -157,7 +157,7 @@ def entry_names(dataset: Dataset) -> list[str]:
     names: list[str] = []
     for source in dataset.sources:
         components = Provenance.of(source.file).components(source.first, len(source))
-        name = (components[0] if len(components) == 1 else None) or part.file.bin.stem
+        name = (components[0] if len(components) == 1 else None) or source.file.bin.stem
         names.append(f"{name} ({len(names)})" if name in names else name)
     return names
 
