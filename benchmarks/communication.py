@@ -25,7 +25,7 @@ import torch.distributed as dist
 from neox.config import Config, load_config
 from neox.data import Batch
 from neox.model.decoder import GPTNeoX
-from neox.parallel import build, layout
+from neox.parallel import build, parallel_dims
 from neox.planning.traffic import Traffic, TrafficCounter
 from neox.system.processes import Processes
 
@@ -45,7 +45,7 @@ SHAPE = (
 def run(options: tuple[str, ...]) -> Traffic:
     """One step on this rank."""
     config = load_config(overrides=(*SHAPE, *options))
-    place = layout(config.parallel, Processes(dist.get_rank(), dist.get_world_size()), torch.device("cpu"))
+    place = parallel_dims(config.parallel, Processes(dist.get_rank(), dist.get_world_size()), torch.device("cpu"))
 
     _, forward_backward = build(config, place)
     tokens = torch.arange(B * T).view(B, T) % V

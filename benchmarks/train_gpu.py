@@ -70,18 +70,18 @@ def ours(config, job, device):
     """(parameters, one step over microbatches that gives loss and norm before the update)."""
     import torch
 
-    from neox.parallel import Layout, build
+    from neox.parallel import ParallelDims, build
     from neox.system.processes import Processes
     from neox.train import build_optimizers, clip_gradients
 
-    layout = Layout(Processes(), device, None)
-    parts, forward_backward = build(config, layout)
+    dims = ParallelDims(Processes(), device, None)
+    parts, forward_backward = build(config, dims)
     optimizers = build_optimizers(parts, config.optim)
     guard = job["options"].get("guard") == "true"
 
     def step(batches):
         loss = forward_backward(batches, 1 / sum(batch.tokens.numel() for batch in batches))
-        norm = clip_gradients(parts, config.optim.clip, 1.0, layout)
+        norm = clip_gradients(parts, config.optim.clip, 1.0, dims)
         if guard:
             torch.stack((loss, norm)).tolist()
         for optimizer in optimizers:

@@ -13,7 +13,7 @@ from neox.generate.engine import Drafter, Engine
 from neox.generate.sharded import ShardedEngine, worker_loop
 from neox.generate.speculate import DraftModel, prompt_lookup
 from neox.model.decoder import GPTNeoX
-from neox.parallel import layout
+from neox.parallel import parallel_dims
 from neox.parallel.inference import share, sharing
 from neox.quantization import torchao_weights
 from neox.quantization.kernels import FLOATS, Kind
@@ -126,7 +126,7 @@ def _load_share(
     source: str | Path, tp: int, place: torch.device, dtype: str | None, processes: Processes
 ) -> tuple[GPTNeoX, Tokenizer | None]:
     parallel = ParallelConfig(tp=tp, dp_shard=1)
-    mesh = layout(parallel, processes, place).axis("tp")
+    mesh = parallel_dims(parallel, processes, place).axis("tp")
     assert mesh is not None
     model, tokenizer = load(source, str(place), dtype, sharing(mesh))
     config = Config(

@@ -164,24 +164,24 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         # The seams where a tensor-parallel plan reduces for both branches at once (design D4): the gradient of what
         # they read, and the sum of what they give.
-        self.fork, self.branches = nn.Identity(), nn.Identity()
+        self.branch_input, self.branch_sum = nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        read = self.fork(x)
+        read = self.branch_input(x)
         normed = self.input_layernorm(read)
         with recomputed(normed, self.input_layernorm, read, self.recompute):
             attended = dropped(self.attention(normed, context), self.dropout, self.training)
             if self.parallel and self.post_attention_layernorm is None:
                 fed = dropped(self.mlp(normed), self.dropout, self.training)
-                return x + cast(Tensor, self.branches(fed + attended))
+                return x + cast(Tensor, self.branch_sum(fed + attended))
         assert self.post_attention_layernorm is not None
         if not self.parallel:
             x = x + attended
-            read = self.fork(x)
+            read = self.branch_input(x)
         normed = self.post_attention_layernorm(read)
         with recomputed(normed, self.post_attention_layernorm, read, self.recompute):
             fed = dropped(self.mlp(normed), self.dropout, self.training)
-        return x + (cast(Tensor, self.branches(fed + attended)) if self.parallel else fed)
+        return x + (cast(Tensor, self.branch_sum(fed + attended)) if self.parallel else fed)
 
 
 class GPTNeoX(nn.Module):
@@ -205,7 +205,7 @@ class GPTNeoX(nn.Module):
         block = cast(Block, self.layers[0])
         return block.attention.query_key_value.out_features // (3 * self.config.head_dim)
 
-    def keep(self, layers: range) -> None:
+    def prune_to_stage(self, layers: range) -> None:
         """Drop what is not of the pipeline stage that holds `layers`; what stays keeps its name.
 
         The embedding is of the first stage, the final norm and the head of the last one. The forward pass then takes

@@ -3,15 +3,15 @@
 from neox.parallel.blocks import checkpoint_blocks, compile_blocks, compiles
 from neox.parallel.build import ForwardBackward, build
 from neox.parallel.fsdp import whole_model
-from neox.parallel.mesh import Layout, layout
+from neox.parallel.mesh import ParallelDims, parallel_dims
 
 __all__ = [
     "ForwardBackward",
-    "Layout",
+    "ParallelDims",
     "build",
     "checkpoint_blocks",
     "compile_blocks",
     "compiles",
-    "layout",
+    "parallel_dims",
     "whole_model",
 ]

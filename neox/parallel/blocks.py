@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neox.config import Config
 from neox.model.decoder import MLP, Block, GPTNeoX
-from neox.parallel.mesh import Layout
+from neox.parallel.mesh import ParallelDims
 
 
 # Subclasses, not wrapper modules, which would change the parameters' names, and not functions put on the instances,
@@ -48,11 +48,11 @@ def checkpoint_blocks(model: GPTNeoX, mode: str) -> None:
             block.mlp.__class__ = CheckpointedMLP
 
 
-def compiles(config: Config, layout: Layout) -> bool:
+def compiles(config: Config, dims: ParallelDims) -> bool:
     """Whether the blocks are to be compiled: where it is left open, on CUDA, where each of them is whole."""
     if config.train.compile != "auto":
         return config.train.compile
-    return layout.device.type == "cuda" and all(layout.size(axis) == 1 for axis in ("tp", "cp", "pp"))
+    return dims.device.type == "cuda" and all(dims.size(axis) == 1 for axis in ("tp", "cp", "pp"))
 
 
 def compile_blocks(model: GPTNeoX) -> None:

@@ -15,7 +15,7 @@ from neox.parallel.blocks import checkpoint_blocks, compile_blocks, compiles, fl
 from neox.parallel.forward import Forward
 from neox.parallel.fsdp import reshard, shard
 from neox.parallel.loss import take_loss_in_head
-from neox.parallel.mesh import Layout
+from neox.parallel.mesh import ParallelDims
 
 if TYPE_CHECKING:
     from neox.parallel.tp_plan import Plan
@@ -31,65 +31,65 @@ class ForwardBackward(Protocol):
         ...
 
 
-def build(config: Config, layout: Layout, tp_plan: "Plan | None" = None) -> tuple[list[GPTNeoX], ForwardBackward]:
+def build(config: Config, dims: ParallelDims, tp_plan: "Plan | None" = None) -> tuple[list[GPTNeoX], ForwardBackward]:
     """The parts of the model that this process holds, initialised, and the callable that runs a step through them.
 
     Without a pipeline the model is in one part. The part that has the output head takes the loss there
     (`part.embed_out.loss`). `tp_plan` stands in place of `neox.parallel.tp_plan.plan(config)`.
     """
-    forward = Forward(config, layout.device)
-    if layout.size("pp") == 1:
-        part = _part(config, layout, tp_plan, range(config.model.num_hidden_layers))
-        return [part], _summed(_whole(part, config, forward), layout)
+    forward = Forward(config, dims.device)
+    if dims.size("pp") == 1:
+        part = _part(config, dims, tp_plan, range(config.model.num_hidden_layers))
+        return [part], _summed(_whole(part, config, forward), dims)
     from neox.parallel.pipeline import check_pipeline, layers_of_stages, pipelined, stages_of_rank
 
-    check_pipeline(config, layout)
+    check_pipeline(config, dims)
     layers = layers_of_stages(config)
-    stages = stages_of_rank(config.parallel, layout.rank("pp"))
-    parts = {stage: _part(config, layout, tp_plan, layers[stage]) for stage in stages}
-    return list(parts.values()), _summed(pipelined(parts, config, layout, forward), layout)
+    stages = stages_of_rank(config.parallel, dims.rank("pp"))
+    parts = {stage: _part(config, dims, tp_plan, layers[stage]) for stage in stages}
+    return list(parts.values()), _summed(pipelined(parts, config, dims, forward), dims)
 
 
-def _part(config: Config, layout: Layout, tp_plan: "Plan | None", layers: range) -> GPTNeoX:
+def _part(config: Config, dims: ParallelDims, tp_plan: "Plan | None", layers: range) -> GPTNeoX:
     """The part of the model that holds `layers`, laid out and initialised."""
     with torch.device("meta"):
         model = GPTNeoX(config.model)
-    model.keep(layers)
-    float8_blocks(model, config.train.float8, layout.device)
+    model.prune_to_stage(layers)
+    float8_blocks(model, config.train.float8, dims.device)
     checkpoint_blocks(model, config.train.activation_checkpointing)
-    if compiles(config, layout):
+    if compiles(config, dims):
         compile_blocks(model)
     take_loss_in_head(model, config.train.loss_chunk)
-    split(model, config, layout, tp_plan)
-    shard(model, config, layout)
-    model.to_empty(device=layout.device)
+    split(model, config, dims, tp_plan)
+    shard(model, config, dims)
+    model.to_empty(device=dims.device)
     model.tie()
     _initialize(model, config.train.seed)
     return model
 
 
-def _summed(run_here: Callable[[Sequence[Any], float, bool], Tensor], layout: Layout) -> ForwardBackward:
+def _summed(run_here: Callable[[Sequence[Any], float, bool], Tensor], dims: ParallelDims) -> ForwardBackward:
     """The sum over all processes of the losses that `run_here` gives on each, of its part of the sequences."""
 
     def forward_backward(batches: Sequence[Any], scale: float, backward: bool = True) -> Tensor:
-        if layout.size("cp") > 1:
+        if dims.size("cp") > 1:
             from neox.parallel.context import split_batch
 
-            batches = [split_batch(batch, layout.rank("cp"), layout.size("cp")) for batch in batches]
+            batches = [split_batch(batch, dims.rank("cp"), dims.size("cp")) for batch in batches]
         total = run_here(batches, scale, backward)
-        if layout.rank("tp"):
+        if dims.rank("tp"):
             # Processes of tensor parallelism have the same loss each: it counts once.
             total = torch.zeros_like(total)
-        if layout.processes.world > 1:
+        if dims.processes.world > 1:
             dist.all_reduce(total)
         return total
 
     return forward_backward
 
 
-def split(model: GPTNeoX, config: Config, layout: Layout, tp_plan: "Plan | None" = None) -> None:
+def split(model: GPTNeoX, config: Config, dims: ParallelDims, tp_plan: "Plan | None" = None) -> None:
     """Tensor and context parallelism; before `shard`. ValueError where they could not do what one process does."""
-    tensor, context = layout.axis("tp"), layout.axis("cp")
+    tensor, context = dims.axis("tp"), dims.axis("cp")
     if tensor is None and context is None:
         return
     key = "parallel.tp" if tensor is not None else "parallel.cp"

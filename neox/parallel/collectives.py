@@ -20,32 +20,32 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def copy(x: Tensor, group: ProcessGroup) -> Tensor:
+def copy_to_tensor_region(x: Tensor, group: ProcessGroup) -> Tensor:
     """x itself; its gradient is the sum of the processes'."""
     return cast(Tensor, _Copy.apply(x, group))
 
 
-def reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+def reduce_from_tensor_region(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of x over the processes."""
     return cast(Tensor, _Reduce.apply(x, group))
 
 
-def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def gather_from_sequence_region(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """The processes' x one after the other along `dim`; the gradients are summed, and each takes its slice of them."""
     return cast(Tensor, _Gather.apply(x, dim, group))
 
 
-def scatter_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def reduce_scatter_to_sequence_region(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """This process's slice along `dim` of the sum of x over the processes."""
     return cast(Tensor, _ScatterSum.apply(x, dim, group))
 
 
-def join(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def gather_from_tensor_region(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """The processes' x one after the other along `dim`, for what all of them then do alike."""
     return cast(Tensor, _Join.apply(x, dim, group))
 
 
-def whole(parameters: list[Tensor], group: ProcessGroup) -> tuple[Tensor, ...]:
+def copy_parameters_to_tensor_region(parameters: list[Tensor], group: ProcessGroup) -> tuple[Tensor, ...]:
     """The parameters; their gradients are summed over the processes, all in one message."""
     return cast(tuple[Tensor, ...], _Whole.apply(group, *parameters))
 

@@ -61,7 +61,7 @@ def _masks(
     rank, size = group.rank(), group.size()
     order = torch.arange(positions.shape[1] * size, device=positions.device)[None]
     if segments is not None:
-        segments = ordered(collectives.gather(segments, 1, group), size, 1)
+        segments = ordered(collectives.gather_from_sequence_region(segments, 1, group), size, 1)
     masks = attention_masks(config, order, segments)
     global_mask, local_mask = (None if mask is None else own_slices(mask, rank, size, dim=2) for mask in masks)
     if global_mask is None:
@@ -77,7 +77,7 @@ def _attend(
     """Attention of own queries over all keys and values; each [B, H, T / n, D]."""
     assert mask is not None, "made by _masks"
     rank, size = group.rank(), group.size()
-    k, v = ordered(collectives.gather(torch.stack((k, v)), 3, group), size, 3)
+    k, v = ordered(collectives.gather_from_sequence_region(torch.stack((k, v)), 3, group), size, 3)
     c = q.shape[2] // 2
     outputs = []
     for own, place in ((slice(0, c), rank), (slice(c, 2 * c), 2 * size - 1 - rank)):

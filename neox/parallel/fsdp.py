@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from neox.config import Config
 from neox.model.decoder import GPTNeoX
-from neox.parallel.mesh import Layout
+from neox.parallel.mesh import ParallelDims
 from neox.system.device import resolve_dtype
 
 
-def shard(model: GPTNeoX, config: Config, layout: Layout) -> None:
+def shard(model: GPTNeoX, config: Config, dims: ParallelDims) -> None:
     """ZeRO by fully_shard, a group a block; nothing where one rank reads all samples.
 
     Processes that share sequences hold gradients of their own parts, as those that read other samples do: both axes
@@ -26,18 +26,18 @@ def shard(model: GPTNeoX, config: Config, layout: Layout) -> None:
     The head is a group of its own. A tied head lies in the root group with the embedding, which stays gathered from
     the model's forward pass to the end of its backward pass. Gradients are added over ranks, not averaged.
     """
-    if layout.mesh is None or layout.dp_size * layout.size("cp") == 1:
+    if dims.mesh is None or dims.dp_size * dims.size("cp") == 1:
         return
     # That a norm over two axes takes two messages, torch would say on every process of every run.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     kind = config.train.dtype
     precision = MixedPrecisionPolicy() if kind == "fp32" else MixedPrecisionPolicy(resolve_dtype(kind), torch.float32)
-    mesh = layout.mesh["dp_shard"]
-    if layout.size("cp") > 1:
-        mesh = layout.mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
-    if layout.size("dp_replicate") > 1:
+    mesh = dims.mesh["dp_shard"]
+    if dims.size("cp") > 1:
+        mesh = dims.mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    if dims.size("dp_replicate") > 1:
         # On a mesh of two axes gradients are reduced twice, over shards and over copies.
-        mesh = DeviceMesh._concatenate([layout.mesh["dp_replicate"], mesh])
+        mesh = DeviceMesh._concatenate([dims.mesh["dp_replicate"], mesh])
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": precision,
@@ -66,19 +66,19 @@ def reshard(model: GPTNeoX) -> None:
 
 
 @torch.no_grad()
-def whole_model(parts: Sequence[GPTNeoX], layout: Layout) -> GPTNeoX | None:
+def whole_model(parts: Sequence[GPTNeoX], dims: ParallelDims) -> GPTNeoX | None:
     """The model in one piece on rank 0, None elsewhere; all processes call it together. One alone gets its own back."""
-    if layout.mesh is None:
+    if dims.mesh is None:
         return parts[0]
     for part in parts:
         reshard(part)
     own = {name: parameter for part in parts for name, parameter in part.named_parameters()}
     with torch.device("meta"):
         whole = GPTNeoX(parts[0].config)
-    stages = layout.axis("pp")
+    stages = dims.axis("pp")
     owners: list[Any] = [list(own)]
     if stages is not None:
-        owners = [None] * layout.size("pp")
+        owners = [None] * dims.size("pp")
         dist.all_gather_object(owners, list(own), group=stages.get_group())
     weights = {}
     for name, blank in whole.named_parameters():
@@ -86,14 +86,14 @@ def whole_model(parts: Sequence[GPTNeoX], layout: Layout) -> GPTNeoX | None:
             value = own[name].detach()
             value = value.full_tensor() if isinstance(value, DTensor) else value
         else:
-            value = torch.empty(blank.shape, device=layout.device)
+            value = torch.empty(blank.shape, device=dims.device)
         if stages is not None:
             owner = next(rank for rank, names in enumerate(owners) if name in names)
             value = value.contiguous()
             dist.broadcast(value, group=stages.get_group(), group_src=owner)
-        if not layout.processes.rank:
+        if not dims.processes.rank:
             weights[name] = value
-    if layout.processes.rank:
+    if dims.processes.rank:
         return None
     whole.load_state_dict(weights, assign=True, strict=not whole.config.tie_word_embeddings)
     whole.tie()

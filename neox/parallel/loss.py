@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from neox.model import IGNORED
 from neox.model.decoder import GPTNeoX
-from neox.parallel.collectives import gather
+from neox.parallel.collectives import gather_from_sequence_region
 from neox.system.device import readable
 
 
@@ -145,7 +145,7 @@ def _split_error(logits: Tensor, index: Tensor, group: ProcessGroup) -> Tensor:
     largest = logits.amax(dim=1, keepdim=True)
     logits.sub_(largest).exp_()
     own = torch.cat((largest, logits.sum(dim=1, keepdim=True), label), dim=1)
-    found = gather(own, 0, group).unflatten(0, (group.size(), -1))
+    found = gather_from_sequence_region(own, 0, group).unflatten(0, (group.size(), -1))
     largest_of_all = found[:, :, 0].amax(dim=0)
     total = (found[:, :, 1] * (found[:, :, 0] - largest_of_all).exp()).sum(dim=0)
     logits.mul_(((largest[:, 0] - largest_of_all).exp() / total)[:, None])

@@ -14,7 +14,7 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelDims:
     """Where this process stands. Data parallelism covers two axes: each of its ranks reads other samples."""
 
     processes: Processes
@@ -55,7 +55,7 @@ class Layout:
         return self.processes.all_reduce_sum(value) // (self.processes.world // self.dp_size)
 
 
-def layout(config: ParallelConfig, processes: Processes, device: torch.device) -> Layout:
+def parallel_dims(config: ParallelConfig, processes: Processes, device: torch.device) -> ParallelDims:
     """The mesh of `config` over the processes. Raises ValueError where its axes do not make up their number."""
     world, least = processes.world, config.processes // config.shards
     shard = config.dp_shard or max(1, world // least)
@@ -67,5 +67,5 @@ def layout(config: ParallelConfig, processes: Processes, device: torch.device) -
             "or change parallel"
         )
     if world == 1:
-        return Layout(processes, device, None)
-    return Layout(processes, device, init_device_mesh(device.type, sizes, mesh_dim_names=AXES))
+        return ParallelDims(processes, device, None)
+    return ParallelDims(processes, device, init_device_mesh(device.type, sizes, mesh_dim_names=AXES))

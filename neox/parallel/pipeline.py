@@ -18,7 +18,7 @@ from neox.model.decoder import GPTNeoX
 from neox.model.flops import forward_flops, parameters
 from neox.parallel.forward import Forward
 from neox.parallel.fsdp import reshard
-from neox.parallel.mesh import Layout
+from neox.parallel.mesh import ParallelDims
 from neox.system.device import resolve_dtype
 
 SCHEDULES: dict[str, Any] = {
@@ -60,11 +60,11 @@ def stages_of_rank(config: ParallelConfig, rank: int) -> list[int]:
     return list(range(rank, config.stages, config.pp))
 
 
-def check_pipeline(config: Config, layout: Layout) -> None:
+def check_pipeline(config: Config, dims: ParallelDims) -> None:
     """Raises ValueError for a schedule that cannot run these microbatches, or not on this mesh."""
     parallel, train = config.parallel, config.train
     schedule, pp = parallel.schedule, parallel.pp
-    share = -(-train.global_batch_size // layout.dp_size)
+    share = -(-train.global_batch_size // dims.dp_size)
     count = -(-share // train.micro_batch_size)
     rounds = max(1, count // pp)
     if schedule == "1f1b" and count < parallel.stages:
@@ -81,18 +81,18 @@ def check_pipeline(config: Config, layout: Layout) -> None:
 
 
 def pipelined(
-    parts: Mapping[int, GPTNeoX], config: Config, layout: Layout, forward: Forward
+    parts: Mapping[int, GPTNeoX], config: Config, dims: ParallelDims, forward: Forward
 ) -> Callable[[Sequence[Any], float, bool], Tensor]:
     """The callable that runs a step's microbatches through the stages, of which `parts` are here.
 
     It gives the sum of the losses of this process, which is 0 but where the last stage lies.
     """
-    parallel, device, last = config.parallel, layout.device, config.parallel.stages - 1
-    axis = layout.axis("pp")
+    parallel, device, last = config.parallel, dims.device, config.parallel.stages - 1
+    axis = dims.axis("pp")
     assert axis is not None
     group = axis.get_group()
     # A group's first operation must be one of all its members.
-    layout.sum_over_stages(torch.zeros(1, device=device))
+    dims.sum_over_stages(torch.zeros(1, device=device))
     scale_now = 1.0
 
     def loss_of(hidden: Tensor, labels: Tensor) -> Tensor:

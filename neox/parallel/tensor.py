@@ -59,7 +59,7 @@ class VocabularyHead(ColumnParallel):
     """The output head with V / n rows; logits are gathered. Training takes its loss without ever joining them."""
 
     def run(self, module: Any, group: ProcessGroup, x: Tensor) -> Tensor:
-        return collectives.join(super().run(module, group, x), -1 % x.dim(), group)
+        return collectives.gather_from_tensor_region(super().run(module, group, x), -1 % x.dim(), group)
 
 
 class RowParallel(Style):
@@ -79,10 +79,11 @@ class RowParallel(Style):
 
 
 class ParallelBranches(ParallelStyle):
-    """The seams of a block. `fork`: both branches read x, whose gradient is summed over them, then over the processes,
-    once. `branches`: the sum of a parallel residual's branches, then summed over the processes once, biases added.
+    """The residual seams of a block: one reduction for both branches, each way.
 
-    With sequence parallelism the norms stand between the fork and the split work, and do the former.
+    `branch_input`: both branches read x, whose gradient is summed over them, then over the processes, once.
+    `branch_sum`: the sum of a parallel residual's branches is summed over the processes once, then biases are added.
+    With sequence parallelism the norms stand between `branch_input` and the split work, and reduce in its place.
     """
 
     def __init__(self, sequence: bool = False) -> None:
@@ -92,11 +93,11 @@ class ParallelBranches(ParallelStyle):
         assert isinstance(module, Block)
         group = device_mesh.get_group()
         if not self.sequence:
-            module.fork.__dict__["forward"] = partial(collectives.copy, group=group)
+            module.branch_input.__dict__["forward"] = partial(collectives.copy_to_tensor_region, group=group)
         if module.parallel:
             outputs = [module.attention.dense, module.mlp.dense_4h_to_h]
             summed = partial(_summed, modules=outputs, group=group, sequence=self.sequence)
-            module.branches.__dict__["forward"] = summed
+            module.branch_sum.__dict__["forward"] = summed
         return module
 
 
@@ -112,10 +113,10 @@ class Norm(Style):
 
     def run(self, module: Any, group: ProcessGroup, x: Tensor) -> Tensor:
         if self.copy and not self.sequence:
-            x = collectives.copy(x, group)
-        weight, bias = collectives.whole(_local(module), group)
+            x = collectives.copy_to_tensor_region(x, group)
+        weight, bias = collectives.copy_parameters_to_tensor_region(_local(module), group)
         normed = F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
-        return collectives.gather(normed, TIME, group) if self.sequence else normed
+        return collectives.gather_from_sequence_region(normed, TIME, group) if self.sequence else normed
 
 
 class VocabularyEmbedding(Style):
@@ -144,7 +145,7 @@ class CopiedEmbedding(Style):
         (weight,) = _local(module)
         if self.sequence:
             x = x.chunk(group.size(), TIME)[group.rank()]
-            (weight,) = collectives.whole([weight], group)
+            (weight,) = collectives.copy_parameters_to_tensor_region([weight], group)
         return F.embedding(x, weight)
 
 
@@ -152,10 +153,10 @@ def _summed(part: Tensor, modules: list[Any], group: ProcessGroup, sequence: boo
     """The sum of `part` over the processes, `modules`' biases added once; with `sequence` own tokens of it."""
     biases = [_part(module.bias) for module in modules if module.bias is not None]
     if not sequence:
-        x = collectives.reduce(part, group)
+        x = collectives.reduce_from_tensor_region(part, group)
     else:
-        x = collectives.scatter_sum(part, TIME, group)
-        biases = list(collectives.whole(biases, group)) if biases else []
+        x = collectives.reduce_scatter_to_sequence_region(part, TIME, group)
+        biases = list(collectives.copy_parameters_to_tensor_region(biases, group)) if biases else []
     for bias in biases:
         x = x + bias
     return x

@@ -18,7 +18,7 @@ from unittest.mock import patch
 from neox.config import Config
 
 if TYPE_CHECKING:
-    from neox.parallel import Layout
+    from neox.parallel import ParallelDims
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ def dry_run_here(config: Config, rank: int) -> StepCost:
     import torch
     import torch.distributed as dist
 
-    from neox.parallel import layout
+    from neox.parallel import parallel_dims
     from neox.system.processes import Processes
 
     world = config.parallel.processes
     if world > 1:
         dist.init_process_group("fake", rank=rank, world_size=world)
     few, whole = step_sizes(config), len(config.microbatches)
-    mesh = layout(config.parallel, Processes(rank, world), torch.device("cpu"))
+    mesh = parallel_dims(config.parallel, Processes(rank, world), torch.device("cpu"))
     steps = [_step(config, mesh, count) for count in few]
 
     def extrapolated(field: str) -> Counter[Any]:
@@ -95,7 +95,7 @@ def dry_run_here(config: Config, rank: int) -> StepCost:
     return StepCost(steps[-1].parameters, extrapolated("memory"), extrapolated("traffic"))
 
 
-def _step(config: Config, mesh: "Layout", count: int) -> StepCost:
+def _step(config: Config, mesh: "ParallelDims", count: int) -> StepCost:
     """Run one step of `count` microbatches, from building the model to the optimizer's update."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

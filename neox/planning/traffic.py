@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neox.parallel import Layout
+from neox.parallel import ParallelDims
 from neox.parallel.mesh import AXES
 
 KINDS = {
@@ -32,15 +32,15 @@ class TrafficCounter(TorchDispatchMode):
     reduce-scatter, twice that for an all-reduce; a send as S.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, dims: ParallelDims) -> None:
         super().__init__()
         self.calls: list[tuple[str, str, int]] = []
-        self.axes = {"": ("world", layout.processes.world)}
+        self.axes = {"": ("world", dims.processes.world)}
         for axis in AXES:
-            if mesh := layout.axis(axis):
+            if mesh := dims.axis(axis):
                 self.axes[mesh.get_group().group_name] = axis, mesh.size()
-        if layout.mesh is not None and layout.size("cp") > 1:
-            flat = layout.mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+        if dims.mesh is not None and dims.size("cp") > 1:
+            flat = dims.mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
             self.axes.setdefault(flat.get_group().group_name, ("dp_shard x cp", flat.size()))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -12,7 +12,7 @@ from neox.config import Config
 from neox.data.datasets import Datasets, build_datasets
 from neox.data.loader import Batch, Loader
 from neox.model import IGNORED
-from neox.parallel.mesh import Layout
+from neox.parallel.mesh import ParallelDims
 from neox.system.processes import Processes
 from neox.train.state import initial_weights
 
@@ -48,16 +48,16 @@ def run_datasets(
 class Batches:
     """Cuts what a loader has for a step into this rank's microbatches."""
 
-    def __init__(self, config: Config, layout: Layout, device: torch.device) -> None:
+    def __init__(self, config: Config, dims: ParallelDims, device: torch.device) -> None:
         self.size, self.vocab = config.train.micro_batch_size, config.model.vocab_size
-        self.layout, self.device = layout, device
+        self.dims, self.device = dims, device
 
     def __call__(self, loader: Loader, step: int) -> tuple[list[Batch], int]:
         """The microbatches, on their way to the device, and how many of their tokens take part in the loss.
 
         Raises ValueError for a token id outside the model's vocabulary.
         """
-        batches = list(loader.microbatches(step, self.size, self.layout.dp_rank, self.layout.dp_size))
+        batches = list(loader.microbatches(step, self.size, self.dims.dp_rank, self.dims.dp_size))
         for batch in batches:
             for token in (int(batch.tokens.max()), int(batch.labels.max()), int(batch.tokens.min())):
                 if not 0 <= token < self.vocab and token != IGNORED:

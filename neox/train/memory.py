@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from neox.config import Config
-from neox.parallel.mesh import Layout
+from neox.parallel.mesh import ParallelDims
 
 EVENTS = 100_000
 """Allocations that CUDA remembers, with the Python lines that made them: some steps' worth, tens of megabytes."""
@@ -28,7 +28,7 @@ def remembered_allocations(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def out_of_memory_explained(config: Config, layout: Layout, run: Path, step: int) -> Iterator[None]:
+def out_of_memory_explained(config: Config, dims: ParallelDims, run: Path, step: int) -> Iterator[None]:
     """Inside, step `step` runs: where its memory runs out, ValueError says what to turn, and how the run goes on.
 
     On CUDA it leaves RUN/memory_snapshot.pickle (of rank R above 0: memory_snapshot_rankR.pickle), for
@@ -40,13 +40,13 @@ def out_of_memory_explained(config: Config, layout: Layout, run: Path, step: int
         if not is_out_of_memory(error):
             raise
         seen, total = "", 0
-        if layout.device.type == "cuda":
-            rank = layout.processes.rank
+        if dims.device.type == "cuda":
+            rank = dims.processes.rank
             file = run / f"memory_snapshot{f'_rank{rank}' if rank else ''}.pickle"
             torch.cuda.memory._dump_snapshot(str(file))
-            total = torch.cuda.get_device_properties(layout.device).total_memory
+            total = torch.cuda.get_device_properties(dims.device).total_memory
             seen = f" ({file} shows what of: docs.pytorch.org/memory_viz)"
-        raise ValueError(f"{run}: step {step} ran out of memory{seen}: {advice(config, layout, total)}") from error
+        raise ValueError(f"{run}: step {step} ran out of memory{seen}: {advice(config, dims, total)}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -55,35 +55,35 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
-def state_bytes(config: Config, layout: Layout) -> int:
+def state_bytes(config: Config, dims: ParallelDims) -> int:
     """Bytes of weights, their gathered or cast copies, gradients and optimizer state on this process."""
     # Imported when memory has run out: a run that does not needs neither.
     from neox.model.training_memory import stage_parameters, state_memory
     from neox.parallel.pipeline import layers_of_stages, stages_of_rank
 
     layers, stages = [config.model.num_hidden_layers], [0]
-    if layout.size("pp") > 1:
+    if dims.size("pp") > 1:
         layers = [len(stage) for stage in layers_of_stages(config)]
-        stages = stages_of_rank(config.parallel, layout.rank("pp"))
+        stages = stages_of_rank(config.parallel, dims.rank("pp"))
     count = sum(layers[stage] for stage in stages)
-    stage = stage_parameters(config.model, layout.size("tp"), count, 0 in stages, len(layers) - 1 in stages)
-    return round(sum(state_memory(config, stage, layout.size("dp_shard") * layout.size("cp")).values()))
+    stage = stage_parameters(config.model, dims.size("tp"), count, 0 in stages, len(layers) - 1 in stages)
+    return round(sum(state_memory(config, stage, dims.size("dp_shard") * dims.size("cp")).values()))
 
 
-def advice(config: Config, layout: Layout, total: int = 0) -> str:
+def advice(config: Config, dims: ParallelDims, total: int = 0) -> str:
     """The option to turn first, and why. `total` is the device's memory in bytes, 0 where that is not known.
 
     A microbatch's part comes first, since less of it at a time changes nothing in the result; but where the state
     alone fills the device, only sharing it helps.
     """
     train, parallel = config.train, config.parallel
-    state = state_bytes(config, layout)
+    state = state_bytes(config, dims)
     takes = f"weights, gradients and optimizer state take {state / 1e9:.3g} GB here"
     resume = f"neox train resume={config.log.out}"
     if total and state > 0.8 * total:
         takes += f" of {total / 1e9:.3g} GB"
-        sharers = layout.size("dp_shard") * layout.size("cp")
-        if parallel.zero < 3 and sharers > 1 and layout.size("pp") == 1:
+        sharers = dims.size("dp_shard") * dims.size("cp")
+        if parallel.zero < 3 and sharers > 1 and dims.size("pp") == 1:
             return f"{takes}: share more of it, `{resume} parallel.zero={parallel.zero + 1}`"
         return f"{takes}: share it among more processes (parallel.dp_shard with parallel.zero=3, parallel.tp or pp)"
     takes += ", the rest is a microbatch's: "
@@ -95,6 +95,6 @@ def advice(config: Config, layout: Layout, total: int = 0) -> str:
         return f"{takes}keep less of it, the result is the same, `{resume} train.activation_checkpointing={mode}`"
     if train.loss_chunk > 256:
         return f"{takes}fewer logits at a time, `{resume} train.loss_chunk={train.loss_chunk // 2}`"
-    if train.dtype == "fp32" and layout.device.type == "cuda":
+    if train.dtype == "fp32" and dims.device.type == "cuda":
         return f"{takes}half the bytes a value, `{resume} train.dtype=bf16`"
     return f"{takes}split sequences or matrices over processes (parallel.cp, or parallel.tp with sequence_parallel)"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from neox.parallel.mesh import Layout
+from neox.parallel.mesh import ParallelDims
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
 
@@ -20,49 +20,51 @@ def part_of(name: str) -> str:
     return "attention" if ".attention." in name else "mlp"
 
 
-def norms(parts: Iterable[nn.Module], loss_scale: float = 1.0, layout: Layout | None = None) -> dict[str, float]:
+def norms(
+    model_parts: Iterable[nn.Module], loss_scale: float = 1.0, dims: ParallelDims | None = None
+) -> dict[str, float]:
     """L2 norms of the gradients, divided by `loss_scale`, and of the parameters, of each part that has any.
 
     Keys are gradient_norms/PART and parameter_norms/PART, the prefixes as in gpt-neox. The squares of the former sum
-    up to that of the global gradient norm. `parts` are those of the model that are here; the norms are those of the
-    whole model, over all stages of `layout`.
+    up to that of the global gradient norm. `model_parts` are those of this process; the norms are those of the whole
+    model, over all stages of `dims`.
     """
     tensors: dict[str, list[Tensor]] = {
         f"{kind}_norms/{part}": [] for kind in ("gradient", "parameter") for part in PARTS
     }
-    for name, parameter in _named(parts):
+    for name, parameter in _named(model_parts):
         part = part_of(name)
         tensors[f"parameter_norms/{part}"].append(parameter.detach())
         if parameter.grad is not None:
             tensors[f"gradient_norms/{part}"].append(parameter.grad)
-    found = _norms(tensors, layout)
+    found = _norms(tensors, dims)
     return {key: value / (loss_scale if key.startswith("gradient") else 1.0) for key, value in found.items()}
 
 
-def copies(parts: Iterable[nn.Module]) -> list[Tensor]:
+def copies(model_parts: Iterable[nn.Module]) -> list[Tensor]:
     """The parameters as they are now: what `update_norms` wants of before the update."""
-    return [parameter.detach().clone() for _, parameter in _named(parts)]
+    return [parameter.detach().clone() for _, parameter in _named(model_parts)]
 
 
 def update_norms(
-    parts: Iterable[nn.Module], before: Iterable[Tensor], layout: Layout | None = None
+    model_parts: Iterable[nn.Module], before: Iterable[Tensor], dims: ParallelDims | None = None
 ) -> dict[str, float]:
     """L2 norms of what an update added to the parameters of each part, under update_norms/PART; otherwise as `norms`.
 
     `before` is what `copies` gave; it is overwritten.
     """
     tensors: dict[str, list[Tensor]] = {f"update_norms/{part}": [] for part in PARTS}
-    for (name, parameter), old in zip(_named(parts), before, strict=True):
+    for (name, parameter), old in zip(_named(model_parts), before, strict=True):
         tensors[f"update_norms/{part_of(name)}"].append(old.sub_(parameter.detach()))
-    return _norms(tensors, layout)
+    return _norms(tensors, dims)
 
 
-def _named(parts: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    return (named for part in parts for named in part.named_parameters())
+def _named(model_parts: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    return (named for part in model_parts for named in part.named_parameters())
 
 
 @torch.no_grad()
-def _norms(tensors: Mapping[str, list[Tensor]], layout: Layout | None) -> dict[str, float]:
+def _norms(tensors: Mapping[str, list[Tensor]], dims: ParallelDims | None) -> dict[str, float]:
     """The norm of each list of tensors that has any, over all stages; all of them come to the host in one copy."""
     each = torch.stack(torch._foreach_norm([tensor for members in tensors.values() for tensor in members]))
     if isinstance(each, DTensor):
@@ -71,6 +73,6 @@ def _norms(tensors: Mapping[str, list[Tensor]], layout: Layout | None) -> dict[s
     squares = torch.stack([(group.double() ** 2).sum() for group in each.split(sizes)])
     # Beside each sum how many it is of: a part may lie on other stages altogether.
     found = torch.stack((squares, torch.tensor(sizes, dtype=squares.dtype, device=squares.device)))
-    if layout is not None:
-        found = layout.sum_over_stages(found)
+    if dims is not None:
+        found = dims.sum_over_stages(found)
     return {key: square**0.5 for key, square, members in zip(tensors, *found.tolist(), strict=True) if members}

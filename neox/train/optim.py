@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 from neox.config import OptimConfig
 from neox.model.decoder import GPTNeoX
 from neox.model.mup import scaling
-from neox.parallel.mesh import Layout
+from neox.parallel.mesh import ParallelDims
 from neox.system.device import readable
 
 
-def build_optimizers(parts: Iterable[GPTNeoX], config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model_parts: Iterable[GPTNeoX], config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon over the blocks' matrices and AdamW over the rest, of a model's parts.
 
     Weight decay is decoupled and spares layer norms and biases, as in gpt-neox; embeddings and the head do decay.
@@ -26,7 +26,7 @@ def build_optimizers(parts: Iterable[GPTNeoX], config: OptimConfig) -> list[torc
     """
     muon: list[Tensor] = []
     adamw: dict[tuple[float, float, float], list[Tensor]] = defaultdict(list)  # by peak rate, decay and eps
-    for part in parts:
+    for part in model_parts:
         for name, parameter in part.named_parameters():
             spared = name.endswith("bias") or "norm" in name
             if config.name == "muon" and name.startswith("layers.") and not spared:
@@ -60,24 +60,24 @@ def _zero_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], paramet
 
 
 def clip_gradients(
-    parts: Iterable[nn.Module], limit: float, loss_scale: float = 1.0, layout: Layout | None = None
+    model_parts: Iterable[nn.Module], limit: float, loss_scale: float = 1.0, dims: ParallelDims | None = None
 ) -> Tensor:
     """Divide all gradients by `loss_scale`, and scale them so that their global L2 norm is at most `limit` (0: none).
 
-    `parts` are those of the model that are here; the norm is that of the whole model, over all stages of `layout`.
+    `model_parts` are those of the model that are here; the norm is that of the whole model, over all stages of `dims`.
 
     Returns the norm of the divided gradients before the limit. Where it is not finite, on an overflow, they are left
     as they are. Both factors are one multiplication, min(1, limit / (norm + 1e-6)) / loss_scale, as in gpt-neox; with
     `loss_scale` 1 this is torch's clip_grad_norm_. On a CPU, where looking at the norm costs nothing, gradients within
     the limit are left alone instead of being multiplied by one.
     """
-    parameters = [p for part in parts for p in part.parameters() if p.grad is not None]
+    parameters = [p for part in model_parts for p in part.parameters() if p.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if layout is not None and layout.size("pp") > 1:
-        norm = layout.sum_over_stages(norm.double() ** 2).sqrt().float()
+    if dims is not None and dims.size("pp") > 1:
+        norm = dims.sum_over_stages(norm.double() ** 2).sqrt().float()
     if loss_scale != 1.0:
         norm = norm / loss_scale
         if norm.isfinite():

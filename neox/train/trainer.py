@@ -26,7 +26,7 @@ from neox.data.loader import Loader
 from neox.model.decoder import GPTNeoX
 from neox.parallel.build import build
 from neox.parallel.fsdp import whole_model
-from neox.parallel.mesh import Layout, layout
+from neox.parallel.mesh import ParallelDims, parallel_dims
 from neox.system.device import local_device, matmul_flops, peak_memory
 from neox.system.files import write_atomic
 from neox.system.processes import OtherProcessFailed, Processes, joined_processes
@@ -62,9 +62,9 @@ class Trainer:
     """Trains the model that a config describes, in a run directory that holds all that a resumed run needs.
 
     `hooks` are called as hook(trainer, step) once before the first step and after each one: samples, evaluations,
-    pictures come in that way. `trainer.model` is the live model, `trainer.parts` those parts of it that this process
-    holds: in a pipeline there is no other, and a hook that communicates must do so on all processes alike. `tp_plan`
-    replaces the table of tensor parallelism (`neox.parallel.tp_plan`). Both the constructor and `fit` raise ValueError
+    pictures come in that way. `trainer.model` is the live model, `trainer.model_parts` the parts of it that this
+    process holds: in a pipeline there is no other, and a hook that communicates must do so on all processes alike.
+    `tp_plan` replaces the table of tensor parallelism (`neox.parallel.tp_plan`). Both the constructor and `fit` raise ValueError
     for a config, data or run directory that cannot be used, `fit` also OSError where the disk is full.
 
     Started by torchrun, all processes of the run make the same calls; rank 0 writes what is written once. A run that
@@ -89,13 +89,13 @@ class Trainer:
         self.sinks = Sinks()  # of the call of `fit` that is under way, on rank 0: a hook may write to them
         self.stop_signal = 0
         self.news: dict[str, Any] = {}  # for the row of the next step
-        self.layout = Layout(Processes(), torch.device("cpu"), None)  # until `fit` has joined the others
+        self.dims = ParallelDims(Processes(), torch.device("cpu"), None)  # until `fit` has joined the others
 
     def fit(self) -> Result:
         """Train up to `train.steps`, saving as configured; Ctrl-C and SIGTERM save and return early."""
         with joined_processes(self.config.train.device, lambda: f", after step {self.step}") as processes:
             self.device = local_device(self.config.train.device)
-            self.layout = layout(self.config.parallel, processes, self.device)
+            self.dims = parallel_dims(self.config.parallel, processes, self.device)
             self.quiet = self.quiet or processes.rank > 0
             with opened(self.run, self.resume, processes) as self.resume:
                 self.goodput = Goodput.of(self.run) if self.resume else Goodput()
@@ -114,12 +114,12 @@ class Trainer:
     @property
     def model(self) -> GPTNeoX:
         """The whole model. Raises ValueError in a pipeline, where no process holds it."""
-        if self.layout.size("pp") > 1:
+        if self.dims.size("pp") > 1:
             raise ValueError(
-                f"parallel.pp={self.config.parallel.pp}: no process holds the whole model; use trainer.parts, or a "
-                "saved step"
+                f"parallel.pp={self.config.parallel.pp}: no process holds the whole model; use trainer.model_parts, or "
+                "a saved step"
             )
-        return self.parts[0]
+        return self.model_parts[0]
 
     @property
     def step(self) -> int:
@@ -128,7 +128,7 @@ class Trainer:
 
     @property
     def processes(self) -> Processes:
-        return self.layout.processes
+        return self.dims.processes
 
     def _loop(self, signals: StopSignals) -> Result:
         config, steps = self.config, self.config.train.steps
@@ -152,7 +152,7 @@ class Trainer:
                 updates, began = self.state.updates, time.perf_counter()
                 with (
                     profile.step(self.step + 1) if profile else nullcontext(),
-                    out_of_memory_explained(config, self.layout, self.run, self.step + 1),
+                    out_of_memory_explained(config, self.dims, self.run, self.step + 1),
                 ):
                     loss, norm, lr, more = self.train_step()
                 self.state.step += 1
@@ -223,8 +223,8 @@ class Trainer:
         config, state = self.config, self.state
         batches, valid = self.prefetch(state.loader, state.step)
         loss_scale = state.scaler.scale if state.scaler else 1.0
-        tokens = self.layout.sum_over_data(valid)
-        for part in self.parts:
+        tokens = self.dims.sum_over_data(valid)
+        for part in self.model_parts:
             part.train()
         mean = self.forward_backward(batches, loss_scale / tokens) / loss_scale
         more, self.news = self.news, {}
@@ -232,8 +232,8 @@ class Trainer:
         if with_norms:
             from neox.train.norms import copies, norms, update_norms
 
-            more |= norms(self.parts, loss_scale, self.layout)
-        total = clip_gradients(self.parts, config.optim.clip, loss_scale, self.layout)
+            more |= norms(self.model_parts, loss_scale, self.dims)
+        total = clip_gradients(self.model_parts, config.optim.clip, loss_scale, self.dims)
         loss, norm, bad = state.check(mean, total, self.processes) if config.train.guard else (mean, total, None)
         if bad:
             more["skip_reason"] = bad
@@ -246,14 +246,14 @@ class Trainer:
                 raise ValueError(f"{self.run}: step {self.step + 1}: {error}") from None
         factor = lr_factor(config.schedule, config.optim.lr, state.updates, config.train.steps)
         set_lr(self.optimizers, factor)
-        before = copies(self.parts) if with_norms else []
+        before = copies(self.model_parts) if with_norms else []
         skipped = overflow or bool(bad)
         for optimizer in self.optimizers:
             if not skipped:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if with_norms:
-            more |= update_norms(self.parts, before, self.layout)
+            more |= update_norms(self.model_parts, before, self.dims)
         state.updates += not skipped
         if state.scaler or state.updates <= self.step:
             more["skipped"] = self.step + 1 - state.updates
@@ -274,7 +274,7 @@ class Trainer:
             if not self.processes.rank:
                 invalidate_after(self.run, step_folder(self.run, to), "superseded")
         self.sinks.close()
-        folder, stored = load_latest(self.run, self.parts, self.optimizers, self.processes)
+        folder, stored = load_latest(self.run, self.model_parts, self.optimizers, self.processes)
         if not self.processes.rank:
             invalidate_after(self.run, folder, "damaged")
         state.rewind(folder, stored, first)
@@ -304,24 +304,24 @@ class Trainer:
         """Mean loss per token over the first `eval.batches` global batches of the held-out text."""
         if self.valid is None:
             raise ValueError("data.valid is empty: name held-out text")
-        for part in self.parts:
+        for part in self.model_parts:
             part.eval()
         wanted = self.config.eval.batches * self.config.train.global_batch_size
         # One batch of as many windows as there are: a short text is not read twice.
         batches, tokens = self.batches(Loader(self.valid, min(wanted, self.valid.num_windows)), 0)
         total = self.forward_backward(batches, 1.0, backward=False)
-        return total.item() / self.layout.sum_over_data(tokens)
+        return total.item() / self.dims.sum_over_data(tokens)
 
     def whole_model(self) -> GPTNeoX | None:
         """The model in one piece on rank 0, None elsewhere: what a hook may run. All processes call it together."""
-        return whole_model(self.parts, self.layout)
+        return whole_model(self.model_parts, self.dims)
 
     def save(self) -> Path:
         """Write the checkpoint of the current step, or begin to, and remove expired ones."""
         with self.goodput.spending("saving"):
             # A run that may have to rewind keeps its older checkpoints.
             sound = not self.state.spikes.skipped_in_a_row
-            return self.saver.save(self.parts, self.optimizers, self.config, self.state.save(), prunes=sound)
+            return self.saver.save(self.model_parts, self.optimizers, self.config, self.state.save(), prunes=sound)
 
     def _build(self) -> None:
         """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
@@ -343,18 +343,18 @@ class Trainer:
         self.state = TrainState(config, datasets.train, datasets.fingerprint, self.goodput, datasets.weights)
         self.state.epochs()  # what is wrong with the notes beside the tokens is said before the first step
         self.valid = datasets.valid
-        self.batches = Batches(config, self.layout, self.device)
+        self.batches = Batches(config, self.dims, self.device)
         self.prefetch = Prefetch(self.batches, config.train.steps, self.device)
-        self.parts, self.forward_backward = build(config, self.layout, self.tp_plan)
-        self.optimizers = build_optimizers(self.parts, config.optim)
+        self.model_parts, self.forward_backward = build(config, self.dims, self.tp_plan)
+        self.optimizers = build_optimizers(self.model_parts, config.optim)
         self.saver = Saver(self.run, config.checkpoint, processes)
         if not done:
             if config.train.init:
                 from neox.checkpoint.initial import load_initial
 
-                load_initial(config.train.init, self.parts, processes)
+                load_initial(config.train.init, self.model_parts, processes)
             return
-        folder, stored = load_latest(self.run, self.parts, self.optimizers, processes)
+        folder, stored = load_latest(self.run, self.model_parts, self.optimizers, processes)
         self.state.load(folder, stored)
         self.goodput.resume(stored["seconds"])
         if not processes.rank:

@@ -90,7 +90,7 @@ def fit(settings: Config, resume: bool = False) -> dict[str, torch.Tensor]:
                 loss = plain(batches, scale, backward)
                 if not backward:
                     return loss
-                for name, parameter in (named for part in trainer.parts for named in part.named_parameters()):
+                for name, parameter in (named for part in trainer.model_parts for named in part.named_parameters()):
                     gradient = parameter.grad
                     whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
                     found[name] = whole.clone()

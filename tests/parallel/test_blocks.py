@@ -14,7 +14,7 @@ from neox.config import load_config
 from neox.data import Batch
 from neox.generate import Engine, Sampling
 from neox.model.decoder import Block
-from neox.parallel import Layout, build, compiles, layout
+from neox.parallel import ParallelDims, build, compiles, parallel_dims
 from neox.system.processes import Processes
 from neox.train import Trainer
 from tests.parallel.helpers import config
@@ -31,7 +31,7 @@ def gradients(*options: str, batch: int = 2, length: int = 32) -> tuple[float, d
         Batch(rows[:, :-1], rows[:, 1:], torch.arange(length).expand(batch, -1)) for rows in (tokens, tokens.flip(0))
     ]
     torch.manual_seed(0)  # for dropout
-    (model,), forward_backward = build(settings, layout(settings.parallel, Processes(), CPU))
+    (model,), forward_backward = build(settings, parallel_dims(settings.parallel, Processes(), CPU))
     value = forward_backward(batches, 1 / (batch * length))
     return value.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -145,7 +145,7 @@ def test_hooks_may_generate_with_a_compiled_model(tmp_path, graphs):
     ],
 )
 def test_left_open_blocks_are_compiled_on_cuda(device, options, expected):
-    assert compiles(load_config(overrides=options), Layout(Processes(), torch.device(device), None)) is expected
+    assert compiles(load_config(overrides=options), ParallelDims(Processes(), torch.device(device), None)) is expected
 
 
 @pytest.mark.slow

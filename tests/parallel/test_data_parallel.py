@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neox.checkpoint import complete_steps
-from neox.parallel import layout
+from neox.parallel import parallel_dims
 from neox.system.processes import Processes
 from tests.parallel.helpers import compare, config, cut, fit, together
 from tests.train.helpers import rows, tensors, token_pair
@@ -91,4 +91,4 @@ def test_validation_is_that_of_one_process(tmp_path):
 def test_axes_that_do_not_make_up_the_processes(tmp_path, options):
     settings = config(tmp_path, "run", *options)
     with pytest.raises(ValueError, match=r"parallel.dp_\w+=3 is 3 processes, 4 run"):
-        layout(settings.parallel, Processes(0, 4), torch.device("cpu"))
+        parallel_dims(settings.parallel, Processes(0, 4), torch.device("cpu"))

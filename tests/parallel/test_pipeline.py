@@ -9,7 +9,7 @@ import torch
 from neox.checkpoint import complete_steps
 from neox.config import Config, load_config
 from neox.model.flops import forward_flops, parameters
-from neox.parallel import Layout
+from neox.parallel import ParallelDims
 from neox.parallel.pipeline import check_pipeline, layers_of_stages, rank_of_stage, stages_of_rank
 from neox.system.processes import OtherProcessFailed, Processes
 from neox.train import Trainer
@@ -175,7 +175,7 @@ def seen_by_a_hook(settings: Config) -> tuple[list[str], str]:
 
     def look(trainer: Trainer, step: int) -> None:
         if not step:
-            found.append([name for part in trainer.parts for name, _ in part.named_parameters()])
+            found.append([name for part in trainer.model_parts for name, _ in part.named_parameters()])
             with pytest.raises(ValueError) as error:
                 print(trainer.model)
             found.append(str(error.value))
@@ -191,7 +191,7 @@ def test_each_process_holds_its_stages_alone(tmp_path):
     assert ends == [{"embed_in.weight"}, {"final_layer_norm.weight", "final_layer_norm.bias", "embed_out.weight"}]
     layers = [{name.split(".")[1] for name in names if name.startswith("layers.")} for names in (first, last)]
     assert layers == [{"0", "2"}, {"1", "3"}]
-    assert "no process holds the whole model; use trainer.parts" in message
+    assert "no process holds the whole model; use trainer.model_parts" in message
 
 
 # --- balance ---------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_configs_that_no_pipeline_can_run(options, message):
     assert "\n" not in str(error.value)
 
 
-class Mesh(Layout):
+class Mesh(ParallelDims):
     """A layout of which only the sizes are asked."""
 
     def size(self, axis: str) -> int:

@@ -24,7 +24,7 @@ def fit(config, flipped: int | None = None):
     def flip(trainer, step):
         if step == flipped and not done and trainer.processes.rank == trainer.processes.world - 1:
             done.append(step)
-            weight = dict(trainer.parts[-1].named_parameters())["layers.1.mlp.dense_4h_to_h.weight"]
+            weight = dict(trainer.model_parts[-1].named_parameters())["layers.1.mlp.dense_4h_to_h.weight"]
             local = weight.to_local() if isinstance(weight, DTensor) else weight
             with torch.no_grad():
                 local.view(-1)[7] = math.nan
@@ -51,12 +51,12 @@ def same_run(one, many, scratch) -> None:
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_document_of_repeated_rare_tokens(tmp_path, layout):
+@pytest.mark.parametrize("parallel_dims", LAYOUTS)
+def test_a_document_of_repeated_rare_tokens(tmp_path, dims):
     poisoned(tmp_path / "train", range(14, 18))
     options = (*STEADY, "spike_sigma=5")
     alone = fit(settings(tmp_path, "alone", *options))
-    found = together(2, tmp_path / "ranks", fit, settings(tmp_path, "many", *options, LAYOUTS[layout]))
+    found = together(2, tmp_path / "ranks", fit, settings(tmp_path, "many", *options, LAYOUTS[dims]))
     assert alone["stepped_over"] == [(44, 68)]
     assert [row["step"] for row in rows(tmp_path / "alone") if "skip_reason" in row] == [12]
     for state in found:
@@ -69,11 +69,11 @@ def test_a_document_of_repeated_rare_tokens(tmp_path, layout):
     same_run(tmp_path / "alone", tmp_path / "many", tmp_path)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_weight_of_one_process_that_turns_nan(tmp_path, layout):
+@pytest.mark.parametrize("parallel_dims", LAYOUTS)
+def test_a_weight_of_one_process_that_turns_nan(tmp_path, dims):
     poisoned(tmp_path / "train")
     alone = fit(settings(tmp_path, "alone", *STEADY), 7)
-    found = together(2, tmp_path / "ranks", fit, settings(tmp_path, "many", *STEADY, LAYOUTS[layout]), 7)
+    found = together(2, tmp_path / "ranks", fit, settings(tmp_path, "many", *STEADY, LAYOUTS[dims]), 7)
     assert alone["spikes"]["rewinds"] == [(10, 5)]
     assert alone["stepped_over"] == [(20, 40)]
     assert found == [alone, alone]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import neox
 from neox.config import ConfigError, load_config
-from neox.parallel import build, layout
+from neox.parallel import build, parallel_dims
 from neox.parallel.tensor import RowParallel
 from neox.parallel.tp_plan import plan
 from neox.planning.traffic import TrafficCounter
@@ -58,7 +58,7 @@ def messages(*options: str) -> dict[str, int]:
     """Collectives of the model's forward pass, of the loss's, and of the backward pass of both, on four layers."""
     settings = load_config(overrides=(*TINY, "num_hidden_layers=4", "loss_chunk=64", *options))
     processes = Processes(dist.get_rank(), dist.get_world_size())
-    place = layout(settings.parallel, processes, torch.device("cpu"))
+    place = parallel_dims(settings.parallel, processes, torch.device("cpu"))
 
     (model,), _ = build(settings, place)
     tokens = torch.arange(64).view(2, 32)
@@ -223,7 +223,7 @@ def edited(config, change):
 def built(change: str, *options: str) -> str:
     """What building says on this rank, by neox's table where there is no `change`."""
     settings = load_config(overrides=(*TINY, *options))
-    place = layout(settings.parallel, Processes(dist.get_rank(), dist.get_world_size()), torch.device("cpu"))
+    place = parallel_dims(settings.parallel, Processes(dist.get_rank(), dist.get_world_size()), torch.device("cpu"))
     try:
         build(settings, place, edited(settings, change) if change else None)
     except ValueError as error:
@@ -296,7 +296,7 @@ def test_what_does_not_come_out_even(options, expected):
 def test_axes_multiply_up_to_the_processes(tmp_path):
     settings = load_config(overrides=(TP2, "parallel.pp=3", "parallel.cp=2"))
     with pytest.raises(ValueError, match=r"^parallel.pp=3 x parallel.cp=2 x parallel.tp=2 is 12 processes, 8 run"):
-        layout(settings.parallel, Processes(0, 8), torch.device("cpu"))
+        parallel_dims(settings.parallel, Processes(0, 8), torch.device("cpu"))
 
 
 def test_tensors_are_stored_whole(tmp_path):

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from neox.config import load_config
 from neox.model.flops import parameters
-from neox.parallel import build, layout
+from neox.parallel import build, parallel_dims
 from neox.parallel.fsdp import shard
 from neox.system.processes import Processes
 from tests.train.helpers import ROOT
@@ -45,7 +45,7 @@ def build_and_run(rank: int) -> None:
     )
     model, stage = settings.model, rank * PP // WORLD
 
-    place = layout(settings.parallel, Processes(rank, WORLD), torch.device("cpu"))
+    place = parallel_dims(settings.parallel, Processes(rank, WORLD), torch.device("cpu"))
     assert (place.dp_size, place.rank("pp")) == (WORLD // PP // TP, stage)
 
     def shard_for_real(*arguments):

@@ -12,7 +12,7 @@ import torch
 
 from neox.config import Config, load_config
 from neox.data import Batch
-from neox.parallel import build, layout
+from neox.parallel import build, parallel_dims
 from neox.planning import formulas
 from neox.planning.dry_run import StepCost, dry_run, dry_run_here
 from neox.planning.traffic import TrafficCounter
@@ -67,7 +67,7 @@ def counted(config: Config) -> dict[tuple[str, str], int]:
     """Bytes that this rank sends in a real step."""
 
     with joined_processes("cpu") as here:
-        place = layout(config.parallel, here, torch.device("cpu"))
+        place = parallel_dims(config.parallel, here, torch.device("cpu"))
         _, forward_backward = build(config, place)
         length = config.data.seq_length
         batches = [

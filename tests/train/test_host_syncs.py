@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from neox.config import load_config
 from neox.data import Batch
 from neox.model.decoder import GPTNeoX
-from neox.parallel import Layout, build
+from neox.parallel import ParallelDims, build
 from neox.system.processes import Processes
 from neox.train import Trainer, build_optimizers
 from neox.train.goodput import Goodput
@@ -41,9 +41,9 @@ def trainer_without_values(monkeypatch, *options: str) -> Trainer:
         load_config(overrides=(*TINY, "data.train=none", "log.every=1000", "train.guard=false", *options)), quiet=True
     )
     config = trainer.config
-    trainer.device, trainer.layout = CPU, Layout(Processes(), CPU, None)
-    trainer.parts, trainer.forward_backward = build(config, trainer.layout)
-    trainer.optimizers = build_optimizers(trainer.parts, config.optim)
+    trainer.device, trainer.dims = CPU, ParallelDims(Processes(), CPU, None)
+    trainer.model_parts, trainer.forward_backward = build(config, trainer.dims)
+    trainer.optimizers = build_optimizers(trainer.model_parts, config.optim)
     trainer.state = TrainState(config, None, "", Goodput())
     trainer.state.step = trainer.state.updates = 1
 
@@ -92,7 +92,7 @@ def test_a_read_would_be_caught(monkeypatch):
         with pytest.raises(DataDependentOutputException):
             trainer.train_step()[0].item()
         with pytest.raises(DynamicOutputShapeException):
-            trainer.parts[0].embed_in.weight.nonzero()
+            trainer.model_parts[0].embed_in.weight.nonzero()
         monkeypatch.undo()
         with pytest.raises(DataDependentOutputException):
             trainer.train_step()  # on a CPU, where the step looks at what costs nothing

@@ -8,7 +8,7 @@ import torch
 from neox.cli import main
 from neox.config import load_config
 from neox.model.decoder import GPTNeoX
-from neox.parallel import Layout
+from neox.parallel import ParallelDims
 from neox.system.processes import Processes
 from neox.train.memory import advice, out_of_memory_explained, remembered_allocations, state_bytes
 from tests.train.helpers import TINY, assert_same_run, one_line, token_pair
@@ -56,7 +56,7 @@ def test_other_errors_stay_as_they_are(tmp_path):
     config = load_config(overrides=TINY)
     with (
         pytest.raises(RuntimeError, match="^shapes differ$"),
-        out_of_memory_explained(config, Layout(Processes(), CPU, None), tmp_path, 1),
+        out_of_memory_explained(config, ParallelDims(Processes(), CPU, None), tmp_path, 1),
     ):
         raise RuntimeError("shapes differ")
 
@@ -69,11 +69,11 @@ def test_cuda_leaves_a_snapshot(tmp_path, monkeypatch):
     properties = type("Properties", (), {"total_memory": 80e9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     file = tmp_path / "memory_snapshot.pickle"
-    layout = Layout(Processes(), CUDA, None)
+    dims = ParallelDims(Processes(), CUDA, None)
     with (
         pytest.raises(ValueError, match=rf"{file} shows .* 110 GB here of 80 GB: .*parallel\.zero=3"),
         remembered_allocations(CUDA),
-        out_of_memory_explained(load_config(overrides=("preset=pythia-6.9b",)), layout, tmp_path, 1),
+        out_of_memory_explained(load_config(overrides=("preset=pythia-6.9b",)), dims, tmp_path, 1),
     ):
         cuda_allocator()
     assert [name for name, _, _ in calls] == ["_record_memory_history", "_dump_snapshot", "_record_memory_history"]
@@ -84,12 +84,12 @@ def test_cuda_leaves_a_snapshot(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_a_snapshot_on_cuda_names_who_allocated(tmp_path):
-    config, layout = load_config(overrides=TINY), Layout(Processes(), CUDA, None)
+    config, dims = load_config(overrides=TINY), ParallelDims(Processes(), CUDA, None)
     with remembered_allocations(CUDA):
         kept = torch.zeros(1000, device=CUDA)
         with (
             pytest.raises(ValueError, match="memory_snapshot.pickle"),
-            out_of_memory_explained(config, layout, tmp_path, 1),
+            out_of_memory_explained(config, dims, tmp_path, 1),
         ):
             torch.empty(2**60, dtype=torch.uint8, device=CUDA)
     assert kept.device == CUDA
@@ -108,11 +108,11 @@ def test_a_snapshot_on_cuda_names_who_allocated(tmp_path):
     ],
 )
 def test_what_is_turned_first(options, device, expected):
-    found = advice(load_config(overrides=options), Layout(Processes(), device, None))
+    found = advice(load_config(overrides=options), ParallelDims(Processes(), device, None))
     assert re.search(expected, found), found
 
 
-class Meshed(Layout):
+class Meshed(ParallelDims):
     """A layout of 16, without processes."""
 
     def size(self, axis):
@@ -121,12 +121,12 @@ class Meshed(Layout):
 
 def test_sharded_state_memory_is_counted_and_more_sharding_is_advised():
     """fp32: shards of weights and moments, gathered copies of the weights (ZeRO-3: of two blocks and the ends)."""
-    layout = Meshed(Processes(0, 16), CUDA, None)
+    dims = Meshed(Processes(0, 16), CUDA, None)
     parameters = 20_554_567_680  # GPT-NeoX-20B's
     ends = 2 * 50432 * 6144
     gathered = (2 * (parameters - ends) / 44 + ends) / parameters
     for zero, each in ((1, 4 + 4 + 12 / 8), (2, 4 + 16 / 8), (3, 4 * gathered + 16 / 8)):
         config = load_config(overrides=("preset=neox-20b", "parallel.tp=2", f"parallel.zero={zero}"))
-        assert state_bytes(config, layout) == pytest.approx(parameters / 2 * each, rel=1e-6)
+        assert state_bytes(config, dims) == pytest.approx(parameters / 2 * each, rel=1e-6)
     config = load_config(overrides=("preset=neox-20b", "parallel.tp=2"))
-    assert "parallel.zero=2" in advice(config, layout, 80 * 10**9)
+    assert "parallel.zero=2" in advice(config, dims, 80 * 10**9)

@@ -169,7 +169,7 @@ def flip(step: int, again: bool = False):
         if now == step and (again or not done):
             done.append(now)
             with torch.no_grad():
-                trainer.parts[-1].layers[0].mlp.dense_4h_to_h.weight.view(-1)[7] = math.nan
+                trainer.model_parts[-1].layers[0].mlp.dense_4h_to_h.weight.view(-1)[7] = math.nan
 
     return hook
 
