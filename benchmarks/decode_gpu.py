@@ -112,7 +112,7 @@ def ours(job, device):
 
 
 def peer(job, device):
-    """The same of transformers."""
+    """The same measurement of transformers."""
     import torch
 
     from neox.system.device import resolve_dtype
@@ -242,7 +242,7 @@ def main(arguments):
 
 
 def child(job, seconds):
-    """What a measurement found, or in words why it found nothing; its stderr is shown."""
+    """The result of a measurement, or the reason why there is none; its stderr is shown."""
     environment = dict(os.environ, PYTORCH_ALLOC_CONF="expandable_segments:True", TOKENIZERS_PARALLELISM="false")
     command = [sys.executable, __file__, "measure=" + json.dumps(job)]
     try:

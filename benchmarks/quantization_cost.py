@@ -1,4 +1,4 @@
-"""What weights in fewer bits cost in prediction, on a model that was really trained: bits a byte and perplexity.
+"""Cost of quantized weights on a trained model: bits a byte and perplexity.
 
     python benchmarks/quantization_cost.py [folder=runs/trained] [steps=1500] [limit=BYTES]
 

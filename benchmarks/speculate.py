@@ -1,4 +1,4 @@
-"""What guessing is worth: tokens/s with and without, on text that a trained model continues.
+"""Speculative decoding: tokens/s with and without, on text that a trained model continues.
 
     python benchmarks/speculate.py [folder=runs/trained] [width=256] [steps=800] [turns=3] [tokens=256] [prompts=8]
 

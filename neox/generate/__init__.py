@@ -1,4 +1,4 @@
-"""Generation and scoring: sampling, the naive loop, the cached engine, prompts in bulk and at a terminal."""
+"""Generation and scoring: the engine, sampling, files of prompts, the terminal."""
 
 from neox.generate.engine import Engine
 from neox.generate.naive import naive_generate

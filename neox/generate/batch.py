@@ -1,4 +1,4 @@
-"""Many prompts, several samples of each: records in input order, and a file of them that continues where it stopped."""
+"""Completions of many prompts: records in input order, in a file that can be continued."""
 
 import contextlib
 import hashlib
@@ -24,8 +24,9 @@ Record = dict[str, Any]
 def complete(
     engine: Engine, prompts: Sequence[tuple[str, str]], sampling: Sampling, n: int = 1, progress: bool = True
 ) -> Iterator[Record]:
-    """`n` records a prompt, in order: index, sample, prompt, text, tokens, finish_reason, seed, logprobs if asked for.
+    """Generate `n` records for each prompt, in order.
 
+    Keys: index, sample, prompt, text, tokens, finish_reason, seed, and logprobs where the options ask for them.
     `prompts` are (prompt, where it stands) as `read_prompts` gives them. Record k (from 0) samples with seed + k.
     Raises ValueError naming the place of a prompt that leaves no room in the context, before anything is computed.
     """
@@ -51,7 +52,7 @@ def _records(
     skip: int,
     progress: bool,
 ) -> Iterator[Record]:
-    """The records of `complete` from number `skip` on."""
+    """Records of `complete` from number `skip` on."""
     numbers = range(skip, len(prompts) * n)
     samplings = [sampling.replace(seed=sampling.seed + k) for k in numbers]
     context = engine.model.config.max_position_embeddings
@@ -118,10 +119,10 @@ def write_completions(
     n: int = 1,
     progress: bool = True,
 ) -> int:
-    """Write the records of `complete` to `out`, one JSON object a line; returns how many.
+    """Write the records of `complete` to `out`, one JSON object a line; returns their number.
 
-    Until all are there they are in `OUT.partial`, which the same call continues after the last whole record, whatever
-    stopped it; its first line says what it was made from. Raises ValueError where `out` exists, where the partial file
+    Until the last one is written they are in `OUT.partial`, which the same call continues after the last whole record.
+    Its first line identifies model, prompts and options. Raises ValueError where `out` exists, where the partial file
     is of another model, prompts or options, and where another process is writing it.
     """
     out = Path(out)
@@ -160,18 +161,18 @@ def _line(value: Record) -> bytes:
 
 
 def refuse_existing(out: str | Path) -> None:
-    """Raises ValueError where `out` exists: what is there was not made for this call."""
+    """Raise ValueError where `out` exists: another call wrote it."""
     if Path(out).exists():
         raise ValueError(f"{out}: exists already; move it away or give another out=")
 
 
 def partial_name(out: str | Path) -> Path:
-    """Where the records of `out` are until all are there."""
+    """The unfinished file of `out`."""
     return Path(f"{out}.partial")
 
 
 def _header(engine: Engine, prompts: Sequence[tuple[str, str]], sampling: Sampling, n: int) -> Record:
-    """What decides the records, under the names that the user knows."""
+    """The inputs that decide the records, under the user's names for them."""
     weights = hashlib.sha256()
     for name, parameter in engine.model.state_dict().items():
         # A few values of each tell two checkpoints apart: a training step changes them all.
@@ -186,7 +187,7 @@ def _header(engine: Engine, prompts: Sequence[tuple[str, str]], sampling: Sampli
 
 @contextlib.contextmanager
 def _opened_alone(path: Path) -> Iterator[io.FileIO]:
-    """The file, kept, for appending. Refused where another process has it: the lock goes with the process."""
+    """Open a file for appending, locked; ValueError where another process holds it."""
     import fcntl
 
     # Unbuffered: what could not be written must not be tried again, by the handle's closing, after the error was told.
@@ -199,7 +200,7 @@ def _opened_alone(path: Path) -> Iterator[io.FileIO]:
 
 
 def _kept(file: io.FileIO, path: Path, header: Record) -> int:
-    """How many whole records a partial file holds; what follows them is cut off. An empty one gets the header."""
+    """Count the whole records of a partial file, and cut off the rest; an empty file gets the header."""
     with path.open("rb") as source:
         first = source.readline()
         if not first.endswith(b"\n") and _line(header).startswith(first):

@@ -1,4 +1,4 @@
-"""What each way of holding a model's weights gives on this machine: memory, speed, and which one would be taken."""
+"""Speed and memory of a model on this CPU for each kind of weights."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from neox.system.machine import read_speed
 
 @dataclass(frozen=True)
 class Speed:
-    """One way of holding the weights."""
+    """The speed of one kind of weights."""
 
     weights: str
     bytes_read: int  # by each token
@@ -27,11 +27,11 @@ class Speed:
 
 
 def measure(source: str | Path, kinds: Sequence[str], prompt: int = 128, tokens: int = 32) -> list[Speed]:
-    """The speed of a model on this CPU with its weights held in each of `kinds` (`loading.WEIGHTS`), one at a time.
+    """Measure a model on this CPU for each of `kinds` (`loading.WEIGHTS`), loaded one after the other.
 
-    A prompt of that many tokens, then greedy decoding; the median of the steps. Kinds are loaded anew each.
+    A prompt of `prompt` tokens, then greedy decoding; decoding speed is the median of the steps.
     """
-    found, best = [], read_speed(1.0)
+    speeds, best = [], read_speed(1.0)
     for kind in kinds:
         engine = load_engine(source, "cpu", weights=kind, slots=1)
         room = engine.model.config.max_position_embeddings
@@ -46,12 +46,12 @@ def measure(source: str | Path, kinds: Sequence[str], prompt: int = 128, tokens:
         steps = [after - before for before, after in pairwise(times[1:])]
         decode = 1 / statistics.median(steps)
         read = bytes_read(engine.model)
-        found.append(Speed(kind, read, length / (times[1] - times[0]), decode, read * decode / best))
-    return found
+        speeds.append(Speed(kind, read, length / (times[1] - times[0]), decode, read * decode / best))
+    return speeds
 
 
 def report(source: str | Path, kinds: Sequence[str]) -> str:
-    """The table of `measure`, and the choice that would be made, with its reason."""
+    """The table of `measure`, and the choice of weights=auto with its reason."""
     lines = [f"{'weights':<8}{'GB a token':>12}{'prompt tokens/s':>18}{'tokens/s':>11}{'of read speed':>15}"]
     for row in measure(source, kinds):
         lines.append(

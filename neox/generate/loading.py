@@ -36,7 +36,7 @@ def load_engine(
     draft: str | None = None,
     **options: Any,
 ) -> Engine:
-    """An engine with the model of `source` (all that `checkpoint.load` takes); `options` are the engine's.
+    """Load `source` (any source of `checkpoint.load`) into an engine; `options` are the engine's.
 
     weights: on a CPU, `auto` holds them in the type they are stored in, which loses nothing, where there are compiled
     kernels for it; elsewhere, and where a `dtype` is asked for, it leaves them to torch. float8 is for CUDA; the types
@@ -91,10 +91,10 @@ def shared_engine(
     draft: str | None = None,
     **options: Any,
 ) -> Iterator[Engine | None]:
-    """The engine of `load_engine`, over the `tp` processes that torchrun started: each has its share of the model.
+    """The engine of `load_engine`, sharded over the `tp` processes that torchrun started.
 
-    It is rank 0's. The others are inside the call, computing what it computes, until rank 0 leaves the block; then they
-    get None. Raises ValueError where tp is not the number of processes, does not divide what it splits, or does not go
+    Rank 0 gets it. The other ranks stay inside the call, in `worker_loop`, until rank 0 leaves the block; then they get
+    None. Raises ValueError where tp is not the number of processes, does not divide what it splits, or does not go
     with an option; the other ranks then raise OtherProcessFailed.
     """
     with joined_processes(device) as processes:

@@ -1,4 +1,4 @@
-"""Generation in its simplest form, the oracle of every faster engine: a full forward pass for each token."""
+"""Naive generation, the oracle of the engine: a full forward pass for each token."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,10 @@ def naive_generate(
     eod: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> list[int]:
-    """New tokens after `prompt`, up to max_tokens, the context's end, `eod` or a stop token; stop strings are the
-    engine's."""
+    """Generate tokens after `prompt`, up to max_tokens, the context's end, `eod` or a stop token.
+
+    It ignores stop strings.
+    """
     sampler = Sampler(sampling, num_real_tokens or model.config.vocab_size, prompt, tokenizer)
     device = next(model.parameters()).device
     tokens = list(prompt)

@@ -1,4 +1,4 @@
-"""Prompts at a terminal: one in, its continuation out, each on its own."""
+"""Prompts at a terminal, each continued on its own."""
 
 import contextlib
 import sys
@@ -16,7 +16,7 @@ WITHOUT_MEANING = {"logprobs", "slots"}
 
 
 def converse(engine: Engine, config: GenerateConfig, read: Callable[[str], str] = input) -> None:
-    """Ask for prompts with `read` (as `input` does) and print what follows them, until it raises EOFError.
+    """Read prompts with `read` (as `input` does) and print their continuations, until EOFError.
 
     The k-th answer samples with seed + k. An error in a prompt or a command is one line, and the loop continues.
     """

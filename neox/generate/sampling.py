@@ -21,7 +21,7 @@ NOT_FINITE = "the model's logits are not finite: try dtype=fp32, or its weights 
 
 
 class Sampling(SamplingConfig):
-    """How to continue one prompt: the options of `SamplingConfig`, with texts in place of files.
+    """Sampling options of one prompt: those of `SamplingConfig`, with texts in place of files.
 
     Raises ConfigError for a wrong value.
     """

@@ -34,7 +34,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
-        """Forget a request; its full blocks stay in the tree until their memory is needed."""
+        """Remove a request; its full blocks stay in the prefix cache until their memory is needed."""
         if request in self.running:
             self.running.remove(request)
             self._release(request)

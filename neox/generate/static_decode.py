@@ -1,6 +1,6 @@
 """Decoding in passes of fixed shape over a static key-value cache: on CUDA, captured graphs that are replayed.
 
-A pass takes one token of each running request, computes its keys in memory of fixed addresses (`cache.StaticCache`),
+A pass takes one token of each running request, computes its keys in memory of fixed addresses (`static_cache.py`),
 samples the next token on the device and leaves it there for the next pass. The host sees tokens a pass late: while pass
 n runs it reads the tokens of pass n - 1. The end of a text is found late too; the token sampled meanwhile is dropped.
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from neox.generate.requests import Generation
 from neox.generate.sampling import sample_rows
-from neox.model.cache import BLOCK, KVPool, StaticCache
+from neox.generate.static_cache import StaticCache
+from neox.model.cache import BLOCK, KVPool
 from neox.model.decoder import GPTNeoX
 
 SMALLEST = 128  # positions of the shortest pass; longer ones have a power of two times as many

@@ -1,4 +1,4 @@
-"""The kinds of packed weights, one row each: loading, planning and the command line read this table. Without torch.
+"""The table of packed kinds, read by loading, planning and the command line; without torch.
 
     kind        blocks        head          embeddings     loss
     fp32        fp32          fp32          as they are    none
@@ -19,7 +19,7 @@ GROUP = 128  # weights of a row that share a scale
 
 
 class Format(NamedTuple):
-    """How a kind stores a weight [outputs, inputs]."""
+    """Storage of a weight [outputs, inputs] in a kind."""
 
     bits: int
     dtype: str  # torch's name of the type in memory; two weights of 4 bits are a byte

@@ -1,4 +1,4 @@
-"""Packed weights in place of nn.Linear and nn.Embedding, for running a model on a CPU as fast as its weights are read.
+"""Packed layers in place of nn.Linear and nn.Embedding, for fast inference on a CPU.
 
 `quantization.kinds` lists the kinds. A tied head reads the embedding's own 16 bits. Norms, biases and the activations
 between the layers are float32.

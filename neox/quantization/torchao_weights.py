@@ -74,7 +74,7 @@ def stored(tensor: Tensor) -> list[Tensor]:
 
 
 def compile_products(model: GPTNeoX) -> GPTNeoX:
-    """Compile the layers that hold the weights, in place: a graph for one token and one for more, shared by the blocks.
+    """Compile the linear layers in place: one graph for one token and one for more, shared by the blocks.
 
     Attention and the cache around them are not compiled.
     """

@@ -65,7 +65,7 @@ def whole(engine, tmp_path_factory) -> bytes:
 
 
 def interrupt(engine, out, monkeypatch, after: int) -> bytes:
-    """What is left in the partial file when a forward pass is interrupted."""
+    """The partial file after an interrupted forward pass."""
     calls = 0
 
     def forward(*arguments):
@@ -109,7 +109,7 @@ def partial(engine, whole, tmp_path_factory) -> bytes:
 def test_a_file_cut_anywhere_continues_after_its_last_whole_record(
     engine, whole, partial, tmp_path_factory, share, tail
 ):
-    """As a kill or a power cut leaves it: a torn line, zeros, or garbage at the end."""
+    """A kill or a power cut leaves a torn line, zeros, or garbage at the end."""
     out = tmp_path_factory.mktemp("cut") / "out.jsonl"
     header = partial.index(b"\n") + 1
     partial_name(out).write_bytes(partial[: header + int(share * (len(partial) - header))] + tail)

@@ -19,8 +19,7 @@ def small_cache(model, tokenizer, blocks, **options):
 
 
 def naive(model, tokenizer, prompt, sampling):
-    """What the oracle draws, cut where the text of its tokens first holds a stop string; and the log-probabilities of
-    all tokens, from one full pass in double precision."""
+    """The oracle's tokens, cut at the first stop string, and the log-probabilities of all tokens in float64."""
     tokens = naive_generate(model, prompt, sampling, tokenizer.vocab_size, tokenizer.eod_id)
     for n in range(1, len(tokens) + 1):
         text = tokenizer.decode(tokens[:n])
@@ -66,7 +65,9 @@ BLOCKS = 6
     drafter=st.sampled_from([None, prompt_lookup]),
     seed=st.integers(0, 9),
 )
-def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, actions, slots, budget, drafter, seed):
+def test_continuous_batching_gives_each_request_what_the_naive_loop_gives(
+    family, actions, slots, budget, drafter, seed
+):
     model, tokenizer = family
     engine = small_cache(model, tokenizer, BLOCKS, slots=slots, budget=budget, drafter=drafter)
     generator = torch.Generator().manual_seed(seed)
@@ -123,8 +124,8 @@ def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, act
     assert engine._scheduler.tree.available == BLOCKS  # nothing is held by what has gone
 
 
-def test_traffic_of_more_than_twice_the_cache_hits_evicts_and_puts_back(family):
-    """The same on a fixed load, of which it is known that everything happens."""
+def test_prefix_cache_hits_evictions_and_preemption_leave_the_output(family):
+    """A fixed load that hits, evicts and preempts."""
     model, tokenizer = family
     engine = small_cache(model, tokenizer, BLOCKS, slots=4, budget=32)
     beginnings = torch.randint(1, tokenizer.vocab_size, (2, 40), generator=torch.Generator().manual_seed(3)).tolist()
@@ -139,7 +140,7 @@ def test_traffic_of_more_than_twice_the_cache_hits_evicts_and_puts_back(family):
     assert min(engine.stats.hits, engine.stats.evictions, engine.stats.preemptions) > 0
 
 
-def test_samples_of_one_prompt_compute_it_once(family):
+def test_prefix_cache_computes_the_prompt_of_several_samples_once(family):
     model, tokenizer = family
     engine = Engine(model, tokenizer, slots=8)
     prompt = list(range(1, 50))
@@ -149,7 +150,7 @@ def test_samples_of_one_prompt_compute_it_once(family):
     assert engine.stats.hits == 7 * (len(prompt) // BLOCK * BLOCK)
 
 
-def test_a_request_that_diverges_within_a_block_copies_what_is_common(family):
+def test_prefix_cache_copies_the_common_beginning_of_a_block(family):
     model, tokenizer = family
     engine = Engine(model, tokenizer)
     first, second = list(range(1, 41)), [*range(1, 28), 3, 1, 4, 1, 5]
@@ -160,7 +161,7 @@ def test_a_request_that_diverges_within_a_block_copies_what_is_common(family):
     assert done == Engine(model, tokenizer).generate(second, Sampling(max_tokens=8, temperature=0))[0]
 
 
-def test_a_long_prompt_does_not_hold_up_those_that_decode(family):
+def test_chunked_prefill_does_not_delay_decoding_requests(family):
     model, tokenizer = family
     engine = Engine(model, tokenizer, budget=17)
     short = engine.submit([1, 2, 3], Sampling(max_tokens=30, stop_at_eod=False))
@@ -171,7 +172,7 @@ def test_a_long_prompt_does_not_hold_up_those_that_decode(family):
     assert {event.number for event in engine.step()} == {short, long}
 
 
-def test_what_is_not_waited_for_is_cancelled(family):
+def test_closing_the_events_cancels_their_requests(family):
     model, tokenizer = family
     engine = Engine(model, tokenizer)
     events = engine.events(["the quick", "brown"], Sampling(max_tokens=20))
@@ -187,7 +188,7 @@ def test_what_is_not_waited_for_is_cancelled(family):
     assert found[-1].done.tokens == engine.generate("fox", Sampling(max_tokens=3, stop_at_eod=False))[0].tokens
 
 
-def test_an_interrupted_step_leaves_the_rest_as_it_would_have_been(family, monkeypatch):
+def test_an_interrupted_step_changes_no_output(family, monkeypatch):
     model, tokenizer = family
     sampling = Sampling(max_tokens=12, stop_at_eod=False)
     expected = Engine(model, tokenizer).generate(["the quick brown", "fox"], sampling)

@@ -1,4 +1,4 @@
-"""What `echo` puts before a completion: the prompt's text, and its log-probabilities as transformers computes them."""
+"""`echo` puts the prompt's text and log-probabilities first, those of transformers."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_the_prompt_stands_before_text_and_logprobs(engine, peer, prompt, sampli
 
 
 def test_a_client_that_scores_by_echo_reads_the_engines_own_score(engine):
-    """As lm-evaluation-harness does over HTTP: the sum of what follows the context, without the one token drawn."""
+    """lm-evaluation-harness sums over HTTP the tokens after the context, without the sampled one."""
     context, continuation = engine.encode("the quick brown"), engine.encode(" fox the")
     asked = Sampling(max_tokens=1, temperature=0, logprobs=1, echo=True, stop_at_eod=False)
     done = engine.generate([context + continuation], asked)[0]

@@ -178,7 +178,7 @@ def test_allowed_are_the_tokens_that_some_text_of_the_language_goes_on_with(toke
 
 
 def test_masking_comes_before_the_filters_and_leaves_the_proportions(tokenizer):
-    """Of the tokens that the expression allows, each is drawn as often as by the softmax over these alone."""
+    """Frequencies of allowed tokens follow the softmax over these alone."""
     (x, y), size = (tokenizer.encode(letter)[0] for letter in "xy"), tokenizer.vocab_size
     logits = torch.full((size,), 5.0)
     logits[x], logits[y] = -1.0, 1.0

@@ -1,4 +1,4 @@
-"""The tree of blocks, by itself."""
+"""The prefix cache, by itself."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ def release(tree, nodes):
         tree.release(node)
 
 
-def test_what_was_let_go_longest_ago_goes_first_and_leaves_before_what_they_hang_from():
+def test_prefix_cache_evicts_the_least_recently_used_leaf_first():
     tree = PrefixTree(5)
     first, second = grown(tree, 1, 2), grown(tree, 3, 4)
     release(tree, first)
@@ -37,7 +37,7 @@ def test_what_was_let_go_longest_ago_goes_first_and_leaves_before_what_they_hang
     assert tree.allocate() is None
 
 
-def test_what_is_in_use_stays_and_an_equal_block_is_shared():
+def test_prefix_cache_keeps_referenced_blocks_and_shares_equal_ones():
     tree = PrefixTree(3)
     held = grown(tree, 1)
     (twin,) = grown(tree, 1)
@@ -48,7 +48,7 @@ def test_what_is_in_use_stays_and_an_equal_block_is_shared():
     assert tree.child(tree.root, [1]) is held[0]
 
 
-def test_a_sequence_gets_neighbouring_blocks_while_there_are_some():
+def test_a_sequence_gets_contiguous_blocks_while_there_are_some():
     tree = PrefixTree(64)
     tables = [[tree.allocate()] for _ in range(4)]
     for _ in range(7):
@@ -60,7 +60,7 @@ def test_a_sequence_gets_neighbouring_blocks_while_there_are_some():
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=4), st.integers(0, 6)), max_size=60))
-def test_every_block_has_one_owner(script):
+def test_prefix_cache_gives_every_block_one_owner(script):
     """Sequences come with these tokens and go after so many others: free, own and shared blocks are all blocks."""
     tree, running = PrefixTree(6), []
     for path, stay in script:

@@ -44,7 +44,7 @@ def talk(engine, capsys):
 
 
 def answers(engine, *pairs) -> str:
-    """What the engine says to (prompt, sampling), a line each."""
+    """The engine's answers to (prompt, sampling), a line each."""
     return "".join(engine.generate(prompt, sampling)[0].text + "\n" for prompt, sampling in pairs)
 
 

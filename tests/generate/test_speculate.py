@@ -73,7 +73,7 @@ def test_right_draft_tokens_save_steps(temperature):
     assert engine.stats.accepted == engine.stats.drafted == 31 - 4
 
 
-def test_the_same_model_as_a_draft_is_always_right_and_another_one_does_no_harm():
+def test_the_same_model_as_a_draft_model_is_always_right_and_another_one_does_no_harm():
     model, sampling = MODELS["gpt_neox"], Sampling(max_tokens=24, temperature=0, stop_at_eod=False)
     prompts = [[1, 2, 3], list(range(40)), [9] * 20]
     expected = Engine(model).generate(prompts, sampling)
@@ -110,7 +110,7 @@ def test_prompt_lookup_finds_what_followed_the_same(tokens, expected):
 
 
 def sampled(drafter, samples):
-    """How often each pair of tokens follows, of `samples` on a vocabulary of five; and exact probabilities."""
+    """Counts of each pair of tokens among `samples` on a vocabulary of five; and exact probabilities."""
     model = random_model(vocab_size=5, hidden_size=16, num_attention_heads=2)
     sampling = Sampling(max_tokens=3, temperature=1.3, top_p=0.95, stop_at_eod=False)
     first = distribution(model(torch.tensor([[1, 2]]))[0, -1], sampling)
@@ -140,7 +140,7 @@ def far_beyond(statistic, freedom):
     return statistic > freedom + 6 * math.sqrt(2 * freedom)
 
 
-def test_the_distribution_is_the_models_own():
+def test_speculative_decoding_keeps_the_models_distribution():
     counts, probabilities, stats = sampled(constant, 3000)
     assert 0 < stats.accepted < stats.drafted
     assert not far_beyond(*chi_squared(counts, probabilities))

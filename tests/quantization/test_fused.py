@@ -1,4 +1,4 @@
-"""The blocks in one call of the kernels, against the model that torch computes, and against themselves."""
+"""The fused decoder against the model that torch computes, and its batch invariance."""
 
 import itertools
 import random
@@ -81,7 +81,7 @@ MODELS = {
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 @torch.inference_mode()
-def test_no_bit_depends_on_cuts_company_threads_or_memory(data):
+def test_batch_invariance_whatever_chunks_batch_threads_and_memory(data):
     """Random sequences in random blocks, computed in random pieces side by side, against each alone at once."""
     model = MODELS[data.draw(st.sampled_from(sorted(MODELS)))]
     decoder, pool = fused.Decoder(native.load(data.draw(st.sampled_from(HERE))), model), pool_of(model)

@@ -1,4 +1,4 @@
-"""What torchao makes of a model, as far as a CPU runs it: int8 products against the values that they stand for."""
+"""torchao's int8 products on a CPU against the values that they stand for."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Products with stored weights on a CPU, in 32 to 4 bits, at the speed at which weights can be read.
+"""Matrix products with packed weights on a CPU, in 32 to 4 bits, bound by memory bandwidth.
 
 y [M, N] = x [M, K] times a packed weight [N, K], transposed, plus a bias. With the compiled kernels a row of y is a
 function of its row of x alone, bit for bit: of no other row, nor of their number, nor of the threads' (design D16).

@@ -36,7 +36,7 @@ class NoKernels(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None: with a line on stderr, once, unless it is the processor that they are not for."""
+    """The compiled kernels, or None; without a compiler one line on stderr says so."""
     flags = target()
     if flags is None:
         return None
@@ -56,7 +56,7 @@ def target() -> tuple[str, ...] | None:
 
 
 def load(flags: tuple[str, ...], folder: Path | None = None) -> ctypes.CDLL:
-    """The kernels compiled with `flags`, from `folder` (the cache folder), compiled now where they are not there.
+    """Load the kernels for `flags` from `folder` (default: the cache folder), compiled first where absent.
 
     Raises NoKernels without a working compiler, OSError where the folder cannot be written.
     """
