@@ -92,7 +92,6 @@ def load(
     CPU, the stored type elsewhere. Damaged steps of a run are passed over, each with a line on stderr. Raises
     CheckpointError (a ValueError) that names the file and its fault.
     """
-
     from neox.checkpoint.formats import use_weights
     from neox.checkpoint.model_loader import load_model
 

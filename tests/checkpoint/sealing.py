@@ -1,4 +1,4 @@
-"""Checkpoints whose digests fit what was done to them: the checks behind the digests show."""
+"""Changed checkpoints with fitting digests, to test the checks behind the digests."""
 
 import json
 import pickle
@@ -8,7 +8,7 @@ from neox.checkpoint import checksums
 
 
 def seal(step: Path) -> Path:
-    """Write checksums.json anew for the files as they are, as whoever can write to the folder could.
+    """Write checksums.json anew for the files as they are, as an attacker with write access could.
 
     Pieces are cut as the old table says, or where that is gone as .metadata does, and at the end of their file.
     """

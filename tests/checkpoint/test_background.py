@@ -1,4 +1,4 @@
-"""Saving in the background: the state of the moment, whole or absent, one at a time."""
+"""Asynchronous checkpointing: the state of the call, whole or absent, one save at a time."""
 
 import errno
 import json

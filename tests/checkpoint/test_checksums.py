@@ -1,4 +1,4 @@
-"""Every changed byte of a checkpoint is noticed and its file named; the checkpoint before takes its place."""
+"""Checksums: every changed byte is detected and its file named; the checkpoint before takes its place."""
 
 import hashlib
 import io
@@ -134,7 +134,7 @@ def test_resume_falls_back_from_a_damaged_checkpoint(run, whole, tmp_path, capsy
 
 
 def test_keep_last_does_not_count_a_damaged_checkpoint(run, capsys):
-    """It counts no longer: else keep_last would let the good one go that the run goes on from."""
+    """Otherwise keep_last would remove the valid checkpoint that the run resumed from."""
     flip(run / "step_00000004" / "__0_0.distcp")
     assert cli.main(["train", f"resume={run}", "steps=3", "checkpoint.keep_last=1"]) == 0
     assert [path.name for path in complete_steps(run)] == ["step_00000003"]

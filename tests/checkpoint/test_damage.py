@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be used: one line that says which file and what is wrong, and nothing in them is executed."""
+"""Checkpoints that cannot be used: one line with the file and the fault, and nothing in them is executed."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SHARD = "model-00002-of-00005.safetensors"  # the first of three layers
 
 
 def refused(folder) -> str:
-    """The one line that says why the folder cannot be loaded."""
+    """Error line of loading the folder."""
     with pytest.raises(CheckpointError) as caught:
         neox.load(folder)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""A run's checkpoint goes into a Hugging Face folder shard by shard: the same files, without the whole in memory."""
+"""Export of a run to a Hugging Face folder, shard by shard: the same files, without the whole in memory."""
 
 import weakref
 

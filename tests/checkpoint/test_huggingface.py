@@ -1,4 +1,4 @@
-"""Released files as they are, our files as `transformers` reads them, and writing that is whole or not at all."""
+"""Hugging Face folders: released files load, transformers reads ours, and writing is whole or not at all."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A checkpoint does not know the layout that wrote it: any one saves, any one resumes, any one begins from a folder."""
+"""Resharding and train.init: any layout saves, any other resumes, any starts from the weights of a folder."""
 
 from itertools import product
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_resharding_matrix_of_saving_and_resuming(tmp_path, names):
 
 
 def weights(config: Config) -> tuple[dict[str, torch.Tensor], int, int]:
-    """The whole weights that a run begins with; the elements that this rank read, and those that it holds."""
+    """Full weights that a run starts with, number of elements that this rank read, and number that it holds."""
     read = 0
     plain = huggingface.HuggingFaceFolder._slice
 

@@ -1,4 +1,4 @@
-"""Which steps are saved and which stay, against lists written by hand."""
+"""Checkpoint schedule and retention (keep_last, keep_every), against lists written by hand."""
 
 import pytest
 from hypothesis import given

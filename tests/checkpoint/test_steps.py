@@ -1,4 +1,4 @@
-"""A run's own checkpoints: any complete one continues the run; half, damaged, foreign or hostile ones are refused."""
+"""Checkpoints of a run: any complete one resumes bit for bit; incomplete, damaged or hostile ones are refused."""
 
 import errno
 import json
@@ -182,7 +182,7 @@ def test_metadata_that_describes_something_else(only, capsys):
 
 
 def test_a_tensor_with_a_part_missing(only, capsys):
-    """No chunk tells of that part, and memory as it was would take its place."""
+    """No chunk covers that part, and uninitialised memory would take its place."""
     path = only / "step_00000004" / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     metadata.state_dict_metadata["model.embed_in.weight"].chunks.clear()
@@ -255,7 +255,7 @@ def test_tensors_that_do_not_fit_the_config(run, capsys, option, words):
 
 @pytest.mark.parametrize("kind", ["missing", "extra", "misshapen", "state"])
 def test_optimizer_state_must_be_whole(only, capsys, tmp_path, kind):
-    """State that is left out would start from zero, and nobody would know."""
+    """Missing optimizer state would silently start from zero."""
     step = only / "step_00000004"
     stored = tensors(step, tmp_path)
     name = "optim.layers.0.attention.dense.weight.exp_avg"
