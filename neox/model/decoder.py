@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Context(NamedTuple):
-    """What every layer of one forward pass shares."""
+    """Inputs that every layer of one forward pass shares."""
 
     rotation: tuple[Tensor, Tensor] | None  # cos, sin [3, B, 1, T, R / 2]
     mask: Tensor | None  # which keys each query sees; None: plain causal attention
@@ -162,8 +162,8 @@ class Block(nn.Module):
         )
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
-        # The seams where a tensor-parallel plan reduces for both branches at once (design D4): the gradient of what
-        # they read, and the sum of what they give.
+        # Residual seams, where a tensor-parallel plan reduces once for both branches (design D4): the gradient of their
+        # input, and the sum of their outputs.
         self.branch_input, self.branch_sum = nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -201,15 +201,15 @@ class GPTNeoX(nn.Module):
 
     @property
     def heads(self) -> int:
-        """Attention heads that are here: those of this process, where the model is split over several."""
+        """Attention heads of this process, where the model is split over several."""
         block = cast(Block, self.layers[0])
         return block.attention.query_key_value.out_features // (3 * self.config.head_dim)
 
     def prune_to_stage(self, layers: range) -> None:
-        """Drop what is not of the pipeline stage that holds `layers`; what stays keeps its name.
+        """Keep the modules of the pipeline stage that holds `layers`; parameters keep their names.
 
-        The embedding is of the first stage, the final norm and the head of the last one. The forward pass then takes
-        the hidden states [B, T, C] of the stage before in place of tokens, and gives its own.
+        The embedding belongs to the first stage, final norm and head to the last one. The forward pass then takes the
+        hidden states [B, T, C] of the stage before in place of tokens, and returns its own.
         """
         count = self.config.num_hidden_layers
         for layer in range(count):
@@ -266,7 +266,7 @@ class GPTNeoX(nn.Module):
         return cast(Tensor, self.embed_out(x)) if head else x
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """What enters the first layer, [B, T, C]."""
+        """Embed tokens: the input [B, T, C] of the first layer."""
         x = self.embed_in(tokens)
         if self.config.position_embedding == "learned":
             x = x + self.embed_positions(positions)

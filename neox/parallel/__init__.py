@@ -1,4 +1,4 @@
-"""How a model lies on the processes of a run, and how a step runs through it."""
+"""Parallelism: a model split over the processes of a run, and a step run through it."""
 
 from neox.parallel.blocks import checkpoint_blocks, compile_blocks, compiles
 from neox.parallel.build import ForwardBackward, build

@@ -31,7 +31,7 @@ class CheckpointedBlock(Block):
 
 
 def checkpoint_blocks(model: GPTNeoX, mode: str) -> None:
-    """Make the backward pass compute again what was not kept; the gradients are the same, bit for bit.
+    """Recompute activations in the backward pass instead of keeping them; gradients stay the same, bit for bit.
 
     In widths of the residual stream a token keeps of each block: none 9 (the block's input 1, queries, keys and values
     3, attention's result 1, the MLP's inner values 4), selective 6 (the MLP's input in place of its inner values), full
@@ -49,7 +49,7 @@ def checkpoint_blocks(model: GPTNeoX, mode: str) -> None:
 
 
 def compiles(config: Config, dims: ParallelDims) -> bool:
-    """Whether the blocks are to be compiled: where it is left open, on CUDA, where each of them is whole."""
+    """True if the blocks are to be compiled; with "auto" on CUDA, if no axis splits them."""
     if config.train.compile != "auto":
         return config.train.compile
     return dims.device.type == "cuda" and all(dims.size(axis) == 1 for axis in ("tp", "cp", "pp"))

@@ -1,4 +1,4 @@
-"""From a config to a model that lies on its devices, and the callable that runs one step's microbatches through it."""
+"""Build a model on its devices from a config, and the callable that runs a step's microbatches through it."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class ForwardBackward(Protocol):
     def __call__(self, batches: Sequence[Any], scale: float, backward: bool = True) -> Tensor:
-        """The sum of the losses, times `scale`, of the batches of all data-parallel ranks, on every process.
+        """Sum of the losses, times `scale`, of the batches of all data-parallel ranks; the same on every process.
 
         `batches` are this rank's microbatches: tokens, labels, positions [B, T], segments or None, first. With
         `backward` their gradients, summed over the ranks likewise, are added to the parameters'.
@@ -32,7 +32,7 @@ class ForwardBackward(Protocol):
 
 
 def build(config: Config, dims: ParallelDims, tp_plan: "Plan | None" = None) -> tuple[list[GPTNeoX], ForwardBackward]:
-    """The parts of the model that this process holds, initialised, and the callable that runs a step through them.
+    """Build the parts of the model of this process, initialised, and the callable that runs a step through them.
 
     Without a pipeline the model is in one part. The part that has the output head takes the loss there
     (`part.embed_out.loss`). `tp_plan` stands in place of `neox.parallel.tp_plan.plan(config)`.
@@ -51,7 +51,7 @@ def build(config: Config, dims: ParallelDims, tp_plan: "Plan | None" = None) -> 
 
 
 def _part(config: Config, dims: ParallelDims, tp_plan: "Plan | None", layers: range) -> GPTNeoX:
-    """The part of the model that holds `layers`, laid out and initialised."""
+    """Build the part of the model that holds `layers`, split and initialised."""
     with torch.device("meta"):
         model = GPTNeoX(config.model)
     model.prune_to_stage(layers)
@@ -69,7 +69,7 @@ def _part(config: Config, dims: ParallelDims, tp_plan: "Plan | None", layers: ra
 
 
 def _summed(run_here: Callable[[Sequence[Any], float, bool], Tensor], dims: ParallelDims) -> ForwardBackward:
-    """The sum over all processes of the losses that `run_here` gives on each, of its part of the sequences."""
+    """Wrap a local forward/backward so that it returns the loss summed over all processes."""
 
     def forward_backward(batches: Sequence[Any], scale: float, backward: bool = True) -> Tensor:
         if dims.size("cp") > 1:
@@ -88,7 +88,7 @@ def _summed(run_here: Callable[[Sequence[Any], float, bool], Tensor], dims: Para
 
 
 def split(model: GPTNeoX, config: Config, dims: ParallelDims, tp_plan: "Plan | None" = None) -> None:
-    """Tensor and context parallelism; before `shard`. ValueError where they could not do what one process does."""
+    """Apply tensor and context parallelism, before `shard`. Raises ValueError for options that they do not support."""
     tensor, context = dims.axis("tp"), dims.axis("cp")
     if tensor is None and context is None:
         return
@@ -110,7 +110,7 @@ def split(model: GPTNeoX, config: Config, dims: ParallelDims, tp_plan: "Plan | N
 
 
 def _whole(model: GPTNeoX, config: Config, forward: Forward) -> Callable[[Sequence[Any], float, bool], Tensor]:
-    """Without a pipeline: microbatch after microbatch, forward and backward."""
+    """Run microbatch after microbatch, forward and backward, without a pipeline."""
     device = forward.device
     sharded = model if isinstance(model, FSDPModule) else None
 
@@ -137,7 +137,7 @@ def _whole(model: GPTNeoX, config: Config, forward: Forward) -> Callable[[Sequen
 
 @torch.no_grad()
 def _initialize(model: GPTNeoX, seed: int) -> None:
-    """The weights that one process alone would start with. (Random operations on shards repeat on every rank.)"""
+    """Fill the weights as one process alone would. (Random operations on shards repeat on every rank.)"""
     for name, parameter in model.named_parameters():
         value = initial_value(model.config, seed, name, parameter.shape, parameter.device)
         if isinstance(parameter, DTensor):

@@ -1,15 +1,15 @@
-"""Collective operations that a gradient passes through: each one's backward pass is its conjugate.
+"""Differentiable collectives, by Megatron-LM's names: each one's backward pass is its conjugate.
 
-    forward              backward             where
-    copy: nothing        all-reduce           a whole tensor enters work that is split
-    reduce: all-reduce   nothing              the results' parts become a whole tensor
-    gather               reduce-scatter       a tensor split along a dim becomes whole for work that is split
-    scatter_sum          gather               parts are summed, each process keeps a slice
-    join: gather         own slice            split results become a tensor that all go on with alike
-    whole: nothing       all-reduce           parameters that all hold, used for work that is split
+    name                                forward          backward
+    copy_to_tensor_region               nothing          all-reduce      a replicated tensor enters split work
+    reduce_from_tensor_region           all-reduce       nothing         partial results become a replicated tensor
+    gather_from_sequence_region         gather           reduce-scatter  a split sequence becomes whole for split work
+    reduce_scatter_to_sequence_region   reduce-scatter   gather          partial results become a split sequence
+    gather_from_tensor_region           gather           local slice     split results become a replicated tensor
+    copy_parameters_to_tensor_region    nothing          all-reduce      replicated parameters enter split work
 
-The first four are f, g and their sequence-parallel forms in Megatron-LM (arXiv 1909.08053, 2205.05198). Plain
-collectives on plain tensors, because torch's differentiable ones are wrong on gloo or not public.
+The first four are f, g and their sequence-parallel forms (arXiv 1909.08053, 2205.05198). Plain collectives on plain
+tensors, because torch's differentiable ones are wrong on gloo or not public.
 """
 
 from typing import Any, cast
@@ -21,32 +21,32 @@ from torch.distributed import ProcessGroup
 
 
 def copy_to_tensor_region(x: Tensor, group: ProcessGroup) -> Tensor:
-    """x itself; its gradient is the sum of the processes'."""
+    """Return x; its gradient is summed over the processes."""
     return cast(Tensor, _Copy.apply(x, group))
 
 
 def reduce_from_tensor_region(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of x over the processes."""
+    """Sum x over the processes."""
     return cast(Tensor, _Reduce.apply(x, group))
 
 
 def gather_from_sequence_region(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """The processes' x one after the other along `dim`; the gradients are summed, and each takes its slice of them."""
+    """Concatenate the processes' x along `dim`; the gradient is summed, and each process takes its slice."""
     return cast(Tensor, _Gather.apply(x, dim, group))
 
 
 def reduce_scatter_to_sequence_region(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """This process's slice along `dim` of the sum of x over the processes."""
+    """Slice along `dim`, of this process, of the sum of x over the processes."""
     return cast(Tensor, _ScatterSum.apply(x, dim, group))
 
 
 def gather_from_tensor_region(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """The processes' x one after the other along `dim`, for what all of them then do alike."""
+    """Concatenate the processes' x along `dim`, for replicated work; each takes its slice of the gradient."""
     return cast(Tensor, _Join.apply(x, dim, group))
 
 
 def copy_parameters_to_tensor_region(parameters: list[Tensor], group: ProcessGroup) -> tuple[Tensor, ...]:
-    """The parameters; their gradients are summed over the processes, all in one message."""
+    """Return the parameters; their gradients are summed over the processes, all in one message."""
     return cast(tuple[Tensor, ...], _Whole.apply(group, *parameters))
 
 

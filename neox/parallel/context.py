@@ -22,19 +22,19 @@ from neox.parallel import collectives
 
 
 def own_slices(x: Tensor, rank: int, size: int, dim: int = 1) -> Tensor:
-    """The two slices along `dim` that process `rank` of `size` has."""
+    """The two slices along `dim` of process `rank` of `size`."""
     slices = x.chunk(2 * size, dim)
     return torch.cat((slices[rank], slices[2 * size - 1 - rank]), dim)
 
 
 def ordered(x: Tensor, size: int, dim: int) -> Tensor:
-    """A sequence in its order, from the parts of all processes one after the other."""
+    """Restore a sequence's order from the parts of all processes, concatenated."""
     slices = x.chunk(2 * size, dim)
     return torch.cat(slices[::2] + slices[1::2][::-1], dim)
 
 
 def split_batch(batch: Any, rank: int, size: int) -> Any:
-    """The batch with the tokens, labels, positions and segments that are this process's."""
+    """Cut a batch to the tokens, labels, positions and segments of process `rank`."""
     return replace(
         batch,
         tokens=own_slices(batch.tokens, rank, size),
@@ -45,7 +45,7 @@ def split_batch(batch: Any, rank: int, size: int) -> Any:
 
 
 def split_sequences(model: GPTNeoX, group: ProcessGroup) -> None:
-    """Make the model, or a part of it, take such batches."""
+    """Make the model, or a part of it, take batches cut by `split_batch`."""
     model.masks = partial(_masks, group=group)
     for block in model.layers:
         attention = block.attention
@@ -57,7 +57,7 @@ def split_sequences(model: GPTNeoX, group: ProcessGroup) -> None:
 def _masks(
     config: ModelConfig, positions: Tensor, segments: Tensor | None, group: ProcessGroup
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`attention_masks`' rows for own queries, [B, 1, T / n, T]; keys stand in the sequence's order."""
+    """`attention_masks`' rows for local queries, [B, 1, T / n, T]; keys stand in the sequence's order."""
     rank, size = group.rank(), group.size()
     order = torch.arange(positions.shape[1] * size, device=positions.device)[None]
     if segments is not None:
@@ -74,7 +74,7 @@ def _masks(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None, group: ProcessGroup
 ) -> Tensor:
-    """Attention of own queries over all keys and values; each [B, H, T / n, D]."""
+    """Attention of local queries over all keys and values; each [B, H, T / n, D]."""
     assert mask is not None, "made by _masks"
     rank, size = group.rank(), group.size()
     k, v = ordered(collectives.gather_from_sequence_region(torch.stack((k, v)), 3, group), size, 3)

@@ -1,4 +1,4 @@
-"""The forward pass of a part of the model and its loss: in the run's precision, with its dropout.
+"""Forward pass and loss of a part of the model, in the run's precision and with its dropout.
 
 Shapes: B sequences, T tokens a sequence, C hidden.
 """
@@ -16,7 +16,7 @@ from neox.system.device import resolve_dtype
 
 
 class Forward:
-    """How a part runs, with a pipeline and without."""
+    """Forward pass of a model part, the same with a pipeline and without."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -41,7 +41,7 @@ class Forward:
             return cast(Tensor, part(x, positions, segments=segments, head=False))
 
     def loss(self, part: GPTNeoX, hidden: Tensor, labels: Tensor, scale: float) -> Tensor:
-        """The sum of the tokens' losses times `scale`, by the part that has the head."""
+        """Sum of the tokens' losses times `scale`, by the part that has the head."""
         with self._precision():
             return cast(LossHead, part.embed_out).loss(hidden, labels, scale)
 
@@ -50,9 +50,9 @@ class Forward:
 
 
 def seed_dropout(seed: int, sample: int, stage: int = 0) -> None:
-    """Set the random state that the microbatch beginning with `sample` drops by in a stage of the pipeline.
+    """Seed dropout for the microbatch that begins with `sample`, in one stage of the pipeline.
 
-    Of the data alone: a resumed run drops what the uninterrupted one did, ranks drop apart from each other.
+    It depends on the data alone: a resumed run drops what the uninterrupted one did, and ranks drop different values.
     """
     digest = hashlib.sha256(f"{seed}:dropout:{sample}:{stage}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little"))

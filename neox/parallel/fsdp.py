@@ -1,4 +1,4 @@
-"""Data parallelism: parameters, gradients and optimizer state split over the ranks that read different samples."""
+"""Data parallelism: parameters, gradients and optimizer state sharded over ranks that read different samples."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from neox.system.device import resolve_dtype
 
 
 def shard(model: GPTNeoX, config: Config, dims: ParallelDims) -> None:
-    """ZeRO by fully_shard, a group a block; nothing where one rank reads all samples.
+    """Apply ZeRO by fully_shard, a group per block; nothing where one rank reads all samples.
 
     Processes that share sequences hold gradients of their own parts, as those that read other samples do: both axes
     count as one here.
@@ -59,7 +59,7 @@ def shard(model: GPTNeoX, config: Config, dims: ParallelDims) -> None:
 
 
 def reshard(model: GPTNeoX) -> None:
-    """Put the parameters back to shards after a forward pass that no backward pass follows."""
+    """Reshard the parameters after a forward pass that no backward pass follows."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -67,7 +67,10 @@ def reshard(model: GPTNeoX) -> None:
 
 @torch.no_grad()
 def whole_model(parts: Sequence[GPTNeoX], dims: ParallelDims) -> GPTNeoX | None:
-    """The model in one piece on rank 0, None elsewhere; all processes call it together. One alone gets its own back."""
+    """Gather the whole model on rank 0, None elsewhere; all processes call it together.
+
+    A single process gets its own model back.
+    """
     if dims.mesh is None:
         return parts[0]
     for part in parts:

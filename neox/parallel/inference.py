@@ -1,6 +1,6 @@
-"""A model in parts for inference: each process of tensor parallelism keeps its share of every matrix, as plain tensors.
+"""Tensor-parallel inference: each process keeps its shard of every matrix, as plain tensors.
 
-The plan is training's. What training needs beyond it, gradients and names of whole parameters, is left behind.
+The plan is training's, without distributed tensors, which only training needs.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def sharing(mesh: DeviceMesh) -> Callable[[str, nn.Module], nn.Module]:
 
 
 def share(model: GPTNeoX, config: Config, mesh: DeviceMesh) -> GPTNeoX:
-    """The model, of which each process has all parameters or its share of some, with its share of all; in place."""
+    """Shard every parameter of the model in place for tensor-parallel inference (already sharded ones stay)."""
     apply_plan(model, config, mesh)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: the layers in stages, microbatches passed from stage to stage by torch's schedules.
+"""Pipeline parallelism: layers in stages, microbatches passed from stage to stage by torch's schedules.
 
 Shapes: M microbatches, B sequences a microbatch, T tokens a sequence, C hidden.
 """
@@ -28,7 +28,7 @@ SCHEDULES: dict[str, Any] = {
 
 
 def layers_of_stages(config: Config) -> list[range]:
-    """The layers of each stage: those of `parallel.stage_layers`, else balanced by cost.
+    """Layers of each stage: those of `parallel.stage_layers`, else balanced by cost.
 
     In units of one block's forward FLOPs the head adds its product. The embedding adds as much as if it were one: what
     a lookup saves in time, its weight, gradient and optimizer state take in memory, on the stage that also keeps the
@@ -56,12 +56,12 @@ def rank_of_stage(config: ParallelConfig, stage: int) -> int:
 
 
 def stages_of_rank(config: ParallelConfig, rank: int) -> list[int]:
-    """The stages that lie at `rank` of the axis pp."""
+    """Stages of rank `rank` along the axis pp."""
     return list(range(rank, config.stages, config.pp))
 
 
 def check_pipeline(config: Config, dims: ParallelDims) -> None:
-    """Raises ValueError for a schedule that cannot run these microbatches, or not on this mesh."""
+    """Raise ValueError for a schedule that cannot run these microbatches."""
     parallel, train = config.parallel, config.train
     schedule, pp = parallel.schedule, parallel.pp
     share = -(-train.global_batch_size // dims.dp_size)
@@ -83,9 +83,9 @@ def check_pipeline(config: Config, dims: ParallelDims) -> None:
 def pipelined(
     parts: Mapping[int, GPTNeoX], config: Config, dims: ParallelDims, forward: Forward
 ) -> Callable[[Sequence[Any], float, bool], Tensor]:
-    """The callable that runs a step's microbatches through the stages, of which `parts` are here.
+    """Build the callable that runs a step's microbatches through the stages; `parts` are those of this process.
 
-    It gives the sum of the losses of this process, which is 0 but where the last stage lies.
+    It returns the sum of the losses on the last stage's process, 0 elsewhere.
     """
     parallel, device, last = config.parallel, dims.device, config.parallel.stages - 1
     axis = dims.axis("pp")
@@ -140,7 +140,7 @@ def pipelined(
 
 
 class _Stage(pipelining.PipelineStage):
-    """A stage that runs as `forward` says."""
+    """A stage that runs by `forward`, and keeps no receive buffer longer than needed."""
 
     def __init__(self, *args: Any, forward: Forward, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -157,11 +157,11 @@ class _Stage(pipelining.PipelineStage):
     def _setup_forward_recv_info(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_forward_recv_info(*args, **kwargs)
         for infos in self.args_recv_info.values():
-            _give_away(infos)
+            _drop_buffers(infos)
 
     def _create_grad_recv_info(self, *args: Any, **kwargs: Any) -> Any:
         infos = super()._create_grad_recv_info(*args, **kwargs)
-        _give_away(infos)
+        _drop_buffers(infos)
         return infos
 
     def _get_recv_ops(self, recv_infos: Any) -> Any:
@@ -172,12 +172,12 @@ class _Stage(pipelining.PipelineStage):
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
         received = super()._retrieve_recv_activations(fwd_chunk_id)
-        _give_away(self.args_recv_info[fwd_chunk_id])
+        _drop_buffers(self.args_recv_info[fwd_chunk_id])
         return received
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
         received = super()._retrieve_recv_grads(bwd_chunk_id)
-        _give_away(self.grad_recv_info[bwd_chunk_id])
+        _drop_buffers(self.grad_recv_info[bwd_chunk_id])
         return received
 
     def backward_one_chunk(
@@ -188,15 +188,15 @@ class _Stage(pipelining.PipelineStage):
             loss.detach_()  # the schedule keeps losses to the end of the step, and their graphs what was received
 
 
-def _give_away(infos: Any) -> None:
-    """What these hold belongs to whoever has it; only the shape stays."""
+def _drop_buffers(infos: Any) -> None:
+    """Drop our reference to the receive buffers; keep a meta tensor for the shape."""
     for info in infos:
         if getattr(info, "buffer", None) is not None:
             info.buffer = torch.empty_like(info.buffer, device="meta", requires_grad=False)
 
 
 def _joined(batches: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Tokens and labels [M B, T] of all microbatches, and what else each stage takes of them, ready to be split by M.
+    """Join all microbatches: tokens and labels [M B, T], and the other inputs of each stage, to be split by M.
 
     All stages exchange tensors of one shape: the last microbatch is filled up with rows that are ignored.
     """
@@ -215,7 +215,7 @@ def _joined(batches: Sequence[Any], device: torch.device) -> tuple[Tensor, Tenso
 
 
 def _hidden(parts: Mapping[int, GPTNeoX], config: Config, rows: int) -> Tensor:
-    """What goes from stage to stage, without data."""
+    """Meta tensor in the shape of the hidden states that go from stage to stage."""
     parallel = config.parallel
     # fully_shard hands blocks their input in the type of their products; autocast alone leaves the residual stream be.
     sharded = isinstance(next(iter(parts.values())), FSDPModule)
@@ -239,9 +239,9 @@ def _forward_only(
     labels: Tensor,
     inputs: Mapping[str, Tensor],
 ) -> Tensor:
-    """The sum of the losses, without a backward pass. All ranks keep time, so that any number of microbatches runs.
+    """Sum of the losses, without a backward pass, for any number of microbatches.
 
-    At each tick a rank takes one microbatch through one of its stages, and all pass on what they have. A microbatch
+    At each tick a rank takes one microbatch through one of its stages, and all pass on their results. A microbatch
     enters the second stages of the ranks when the last one has left the first ones.
     """
     total = torch.zeros((), device=tokens.device)

@@ -1,10 +1,10 @@
-"""How a module works when its matrix is split over processes: the styles that a plan (`neox.parallel.tp_plan`) names.
+"""Tensor-parallel styles: forward passes of modules whose matrix is split, for `neox.parallel.tp_plan`.
 
 Shapes: B batch, T time, C hidden, V vocab, n processes of tensor parallelism.
 
-Parameters are distributed tensors, so that clipping, optimizers, fully_shard and checkpoints know what they are parts
-of. The work is done on their local parts by plain operations, with one collective at each border between what all
-processes hold alike and what each has a share of: nothing is left for a dispatcher to decide.
+Parameters are distributed tensors, so that clipping, optimizers, fully_shard and checkpoints know the whole tensors.
+The work is done on their local parts by plain operations, with one collective wherever a replicated tensor becomes a
+split one or the other way round: nothing is left for a dispatcher to decide.
 """
 
 from abc import abstractmethod
@@ -27,7 +27,7 @@ TIME = 1
 
 
 class Style(ParallelStyle):
-    """Splits the parameters of a module by `placements`, or copies them, and puts `run` in place of its forward."""
+    """Split the parameters of a module by `placements`, or replicate them, and replace its forward by `run`."""
 
     placements: ClassVar[dict[str, Placement]] = {}
 
@@ -43,7 +43,7 @@ class Style(ParallelStyle):
 
     @abstractmethod
     def run(self, module: Any, group: ProcessGroup, x: Tensor) -> Tensor:
-        """What the module's forward is with its parameters split."""
+        """Forward pass of the module with its parameters split."""
 
 
 class ColumnParallel(Style):
@@ -102,7 +102,7 @@ class ParallelBranches(ParallelStyle):
 
 
 class Norm(Style):
-    """A layer norm before split work. What it gives back is whole, the gradient that comes back is a part of a sum.
+    """A layer norm before split work. Its output is whole, the gradient that comes back is a part of a sum.
 
     Its input is x as a fork, or with `copy` it itself, lets it in; with sequence parallelism 1 / n of the tokens,
     which are gathered after the norm. Its own parameters' gradients are summed over the processes.
@@ -120,7 +120,7 @@ class Norm(Style):
 
 
 class VocabularyEmbedding(Style):
-    """An embedding with V / n of the rows; what the others hold counts as zero, and the parts are summed."""
+    """An embedding with V / n of the rows; rows of other processes count as zero, and the parts are summed."""
 
     placements: ClassVar = {"weight": Shard(0)}
 
@@ -136,7 +136,7 @@ class VocabularyEmbedding(Style):
 
 
 class CopiedEmbedding(Style):
-    """An embedding that all hold, such as that of positions; with sequence parallelism looked up for own tokens."""
+    """A replicated embedding, such as that of positions; with sequence parallelism for the local tokens only."""
 
     def __init__(self, sequence: bool = False) -> None:
         self.sequence = sequence
@@ -150,7 +150,7 @@ class CopiedEmbedding(Style):
 
 
 def _summed(part: Tensor, modules: list[Any], group: ProcessGroup, sequence: bool) -> Tensor:
-    """The sum of `part` over the processes, `modules`' biases added once; with `sequence` own tokens of it."""
+    """Sum of `part` over the processes, with the biases of `modules` added once; with `sequence` the local tokens."""
     biases = [_part(module.bias) for module in modules if module.bias is not None]
     if not sequence:
         x = collectives.reduce_from_tensor_region(part, group)

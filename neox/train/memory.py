@@ -1,4 +1,4 @@
-"""What happens when memory runs out: a snapshot of it, and one line that says which option to turn first."""
+"""Out of memory: a snapshot, and one line that says which option to change first."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ EVENTS = 100_000
 
 @contextmanager
 def remembered_allocations(device: torch.device) -> Iterator[None]:
-    """On CUDA, inside, a snapshot of memory knows who allocated what: when memory runs out, that cannot be repeated."""
+    """Record allocations inside, on CUDA: a snapshot taken when memory runs out then names their lines."""
     if device.type != "cuda":
         yield
         return
@@ -29,7 +29,7 @@ def remembered_allocations(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def out_of_memory_explained(config: Config, dims: ParallelDims, run: Path, step: int) -> Iterator[None]:
-    """Inside, step `step` runs: where its memory runs out, ValueError says what to turn, and how the run goes on.
+    """Run step `step` inside; if memory runs out, raise ValueError with the option to change.
 
     On CUDA it leaves RUN/memory_snapshot.pickle (of rank R above 0: memory_snapshot_rankR.pickle), for
     docs.pytorch.org/memory_viz. What the run has saved is untouched.
@@ -50,7 +50,7 @@ def out_of_memory_explained(config: Config, dims: ParallelDims, run: Path, step:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is an accelerator's, Python's or torch's CPU allocator's way to say that memory ran out."""
+    """True for the out-of-memory errors of an accelerator, of Python and of torch's CPU allocator."""
     words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
@@ -71,7 +71,7 @@ def state_bytes(config: Config, dims: ParallelDims) -> int:
 
 
 def advice(config: Config, dims: ParallelDims, total: int = 0) -> str:
-    """The option to turn first, and why. `total` is the device's memory in bytes, 0 where that is not known.
+    """Option to change first, and why. `total` is the device's memory in bytes, 0 if unknown.
 
     A microbatch's part comes first, since less of it at a time changes nothing in the result; but where the state
     alone fills the device, only sharing it helps.

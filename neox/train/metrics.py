@@ -1,4 +1,4 @@
-"""The rows of a run: what a logged step tells, and the clock that its speed is read from."""
+"""Rows of metrics.jsonl: the figures of a logged step, and the clock behind its speed."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ __all__ = ["Meter", "make_row", "read_rows"]
 
 
 class Meter:
-    """Times the steps of a call of `Trainer.fit`, from when it is made on.
+    """Clock of the steps of one call of `Trainer.fit`.
 
     Between two rows it counts training alone: evaluations, checkpoints and hooks run inside `paused`. On an accelerator
     steps are queued, so `take` is to be called after the loss has been read, and a pause in which something happens
@@ -29,13 +29,13 @@ class Meter:
         self.away = 0.0  # seconds since the last row that were not training
 
     def step(self) -> None:
-        """A step is done."""
+        """Count a step as done."""
         self.steps += 1
         self.steps_since += 1
 
     @contextmanager
     def paused(self, wait: bool = True) -> Iterator[None]:
-        """What happens in here is not training. Without `wait` it is nothing that takes time: the queue goes on."""
+        """Leave the time inside out of training's; without `wait` the device's queue is not waited for first."""
         if wait and self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         started = self.clock()
@@ -45,7 +45,7 @@ class Meter:
             self.away += self.clock() - started
 
     def take(self) -> tuple[float, float]:
-        """Seconds of training a step since the last call, and seconds a step, pauses and all, since the beginning."""
+        """Seconds of training per step since the last call; seconds per step, pauses included, since the beginning."""
         now = self.clock()
         seconds = (now - self.since - self.away) / max(1, self.steps_since)
         self.since, self.steps_since, self.away = now, 0, 0.0
@@ -69,12 +69,12 @@ def make_row(
     world_size: int = 1,
     epochs: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The row of a logged step.
+    """Build the row of a logged step.
 
     Args:
         step: optimizer steps done.
         loss, norm, lr: of that step: nats per token, global gradient norm before clipping, learning rate.
-        seconds, elapsed: what `Meter.take` gave: a step's training time, and its time with all that lies between.
+        seconds, elapsed: from `Meter.take`: training time per step, and time per step with all that lies between.
         samples: position in the data, in sequences.
         spent: seconds that the run has taken so far, over all calls, starts and evaluations included.
         memory: bytes at the peak, on this rank.

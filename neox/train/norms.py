@@ -1,4 +1,4 @@
-"""What a step says of the model's parts: the norms of their gradients, of their parameters and of its update."""
+"""L2 norms of gradients, parameters and updates, by component of the model."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -12,7 +12,7 @@ PARTS = ("embedding", "attention", "mlp", "norms", "head")
 
 
 def part_of(name: str) -> str:
-    """The one of `PARTS` that the parameter `name` belongs to; a tied head's weight is the embedding's."""
+    """Component of `PARTS` that the parameter `name` belongs to; a tied head's weight is the embedding's."""
     if "norm" in name:
         return "norms"
     if name.startswith("embed_"):
@@ -42,16 +42,16 @@ def norms(
 
 
 def copies(model_parts: Iterable[nn.Module]) -> list[Tensor]:
-    """The parameters as they are now: what `update_norms` wants of before the update."""
+    """Copy the parameters before an update, for `update_norms`."""
     return [parameter.detach().clone() for _, parameter in _named(model_parts)]
 
 
 def update_norms(
     model_parts: Iterable[nn.Module], before: Iterable[Tensor], dims: ParallelDims | None = None
 ) -> dict[str, float]:
-    """L2 norms of what an update added to the parameters of each part, under update_norms/PART; otherwise as `norms`.
+    """L2 norms of an update of the parameters of each part, under update_norms/PART; otherwise as `norms`.
 
-    `before` is what `copies` gave; it is overwritten.
+    `before` comes from `copies`; it is overwritten.
     """
     tensors: dict[str, list[Tensor]] = {f"update_norms/{part}": [] for part in PARTS}
     for (name, parameter), old in zip(_named(model_parts), before, strict=True):
@@ -65,7 +65,7 @@ def _named(model_parts: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter
 
 @torch.no_grad()
 def _norms(tensors: Mapping[str, list[Tensor]], dims: ParallelDims | None) -> dict[str, float]:
-    """The norm of each list of tensors that has any, over all stages; all of them come to the host in one copy."""
+    """Norm of each non-empty list of tensors, over all stages, in one copy to the host."""
     each = torch.stack(torch._foreach_norm([tensor for members in tensors.values() for tensor in members]))
     if isinstance(each, DTensor):
         each = each.full_tensor()

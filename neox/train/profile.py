@@ -1,4 +1,4 @@
-"""A profile of some steps of a run: a trace of all that ran, and the operators that took longest."""
+"""Profile of some steps of a run: a trace, and the operators that took longest."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ ROWS = 30
 
 
 class Profile:
-    """Watches the steps that `train.profile_step` and `train.profile_count` name, and no other.
+    """Profiler of the steps that `train.profile_step` and `train.profile_count` name.
 
     Leaves in `folder`, for each process, trace_rankR.json.gz (for ui.perfetto.dev) and operators_rankR.txt: the
     operators by their own time, on the device where there is one. A run that ends between those steps leaves what it
@@ -28,7 +28,7 @@ class Profile:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """What happens in here is step `number`, which counts from 1."""
+        """Run step `number`, counted from 1, inside."""
         if self.first and number == self.first and self.running is None:
             activities = [ProfilerActivity.CPU]
             if self.device.type == "cuda":
@@ -57,6 +57,6 @@ class Profile:
             print(f"profile: {trace} (open it in ui.perfetto.dev), and operators_rank{self.rank}.txt beside it")
 
     def close(self) -> None:
-        """The run has ended."""
+        """Write the profile if the run ends between its steps."""
         if self.running is not None:
             self._write()

@@ -1,4 +1,4 @@
-"""A run directory: the config it goes on with, one writer at a time, and signals that end the run with a save."""
+"""A run directory: the config it resumes with, its lock, and signals that end the run with a save."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from neox.system.processes import Processes, launched
 
 
 def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
-    """The config that a resumed run goes on with: its own, overrides on top.
+    """Config that a resumed run continues with: its own, with the overrides on top.
 
     RUN/config.toml holds what the run was last started or resumed with; a copy without it has its newest checkpoint's.
     Raises ValueError where the directory holds neither.
@@ -36,7 +36,7 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def refuse_existing(run: Path) -> None:
-    """Raises ValueError where a run has begun already: a new one would not be told from it."""
+    """Raise ValueError if the directory holds a run: a new one could not be told from it."""
     if complete_steps(run) or (run / "metrics.jsonl").exists():
         raise ValueError(f"{run}: holds a run: continue it with `neox train resume={run}`, or choose another out=")
 
@@ -89,13 +89,13 @@ def only_writer(run: Path, processes: Processes) -> Iterator[None]:
 
 
 def note_launch(run: Path) -> None:
-    """Note the torchrun job that writes the run, for `begun_by_this_launch`."""
+    """Record the torchrun job that writes the run, for `begun_by_this_launch`."""
     if launched():
         (run / ".launch").write_text(launched())
 
 
 def begun_by_this_launch(run: Path) -> bool:
-    """Whether the torchrun job of this process has begun the run already: then it restarts it, and the run goes on.
+    """True if the torchrun job of this process began the run: a restart, with which the run continues.
 
     torchrun's count of restarts does not say so: a host that joins a job counts from 0, and a run that was there
     before is refused by every attempt. A job without a name of its own (`--rdzv-id`) is never the same.
@@ -105,14 +105,16 @@ def begun_by_this_launch(run: Path) -> bool:
 
 
 def is_evaluated(run: Path, step: int) -> bool:
-    """Whether the run's rows hold an evaluation after that step."""
+    """True if the run's rows hold an evaluation after that step."""
     rows = run / "metrics.jsonl"
     return rows.exists() and any(row.get("step") == step and "valid_loss" in row for row in read_rows(rows))
 
 
 class StopSignals:
-    """While inside, the first Ctrl-C or SIGTERM is noted in `number` instead of ending the process; a second Ctrl-C
-    interrupts at once."""
+    """Handler of the first Ctrl-C or SIGTERM: noted in `number`, so that the run saves before it ends.
+
+    A second Ctrl-C interrupts at once.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
@@ -138,7 +140,7 @@ class StopSignals:
 
 
 def discard(config: Config, run: Path) -> None:
-    """Drop what a start that never reached a step left in RUN: it may come from other text than this config's."""
+    """Remove the tokens of a start that never reached a step: they may come from other text than this config's."""
     kept, given = run / "tokenizer.json", config.tokenizer.path
     sources = (Path(given), Path(given) / "tokenizer.json") if given else ()
     if kept.exists() and not any(source.exists() and kept.samefile(source) for source in sources):

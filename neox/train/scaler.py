@@ -26,7 +26,7 @@ class LossScaler:
         self.skipped = 0  # in a row
 
     def update(self, overflow: bool) -> None:
-        """Move on by one step, whose gradients overflowed or not.
+        """Take a step into account, whose gradients overflowed or not.
 
         Raises ValueError at an overflow with the scale at its minimum, and after 50 overflows in a row.
         """
@@ -51,11 +51,11 @@ class LossScaler:
         self.step += 1
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs; settings are the config's."""
+        """State for a resumed run; settings are the config's."""
         return {name: getattr(self, name) for name in _STATE}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`. Raises ValueError where it is no such state."""
+        """Continue from `state()`. Raises ValueError where it is no such state."""
         if set(state) != set(_STATE) or not all(isinstance(state[name], kind) for name, kind in _STATE.items()):
             raise ValueError(f"not the state of a loss scaler: {state}")
         for name in _STATE:
@@ -66,7 +66,7 @@ _STATE: dict[str, type] = {"scale": float, "tolerated": int, "step": int, "last_
 
 
 def build_scaler(optim: OptimConfig, state: dict[str, Any]) -> LossScaler:
-    """The scaler that a config asks for; it goes on from `state`, where there is any."""
+    """Scaler with the config's settings; it continues from `state`, where there is any."""
     scaler = LossScaler(optim.loss_scale, optim.loss_scale_window, optim.loss_scale_hysteresis, optim.loss_scale_min)
     if state:
         scaler.load(state)

@@ -1,4 +1,4 @@
-"""Where the rows and samples of a run go: its own files, which are the record, the console, and trackers."""
+"""Sinks of a run's rows and samples: its own files, which are the record, the console, and trackers."""
 
 import importlib.util
 import json
@@ -18,25 +18,25 @@ Row = Mapping[str, Any]
 
 
 class Sink(Protocol):
-    """Takes what a run tells. Every row has its "step"."""
+    """Receiver of a run's rows. Every row has its "step"."""
 
     def step(self, step: int) -> None:
-        """A step is done that no row is written of."""
+        """Note a step that no row is written of."""
 
     def write(self, row: Row) -> None:
-        """Numbers: of a logged step (`metrics.make_row`), of an evaluation ("valid_loss"), of tasks ("tasks/NAME")."""
+        """Write numbers: of a logged step (`metrics.make_row`), an evaluation ("valid_loss"), tasks ("tasks/NAME")."""
 
     def sample(self, row: Row) -> None:
-        """Text: a "prompt", and the "text" that the model made of it."""
+        """Write text: a "prompt", and the "text" that the model made of it."""
 
     def sync(self) -> None:
-        """Make what was written so far survive a power cut: called before the checkpoint that covers it."""
+        """Sync to disk all that was written, before the checkpoint that covers it."""
 
     def close(self) -> None: ...
 
 
 class Sinks(list[Sink]):
-    """Several as one."""
+    """Several sinks as one."""
 
     def step(self, step: int) -> None:
         for sink in self:
@@ -60,10 +60,10 @@ class Sinks(list[Sink]):
 
 
 def build_sinks(config: Config, run: Path, first_step: int, quiet: bool = False) -> Sinks:
-    """The sinks that a config names, of a run that goes on after `first_step`. On rank 0 only.
+    """Open the sinks that a config names, of a run that continues after `first_step`. On rank 0 only.
 
     Raises OSError where the run's own files cannot be written. A tracker that fails, now or later, says so in one line
-    and is left out from then on (one that is not installed has been missed before: `check_trackers`).
+    and is disabled from then on (one that is not installed was refused before, by `check_trackers`).
     """
     sinks = Sinks([JsonlSink(run, first_step)])
     say: Callable[[str], None] = _say
@@ -81,14 +81,14 @@ def build_sinks(config: Config, run: Path, first_step: int, quiet: bool = False)
 
 
 def check_trackers(config: Config) -> None:
-    """Raises ValueError where a tracker that the config asks for is not installed; imports none."""
+    """Raise ValueError for a tracker that the config asks for and that is not installed; imports none."""
     for key, wanted in (("tensorboard", config.log.tensorboard), ("wandb", config.log.wandb is not None)):
         if wanted and importlib.util.find_spec(key) is None:
             raise ValueError(f"log.{key} is set, but {key} is not installed: pip install 'neox[log]', or unset it")
 
 
 class JsonlSink:
-    """metrics.jsonl and samples.jsonl: one row a line. A resumed run drops what is beyond its checkpoint."""
+    """metrics.jsonl and samples.jsonl: one row a line. A resumed run drops rows beyond its checkpoint."""
 
     def __init__(self, run: Path, first_step: int) -> None:
         """Keep the rows of steps up to `first_step` (a row cut by a crash is dropped) and append from there."""
@@ -150,7 +150,7 @@ class _RowFile:
 
 
 class ConsoleSink:
-    """A progress bar with what matters of the last row on a terminal; plain lines elsewhere."""
+    """Progress bar with the main figures of the last row on a terminal, plain lines elsewhere."""
 
     WIDE = 120  # columns from which gradient norm and learning rate find room beside the bar
 
@@ -207,6 +207,6 @@ def _say(line: str, console: Console | None = None) -> None:
 
 
 def visible(text: str) -> str:
-    """Control characters as their pictures: what a model writes must not steer the terminal."""
+    """Replace control characters by their pictures: a model's text must not steer the terminal."""
     pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
     return text.translate(pictures | dict.fromkeys(range(0x80, 0xA0), 0xFFFD))

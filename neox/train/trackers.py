@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: pictures of a run elsewhere. metrics.jsonl is the record; these may fail."""
+"""TensorBoard and Weights & Biases. metrics.jsonl is the record; these may fail."""
 
 import html
 import json
@@ -19,7 +19,7 @@ RUNTIME = ("tokens_per_second", "mfu", "mfu_causal", "hfu", "memory", "seconds",
 
 
 class Tracker(Protocol):
-    """A sink that is not told of steps without a row."""
+    """A sink that takes rows only, no steps without one."""
 
     def write(self, row: Row) -> None: ...
     def sample(self, row: Row) -> None: ...
@@ -28,7 +28,7 @@ class Tracker(Protocol):
 
 
 def grouped(row: Row) -> dict[str, float]:
-    """The numbers of a row under the names that trackers group them by: train/, runtime/, validation/."""
+    """Numbers of a row under the names that trackers group them by: train/, runtime/, validation/."""
     named = {}
     for key, value in row.items():
         if key in ("step", "time") or not isinstance(value, int | float):
@@ -51,7 +51,7 @@ def build_trackers(config: Config, run: Path, first_step: int, say: Callable[[st
 
 
 class Guarded:
-    """A tracker as a sink: the first time that it fails, one line says so, and the run goes on without it."""
+    """A tracker as a sink; at its first failure one line says so, and the run continues without it."""
 
     def __init__(self, name: str, build: Callable[[], Tracker], say: Callable[[str], None]) -> None:
         self.name, self.say = name, say
@@ -130,7 +130,7 @@ class TensorBoard:
 
 
 def _as_it_stands(text: str) -> str:
-    """Markdown, which TensorBoard shows: a text that is indented by four is left alone."""
+    """Indent a text by four, which TensorBoard's Markdown leaves alone."""
     return "\n".join("    " + line for line in text.splitlines())
 
 

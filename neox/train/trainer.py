@@ -1,7 +1,7 @@
-"""The training loop: one optimizer step at a time, every step a pure function of the state before it.
+"""The training loop: one optimizer step at a time, each a pure function of the state before it.
 
-Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step. Neither knows how the model lies on its
-processes: `neox.parallel.build` gives the parts of it that are here, and the callable that runs a step through them.
+Reading order: `Trainer.fit` is the loop, `Trainer.train_step` is the step. Neither knows how the model is split over
+processes: `neox.parallel.build` returns the parts of this process, and the callable that runs a step through them.
 """
 
 import math
@@ -49,7 +49,7 @@ Number = float | torch.Tensor
 
 @dataclass(frozen=True)
 class Result:
-    """How a call of `Trainer.fit` ended."""
+    """Result of a call of `Trainer.fit`."""
 
     step: int  # optimizer steps done, over all calls
     finished: bool  # false where a signal ended the run early; it is saved and can be resumed
@@ -59,13 +59,13 @@ class Result:
 
 
 class Trainer:
-    """Trains the model that a config describes, in a run directory that holds all that a resumed run needs.
+    """Trainer of the model that a config describes, in a run directory that holds all that a resumed run needs.
 
     `hooks` are called as hook(trainer, step) once before the first step and after each one: samples, evaluations,
     pictures come in that way. `trainer.model` is the live model, `trainer.model_parts` the parts of it that this
     process holds: in a pipeline there is no other, and a hook that communicates must do so on all processes alike.
-    `tp_plan` replaces the table of tensor parallelism (`neox.parallel.tp_plan`). Both the constructor and `fit` raise ValueError
-    for a config, data or run directory that cannot be used, `fit` also OSError where the disk is full.
+    `tp_plan` replaces the table of tensor parallelism (`neox.parallel.tp_plan`). Both the constructor and `fit` raise
+    ValueError for a config, data or run directory that cannot be used, `fit` also OSError where the disk is full.
 
     Started by torchrun, all processes of the run make the same calls; rank 0 writes what is written once. A run that
     torchrun begins anew goes on, as with `resume`.
@@ -301,7 +301,7 @@ class Trainer:
         return due
 
     def validate(self) -> float:
-        """Mean loss per token over the first `eval.batches` global batches of the held-out text."""
+        """Mean loss per token over the first `eval.batches` global batches of held-out text."""
         if self.valid is None:
             raise ValueError("data.valid is empty: name held-out text")
         for part in self.model_parts:
@@ -313,7 +313,7 @@ class Trainer:
         return total.item() / self.dims.sum_over_data(tokens)
 
     def whole_model(self) -> GPTNeoX | None:
-        """The model in one piece on rank 0, None elsewhere: what a hook may run. All processes call it together."""
+        """The whole model on rank 0, for a hook to run; None elsewhere. All processes call it together."""
         return whole_model(self.model_parts, self.dims)
 
     def save(self) -> Path:
@@ -324,7 +324,7 @@ class Trainer:
             return self.saver.save(self.model_parts, self.optimizers, self.config, self.state.save(), prunes=sound)
 
     def _build(self) -> None:
-        """Model, optimizers and data, at the newest complete checkpoint of the run where it is resumed."""
+        """Build model, optimizers and data, at the newest complete checkpoint of the run if it is resumed."""
         config, processes = self.config, self.processes
         done = complete_steps(self.run) if self.resume else []
         samples = config.train.steps * config.train.global_batch_size

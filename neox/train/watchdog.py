@@ -1,6 +1,6 @@
-"""What the training thread cannot see itself: a step that does not end, and a stop that takes longer than it may.
+"""The watchdog: a thread that ends the process when a step hangs, or when a stop takes longer than it may.
 
-A thread waits for either. It costs a step the storing of a time.
+It costs a step the storing of a time.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ MARGIN = 0.05  # of the grace, left for the line that is printed and for the end
 
 
 class Watchdog:
-    """While inside, ends the process where no step is finished for `train.timeout` seconds, or where it has not ended
-    `train.grace` seconds after SIGTERM. Both are said in one line; of a hang RUN/hang has the details.
+    """Ends the process if no step finishes for `train.timeout` seconds, or if it outlives SIGTERM by `train.grace`.
 
-    It does not hold up the training: what runs in torch, or waits for other processes, lets the thread run.
+    Both are said in one line; RUN/hang has the details of a hang. Active inside the context manager. Training is not
+    held up: work in torch, and waiting for other processes, lets the thread run.
     """
 
     def __init__(self, config: TrainConfig, run: Path, processes: Processes) -> None:
@@ -44,13 +44,13 @@ class Watchdog:
         self._told = False
 
     def done(self, step: int, seconds: float) -> None:
-        """A step is finished; it took so many seconds, evaluation and checkpoints aside."""
+        """Note a finished step and its seconds, without evaluation and checkpoints."""
         self.step, self.step_seconds = step, seconds
         self._steps += 1
         self._last, self._last_clock = time.monotonic(), time.time()
 
     def saved(self, seconds: float) -> None:
-        """Say once where a step and a save, which takes so long, are too long for `train.grace`."""
+        """Warn, once, if a step and a save of so many seconds are too long for `train.grace`."""
         needed, grace = self.step_seconds + seconds, self.config.grace
         # A first step may have been compiled.
         if needed < grace * (1 - MARGIN) or self._steps < 2 or self._told:
@@ -65,7 +65,7 @@ class Watchdog:
             )
 
     def terminate(self) -> None:
-        """SIGTERM came, if not before: to this process or to another one of the run."""
+        """Note that SIGTERM came, to this process or to another one of the run."""
         self.terminated = min(self.terminated, time.monotonic())
 
     def since_sigterm(self) -> float:
@@ -74,7 +74,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in here may take any time."""
+        """Suspend the timeout inside."""
         self._last = math.inf
         try:
             yield
@@ -142,12 +142,12 @@ class Watchdog:
             write_atomic(folder / f"rank_{rank}.json", json.dumps(found).encode())
         # The first to end would take the others with it before they have written theirs.
         others = self._others(folder)
-        line = f"{self.run}: hangs: no step finished for {seconds:.0f} s (train.timeout); "
+        line = f"{self.run}: hang detected: no step finished for {seconds:.0f} s (train.timeout); "
         _say(f"{line}stacks and collective calls of rank {rank}: {folder / f'rank_{rank}.txt'}, .json{others}")
         os._exit(STATUS_HUNG)
 
     def _others(self, folder: Path) -> str:
-        """On rank 0, how far each process of the run was."""
+        """Report, on rank 0, how far each process of the run was."""
         until = time.monotonic() + OTHERS
         found: dict[int, dict[str, Any]] = {}
         while len(found) < self.processes.world and time.monotonic() < until:

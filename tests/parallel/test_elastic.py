@@ -166,7 +166,7 @@ def test_a_hang_is_written_down_and_the_run_goes_on(tmp_path):
     status, _, err = launched.finish()
     assert status == 0, err
     assert "Traceback" not in err
-    assert err.count("hangs: no step finished for 3 s") == 2
+    assert err.count("hang detected: no step finished for 3 s") == 2
     told = [json.loads((run / "hang" / f"rank_{rank}.json").read_text()) for rank in range(2)]
     assert [found["step"] for found in told] == [4, 4]
     counts = [found["collectives"] for found in told]

@@ -90,7 +90,7 @@ def test_a_step_that_does_not_end_is_written_down(tmp_path):
     assert "Traceback" not in err
     said = err.splitlines()[-1]
     assert said == (
-        f"neox: {run}: hangs: no step finished for 2 s (train.timeout); stacks and collective calls of rank 0: "
+        f"neox: {run}: hang detected: no step finished for 2 s (train.timeout); stacks and collective calls of rank 0: "
         f"{run / 'hang' / 'rank_0.txt'}, .json"
     )
     assert json.loads((run / "hang" / "rank_0.json").read_text())["step"] == 3
