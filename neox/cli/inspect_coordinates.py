@@ -21,9 +21,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from neox.cli.verb import resolve
+from neox.cli.verb import read_options, resolve
 from neox.config import Section
-from neox.config.options import read_options
 from neox.config.sections.types import Positive, none, numbers
 
 

@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from neox.cli.verb import UsageError, resolve
+from neox.cli.verb import UsageError, read_options, resolve
 from neox.config import Section
-from neox.config.options import read_options
 from neox.config.sections.types import NotNegative, OptionalInt
 from neox.system.console import aligned
 

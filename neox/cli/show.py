@@ -22,9 +22,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from neox.cli.verb import UsageError, resolve
+from neox.cli.verb import UsageError, read_options, resolve
 from neox.config import Section
-from neox.config.options import read_options
 from neox.config.sections.types import OptionalInt
 
 

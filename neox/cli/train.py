@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from neox.cli.verb import UsageError, resolve
+from neox.cli.verb import UsageError, read_options, resolve
 from neox.config import Section
-from neox.config.options import parse_override, read_options
+from neox.config.options import parse_override
 
 if TYPE_CHECKING:
     from neox.config import Config

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
 if TYPE_CHECKING:
     from neox.config import Config, Section
@@ -27,9 +27,37 @@ def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
     return load_config(named[0] if named else None, files, options)
 
 
+def read_options(cls: type[S], texts: Iterable[str]) -> tuple[S, list[str]]:
+    """A section from ``key=value`` texts, and the texts whose keys it does not have. Raises ConfigError.
+
+    Text for a key of the class's own is taken as it stands; a list may be given in parts, by a key that comes again.
+    """
+    from neox.config import ConfigError
+    from neox.config.options import is_text, literal, section_of
+
+    values: dict[str, Any] = {}
+    rest, origin = [], {}
+    for text in texts:
+        name, _, raw = text.partition("=")
+        section, _, key = name.rpartition(".")
+        if key not in cls.model_fields or section not in ("", section_of(cls, key)):
+            rest.append(text)
+            continue
+        annotation = cls.model_fields[key].annotation
+        verbatim = not section_of(cls, key) and get_origin(annotation) is not tuple and is_text(annotation)
+        value = raw if verbatim else literal(raw.strip(), annotation, text)
+        if get_origin(annotation) is tuple and key in values:
+            value = [one for part in (values[key], value) for one in (part if isinstance(part, list) else [part])]
+        values[key], origin[key] = value, f"from {text}"
+    try:
+        return cls(**values), rest
+    except ConfigError as error:
+        source = origin.get(error.key.partition("[")[0].rpartition(".")[2])
+        raise ConfigError(f"{error} ({source})" if source else str(error), error.key) from None
+
+
 def read_all(verb: str, cls: type[S], options: Sequence[str]) -> S:
     """The options of a verb that takes no others. Raises UsageError for another, ConfigError for a wrong value."""
-    from neox.config.options import read_options
     from neox.config.spelling import did_you_mean
 
     own, rest = read_options(cls, options)

@@ -28,23 +28,6 @@ from neox.config.sections.types import OptionalStr
 from neox.config.sections.usage import EvalConfig, GenerateConfig
 from neox.config.spelling import did_you_mean
 
-__all__ = [
-    "CheckpointConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "EvalConfig",
-    "GenerateConfig",
-    "LogConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "ScheduleConfig",
-    "TokenizerConfig",
-    "TrainConfig",
-    "load_config",
-]
-
 
 class Config(Section):
     """All sections of a run, checked against each other. Build one with `load_config`."""

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable
 from datetime import date, time
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args, get_origin
+from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -49,7 +48,6 @@ class Section(BaseModel):
         return type(self)(**{**dict(self), **changes})
 
 
-S = TypeVar("S", bound=Section)
 SECTIONS: dict[str, type[Section]] = {}
 """Every section by name; filled by neox.config."""
 
@@ -97,10 +95,10 @@ def parse_override(text: str) -> tuple[str, str, Any]:
         section = owners[0] if owners else ""
     if section not in SECTIONS or key not in SECTIONS[section].model_fields:
         raise ConfigError(f"{name}: no such key{suggest_key(section, key)} (from {text})", name)
-    return section, key, _literal(raw.strip(), SECTIONS[section].model_fields[key].annotation, text)
+    return section, key, literal(raw.strip(), SECTIONS[section].model_fields[key].annotation, text)
 
 
-def _literal(raw: str, annotation: Any, text: str) -> Any:
+def literal(raw: str, annotation: Any, text: str) -> Any:
     wants_list = get_origin(annotation) is tuple
     try:
         table = tomllib.loads(f"value = {raw}")
@@ -110,13 +108,13 @@ def _literal(raw: str, annotation: Any, text: str) -> Any:
             raise ConfigError(f'{text}: not a list; its texts need quotes, as in \'["a", "b"]\'') from None
         return raw
     # A directory may be called 2024-01-01, or 7, a regex [1]: where text is wanted, what was typed is the text.
-    wants_text = _is_text(annotation)
+    wants_text = is_text(annotation)
     if isinstance(value, date | time) or (wants_text and not isinstance(value, (str, list) if wants_list else str)):
         return raw
     return value
 
 
-def _is_text(annotation: Any) -> bool:
+def is_text(annotation: Any) -> bool:
     return annotation is str or str in get_args(annotation)
 
 
@@ -134,32 +132,6 @@ def section_of(cls: type[Section], key: str = "") -> str:
     bases = [base for base in cls.__mro__ if issubclass(base, Section) and base is not Section]
     bases = [base for base in bases if key in base.model_fields][-1:] or bases
     return next((name for name, section in SECTIONS.items() if issubclass(section, tuple(bases))), "")
-
-
-def read_options(cls: type[S], texts: Iterable[str]) -> tuple[S, list[str]]:
-    """A section from ``key=value`` texts, and the texts whose keys it does not have. Raises ConfigError.
-
-    Text for a key of the class's own is taken as it stands; a list may be given in parts, by a key that comes again.
-    """
-    values: dict[str, Any] = {}
-    rest, origin = [], {}
-    for text in texts:
-        name, _, raw = text.partition("=")
-        section, _, key = name.rpartition(".")
-        if key not in cls.model_fields or section not in ("", section_of(cls, key)):
-            rest.append(text)
-            continue
-        annotation = cls.model_fields[key].annotation
-        verbatim = not section_of(cls, key) and get_origin(annotation) is not tuple and _is_text(annotation)
-        value = raw if verbatim else _literal(raw.strip(), annotation, text)
-        if get_origin(annotation) is tuple and key in values:
-            value = [one for part in (values[key], value) for one in (part if isinstance(part, list) else [part])]
-        values[key], origin[key] = value, f"from {text}"
-    try:
-        return cls(**values), rest
-    except ConfigError as error:
-        source = origin.get(error.key.partition("[")[0].rpartition(".")[2])
-        raise ConfigError(f"{error} ({source})" if source else str(error), error.key) from None
 
 
 def _one_line(cls: type[Section], error: ValidationError) -> ConfigError:

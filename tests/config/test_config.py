@@ -203,7 +203,7 @@ def test_bare_keys():
 KEYS = [f"{section}.{key}" for section, key, _ in FIELDS] + [key for _, key, _ in FIELDS] + ["preset", "train", ""]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     key=st.sampled_from(KEYS) | st.text(max_size=12),
     value=st.text(max_size=20) | st.integers() | st.floats() | st.sampled_from(["[1,", "{a=1}", "[[", "9" * 5000]),
@@ -390,7 +390,7 @@ def configs(draw) -> Config:
     return Config(preset=draw(st.none() | st.sampled_from(["neox-20b", "gpt-neo-125m", "pythia-14m"])), **sections)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(config=configs())
 def test_to_toml_is_accepted_back_verbatim(config, tmp_path_factory):
     path = tmp_path_factory.mktemp("toml") / "config.toml"
