@@ -22,10 +22,13 @@ VERBS = ("quickstart", "prepare", "train", "eval", "generate", "convert", "show"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 for an error, 2 for bad usage, 128 + n if signal n stopped it."""
-    # A thread of torch's that waits for the others spins for milliseconds first, in front of whoever else needs the
-    # core: beside a busy process a token took 80 ms, and takes 12 ms with this (docs/log.md, pythia-160m in int4).
-    # GNU's OpenMP reads it once, when torch loads it.
+    """Run one command and return its exit status.
+
+    0; 1 for an error; 2 for a wrong command; 128 + n after signal n.
+    """
+    # OpenMP threads spin for milliseconds while they wait, and keep the core from other processes: beside a busy
+    # process a token took 80 ms, and takes 12 ms with this (docs/log.md, pythia-160m in int4). GNU's OpenMP reads the
+    # variable once, when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(str(error), 2)
     except BrokenPipeError:
-        # The reader has gone (`neox show | head`). Without this, Python complains when it flushes stdout at exit.
+        # The reader of the pipe ended (`neox show | head`): without this, Python complains when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(str(error), 1)
         if type(error).__name__ != "OtherProcessFailed":
             raise
-        return 1  # that process has said why
+        return 1  # that process printed the reason
     return status
 
 
@@ -87,7 +90,7 @@ def _module(name: str) -> Any:
 
 
 def _summary(name: str) -> str:
-    """First line of a verb's docstring, read without an import of the verb."""
+    """First line of a verb's docstring, without importing the verb."""
     source = pkgutil.get_data("neox.cli", f"{name}.py")
     assert source, "verbs are files"
     return source.decode().partition("\n")[0].strip('r"')

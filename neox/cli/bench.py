@@ -1,4 +1,4 @@
-"""Measure a model's decoding on this CPU, its weights held in fewer and fewer bits.
+"""Measure decoding on this CPU with weights of fewer and fewer bits.
 
 neox bench MODEL [weights=torch,fp16,int8,int4]
 

@@ -1,4 +1,4 @@
-"""Continue prompts with a model: one as you watch, a file of them, or at a terminal.
+"""Continue prompts: one streamed, a file of them, or at a terminal.
 
 neox generate MODEL prompt=TEXT [key=value ...]
 neox generate MODEL prompts=FILE out=FILE.jsonl [key=value ...]
@@ -104,7 +104,7 @@ def _answer(
     config: GenerateConfig,
     out: str | None,
 ) -> None:
-    """Generate with the engine, to a file, to standard output or in a conversation."""
+    """Generate to a file, to standard output or at a terminal."""
     from neox.generate.batch import complete, partial_name, write_completions
     from neox.generate.rate import Rate
     from neox.generate.repl import converse

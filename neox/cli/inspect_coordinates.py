@@ -1,4 +1,4 @@
-"""Check that a model's activations keep their size as it grows wider (muP's coordinate check).
+"""Coordinate check of muP: sizes of activations as the width grows.
 
 neox inspect coordinates [PRESET] [FILE.toml ...] [key=value ...]
 
@@ -44,12 +44,12 @@ OPTIONS = InspectCoordinatesOptions
 
 def run(targets: list[str], options: list[str]) -> None:
     """Run the topic."""
-    own, rest = read_options(InspectCoordinatesOptions, options)
-    config, steps = resolve(targets, rest), own.steps
-    out, head_dim = Path(own.out), config.model.head_dim
+    chosen, rest = read_options(InspectCoordinatesOptions, options)
+    config, steps = resolve(targets, rest), chosen.steps
+    out, head_dim = Path(chosen.out), config.model.head_dim
     if out.suffix != ".png":
         raise ValueError(f"out={out}: must end in .png")
-    widths = sorted(set(own.widths) or {head_dim * heads for heads in (1, 2, 4, 8)})
+    widths = sorted(set(chosen.widths) or {head_dim * heads for heads in (1, 2, 4, 8)})
     if len(widths) < 2:
         raise ValueError(f"widths={widths[0]}: a slope needs two widths, such as 64,128,256,512")
 
@@ -58,19 +58,19 @@ def run(targets: list[str], options: list[str]) -> None:
     from neox.analysis.coordinates import at_width, coordinates, table, write_coordinates
 
     base = config.model.mup_base_width or min(widths)
-    kinds = {"standard": None, "mup": base}
-    kinds = {kind: width for kind, width in kinds.items() if own.only in (None, kind)}
+    starts = {"standard": None, "mup": base}
+    starts = {name: width for name, width in starts.items() if chosen.only in (None, name)}
     for width in widths:
-        at_width(config.model, width, base)  # what is wrong is said before any is trained
-    found = {}
-    for kind, start in kinds.items():
+        at_width(config.model, width, base)  # raises for a wrong width before the first training
+    sizes = {}
+    for name, start in starts.items():
         measured = []
         for width in widths:
-            sizes, losses = coordinates(config, width, start, steps)
-            measured.append(sizes)
-            print(f"{kind}, width {width}: loss {losses[0]:.3f}, after {steps} steps {losses[-1]:.3f}", file=sys.stderr)
-        found[kind] = np.stack(measured)
+            size, losses = coordinates(config, width, start, steps)
+            measured.append(size)
+            print(f"{name}, width {width}: loss {losses[0]:.3f}, after {steps} steps {losses[-1]:.3f}", file=sys.stderr)
+        sizes[name] = np.stack(measured)
     print("Slopes of log(mean absolute value) over log(width); 0: the width does not matter")
-    print(table(widths, found))
-    write_coordinates(out, widths, found, steps)
+    print(table(widths, sizes))
+    write_coordinates(out, widths, sizes, steps)
     print(f"{out}: written")

@@ -1,4 +1,4 @@
-"""Show training data: documents of a step, a string in the data, the steps of a document.
+"""Show training data: by step, by string, or by document.
 
 neox inspect data RUN_DIR [key=value ...]
 neox inspect data [PRESET] [FILE.toml ...] data.train=PREFIX [section.key=value ...] [key=value ...]
@@ -63,13 +63,13 @@ OPTIONS = InspectDataOptions
 
 def run(targets: list[str], options: list[str]) -> None:
     """Run the topic."""
-    own, rest = read_options(InspectDataOptions, options)
-    asked = [key for key in QUESTIONS if key in own.model_fields_set]
+    chosen, rest = read_options(InspectDataOptions, options)
+    asked = [key for key in QUESTIONS if key in chosen.model_fields_set]
     if len(asked) > 1:
         raise UsageError(f"inspect data answers one question at a time, not {' and '.join(asked)}")
-    if own.model_fields_set & {"row", "out"} and own.step is None:
+    if chosen.model_fields_set & {"row", "out"} and chosen.step is None:
         raise UsageError("row= and out= belong to step=N")
-    out = Path(own.out) if own.out else None
+    out = Path(chosen.out) if chosen.out else None
     if out and out.suffix not in (".html", ".npy"):
         raise ValueError(f"out={out}: must end in .html (a page) or .npy (rows of tokens)")
 
@@ -79,18 +79,18 @@ def run(targets: list[str], options: list[str]) -> None:
         if rest:
             names = ", ".join(InspectDataOptions.model_fields)
             raise UsageError(f"{rest[0]}: a run keeps its config; options of inspect data are {names}")
-        inspector = SampleInspector.of_run(Path(targets[0]), own.tokenizer)
+        inspector = SampleInspector.of_run(Path(targets[0]), chosen.tokenizer)
     else:
-        inspector = SampleInspector.of_config(resolve(targets, rest), own.tokenizer)
-    until = inspector.last if own.until is None else own.until
-    if own.step is not None:
-        _step(inspector, own.step, own.row, out)
-    elif own.find is not None:
-        _find(inspector, own.find, until, own.limit)
-    elif own.document is not None:
-        _document(inspector, own.document, until)
-    elif own.export is not None:
-        _export(inspector, Path(own.export), until)
+        inspector = SampleInspector.of_config(resolve(targets, rest), chosen.tokenizer)
+    until = inspector.last if chosen.until is None else chosen.until
+    if chosen.step is not None:
+        _step(inspector, chosen.step, chosen.row, out)
+    elif chosen.find is not None:
+        _find(inspector, chosen.find, until, chosen.limit)
+    elif chosen.document is not None:
+        _document(inspector, chosen.document, until)
+    elif chosen.export is not None:
+        _export(inspector, Path(chosen.export), until)
     else:
         _components(inspector, until)
 
@@ -109,31 +109,31 @@ def _step(inspector: SampleInspector, step: int, row: int | None, out: Path | No
         write_step_page(out, rows, title)
         print(f"{out}: open it in a browser")
     elif out:
-        tokens = np.stack([found.tokens for found in rows])
+        tokens = np.stack([one.tokens for one in rows])
         write_whole(out, lambda file: np.save(file, tokens))
         print(f"{out}: written")
     elif row is not None:
         print(title)
-        for found in rows:
-            for passage in found.passages:
+        for one in rows:
+            for passage in one.passages:
                 known = ", ".join([*passage.origin.known, passage.name])
                 print(f"\n--- {known}, from token {passage.span.offset} on:")
                 print(_plain(passage.text))
     else:
         print(title)
         table = [("row", "sample", "tokens", "document", "component", "source", "text")]
-        for found in rows:
+        for one in rows:
             table += [
                 (
-                    str(found.row),
-                    str(found.sample),
+                    str(one.row),
+                    str(one.sample),
                     str(passage.span.tokens),
                     passage.name,
                     passage.origin.component or "-",
                     passage.origin.source or "-",
                     _short(passage.text),
                 )
-                for passage in found.passages
+                for passage in one.passages
             ]
         print(*aligned(table, ">>><<<<"), sep="\n")
 
@@ -187,11 +187,11 @@ def _components(inspector: SampleInspector, until: int) -> None:
 
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("steps", total=until)
-        found = component_tokens(inspector, until, lambda done: bar.advance(task, done))
-    read = sum(component.tokens for component in found) or 1
+        components = component_tokens(inspector, until, lambda done: bar.advance(task, done))
+    read = sum(component.tokens for component in components) or 1
     print(f"steps 1 to {until}:")
     table = [("file", "component", "tokens", "share", "epochs")]
-    for component in sorted(found, key=lambda component: -component.tokens):
+    for component in sorted(components, key=lambda component: -component.tokens):
         name = component.component or "-"
         share = f"{100 * component.tokens / read:.2f} %"
         table.append((component.file, name, f"{component.tokens:,}", share, f"{component.epochs:.3f}"))

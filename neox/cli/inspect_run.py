@@ -1,4 +1,4 @@
-"""Lay the curves of runs beside each other, while they go on or after.
+"""Compare the curves of runs, finished or still running.
 
 neox inspect run RUN_DIR... [out=report.html] [key=value ...]
 

@@ -1,4 +1,4 @@
-"""Compare tokenizers on texts: bytes a token, tokens a word, use of the vocabulary.
+"""Compare tokenizers on texts: compression and use of the vocabulary.
 
 neox inspect tokenizer TOKENIZER [OTHER...] text=SOURCE [text=SOURCE...] [text_key=text]
 

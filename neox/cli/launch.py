@@ -1,4 +1,4 @@
-"""Several processes on this host, started as torchrun starts them: `neox train` does it where a run needs them."""
+"""Start of several processes on this host, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def processes_here(config: Config) -> int:
-    """How many processes a run takes on this host: as many as its parallel axes multiply to; where parallel.dp_shard
-    leaves that open (0), one for each CUDA device.
+    """Number of processes that a run takes on this host.
 
-    Raises ValueError where there are fewer devices than that.
+    It is the product of the parallel axes; with parallel.dp_shard open (0), one per CUDA device. Raises ValueError if
+    there are fewer devices than that.
     """
     import torch
 
@@ -35,10 +35,11 @@ def processes_here(config: Config) -> int:
 
 
 def launch(arguments: list[str], number: int, config: TrainConfig) -> int:
-    """`neox ARGUMENTS` in `number` processes; the exit status of the first that failed for good, 0, or 128 + signal.
+    """Run `neox ARGUMENTS` in `number` processes and return the exit status.
 
     When one dies all are started again, up to `train.restarts` times. SIGTERM and Ctrl-C are passed on once; the
-    processes then have `train.grace` seconds, or until a second Ctrl-C, which is passed on too.
+    processes then have `train.grace` seconds, or until a second Ctrl-C, which is passed on too. The status is 0, that
+    of the first process that failed for good, or 128 + signal.
     """
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent

@@ -1,4 +1,4 @@
-"""Help, tables of the guides and the JSON schema of run files, all made from the options' fields.
+"""Help, tables of the guides and JSON schema, from the options' fields.
 
     python -m neox.cli.reference docs/*.md        # writes the tables of the guides anew
 
@@ -43,13 +43,13 @@ def help_text(verb: ModuleType) -> str:
 
 
 def keys_of(cls: type[Section]) -> list[str]:
-    """Options of a section in the order of help: those of the class itself, then those of its bases."""
+    """Options in the order of help: those of the class, then its bases'."""
     bases = [base for base in cls.__mro__ if issubclass(base, Section)]
     return list(dict.fromkeys(key for base in bases for key in base.__annotations__ if key in cls.model_fields))
 
 
 def table(cls: type[Section], keys: Iterable[str] = (), prefix: str = "") -> str:
-    """Markdown table of options: name, default, description. Raises KeyError for an unknown one."""
+    """Markdown table of options. Raises KeyError for an unknown one."""
     rows = ["| option | default | description |", "|---|---|---|"]
     for key in keys or keys_of(cls):
         default, text = cls.model_fields[key].default, _described(cls, key).replace("|", r"\|")
@@ -59,7 +59,7 @@ def table(cls: type[Section], keys: Iterable[str] = (), prefix: str = "") -> str
 
 
 def with_tables(text: str) -> str:
-    """A guide's text with its tables of options made anew. Raises KeyError for an unknown option."""
+    """A guide's text with fresh tables. Raises KeyError for an unknown option."""
 
     def made(match: re.Match[str]) -> str:
         start, name, keys, end = match.groups()
@@ -69,7 +69,7 @@ def with_tables(text: str) -> str:
 
 
 def all_options() -> str:
-    """Page with every option of a config, section by section, and those of the verbs."""
+    """Page with all options of a config and of the verbs."""
     parts = [
         "# All options\n",
         "Options of a run file (TOML), of the command line (`section.key=value`, or `key=value` where one section has\n"
@@ -93,7 +93,7 @@ def json_schema() -> str:
 
 
 def _as_toml(schema: Any) -> Any:
-    """The schema of values as TOML has them: "none" for null, a list or a table for what becomes pairs."""
+    """Schema of the values in TOML: "none" for null, lists or tables for pairs."""
     if isinstance(schema, list):
         return [_as_toml(one) for one in schema]
     if not isinstance(schema, dict):
@@ -121,7 +121,7 @@ def _help_line(cls: type[Section], key: str, name: str) -> str:
 
 
 def _described(cls: type[Section], key: str) -> str:
-    """Description of an option, with its choices if it does not name them all."""
+    """Description of an option, followed by choices that it does not name."""
     field = cls.model_fields[key]
     text = " ".join((field.description or "").split())
     literals = [kind for kind in (field.annotation, *get_args(field.annotation)) if get_origin(kind) is Literal]

@@ -1,4 +1,4 @@
-"""Show a config and what it costs: parameters, FLOPs, memory, a plan for many GPUs.
+"""Show a config and its cost: parameters, FLOPs, memory, plan for GPUs.
 
 neox show [PRESET] [FILE.toml ...] [key=value ...] [gpu=NAME] [gpus=N] [network=GB/s]
 neox show config_schema=FILE.json
@@ -50,26 +50,28 @@ def run(targets: list[str], options: list[str]) -> None:
     if not targets and not options:
         print(planning.table())
         return
-    own, rest = read_options(ShowOptions, options)
-    if own.gpu is None and (others := own.model_fields_set - {"config_schema"}):
+    chosen, rest = read_options(ShowOptions, options)
+    if chosen.gpu is None and (others := chosen.model_fields_set - {"config_schema"}):
         raise UsageError(f"{' and '.join(sorted(others))} also needs gpu=, the name of the GPU")
-    if own.config_schema is not None:
+    if chosen.config_schema is not None:
         from neox.cli.reference import json_schema
         from neox.system.files import write_atomic
 
-        write_atomic(Path(own.config_schema), json_schema().encode())
-        print(f"{own.config_schema}: written; the first line of a run file names it: #:schema {own.config_schema}")
+        write_atomic(Path(chosen.config_schema), json_schema().encode())
+        print(
+            f"{chosen.config_schema}: written; the first line of a run file names it: #:schema {chosen.config_schema}"
+        )
         return
     config = resolve(targets, rest)
     print(planning.show(config))
-    if own.gpu is None and config.parallel.processes == 1:
+    if chosen.gpu is None and config.parallel.processes == 1:
         return
     from neox.planning.hardware import gpu
     from neox.planning.propose import propose
     from neox.planning.run_plan import plan
 
-    device = gpu(own.gpu, own.network) if own.gpu else None
-    if own.gpu and device and own.gpus:
-        print("", propose(config, own.gpus, own.gpu, device), sep="\n")
+    device = gpu(chosen.gpu, chosen.network) if chosen.gpu else None
+    if chosen.gpu and device and chosen.gpus:
+        print("", propose(config, chosen.gpus, chosen.gpu, device), sep="\n")
     else:
-        print("", plan(config, own.gpu, device), sep="\n")
+        print("", plan(config, chosen.gpu, device), sep="\n")

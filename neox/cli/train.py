@@ -1,4 +1,4 @@
-"""Train a model on text or on prepared tokens; continue a run that was stopped.
+"""Train a model on text or prepared tokens; continue a stopped run.
 
 neox train [PRESET] [FILE.toml ...] data.train=SOURCE [out=RUN_DIR] [key=value ...]
 neox train resume=RUN_DIR [key=value ...]
@@ -80,13 +80,13 @@ def run(targets: list[str], options: list[str]) -> int:
         trainer = Trainer(config, resume=resumed, hooks=tuple(hooks))
     except (UsageError, ValueError):
         if not first_of_host():
-            raise OtherProcessFailed("the first process of this host says so") from None
+            raise OtherProcessFailed("the first process of this host prints the error") from None
         raise
     folder, steps = Path(config.log.out), config.train.steps
     again = f"neox train resume={shlex.quote(str(folder))}"
     if resumed and (done_steps := complete_steps(folder)):
         done = step_number(done_steps[-1])
-        if done >= steps and is_valid(done_steps[-1]):  # a damaged one is made again
+        if done >= steps and is_valid(done_steps[-1]):  # a damaged checkpoint is written again
             if first_of_host():
                 print(f"{folder}: finished at step {done}; train on: {again} steps={2 * done}")
             return 0
@@ -113,15 +113,15 @@ def run(targets: list[str], options: list[str]) -> int:
 
 
 def _asked(targets: list[str], options: list[str]) -> tuple[Config, bool]:
-    """The config of a command of `train`, and whether it may continue the run in its run directory."""
+    """The config of a command, and whether it may continue its run."""
     from neox.checkpoint import complete_steps
     from neox.train import run_config
 
-    own, overrides = read_options(TrainOptions, options)
-    if "resume" not in own.model_fields_set:
+    chosen, overrides = read_options(TrainOptions, options)
+    if "resume" not in chosen.model_fields_set:
         return resolve(targets, overrides), False
     placed = [override for override in overrides if parse_override(override)[:2] == ("log", "out")]
-    if own.resume == "auto":
+    if chosen.resume == "auto":
         begun = resolve(targets, overrides)
         run = Path(begun.log.out)
         if not ((run / "config.toml").is_file() or complete_steps(run)):
@@ -131,4 +131,4 @@ def _asked(targets: list[str], options: list[str]) -> tuple[Config, bool]:
         raise UsageError(f"resume= continues the run with its own config: leave out {targets[0]}")
     if placed:
         raise UsageError("a run is resumed in its own directory: leave out out=, or set resume=auto")
-    return run_config(Path(own.resume), overrides), True
+    return run_config(Path(chosen.resume), overrides), True

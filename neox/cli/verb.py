@@ -1,4 +1,4 @@
-"""Parts that all verbs share: the error of a wrong command, a verb's own options, the config."""
+"""Parts of all verbs: the error of a wrong command, options, config."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ S = TypeVar("S", bound="Section")
 
 
 class UsageError(Exception):
-    """The command itself is wrong, not a value in it: exit status 2."""
+    """Wrong command, as opposed to a wrong value in it: exit status 2."""
 
 
 def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
-    """The config that a preset's name, TOML files and key=value options add up to."""
+    """Resolve a preset's name, TOML files and key=value options to a config."""
     from neox.config import load_config, presets
 
     files = [t for t in targets if t not in presets.names() and (t.endswith(".toml") or os.path.isfile(t))]
@@ -28,9 +28,10 @@ def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
 
 
 def read_options(cls: type[S], texts: Iterable[str]) -> tuple[S, list[str]]:
-    """A section from ``key=value`` texts, and the texts whose keys it does not have. Raises ConfigError.
+    """Read a section from ``key=value`` texts; return it and the other texts.
 
     Text for a key of the class's own is taken as it stands; a list may be given in parts, by a key that comes again.
+    Raises ConfigError for a wrong value.
     """
     from neox.config import ConfigError
     from neox.config.options import is_text, literal, section_of
@@ -57,7 +58,10 @@ def read_options(cls: type[S], texts: Iterable[str]) -> tuple[S, list[str]]:
 
 
 def read_all(verb: str, cls: type[S], options: Sequence[str]) -> S:
-    """The options of a verb that takes no others. Raises UsageError for another, ConfigError for a wrong value."""
+    """Read the options of a verb that takes no others.
+
+    Raises UsageError for an unknown option, ConfigError for a wrong value.
+    """
     from neox.config.spelling import did_you_mean
 
     own, rest = read_options(cls, options)

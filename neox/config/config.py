@@ -1,7 +1,7 @@
 """Every option of neox: typed, validated, frozen.
 
 A value is looked up in four places, the later one wins: the defaults in `neox.config.sections`, a preset, TOML files,
-``key=value`` overrides. Whatever is wrong is said in one line that names the key and where its value came from.
+``key=value`` overrides. An error is one line that names the key and the source of its value.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from neox.config.spelling import did_you_mean
 
 
 class Config(Section):
-    """All sections of a run, checked against each other. Build one with `load_config`."""
+    """All sections of a run, checked against each other; see `load_config`."""
 
     preset: OptionalStr = None
     """Name of the preset that the values started from."""
@@ -54,7 +54,9 @@ class Config(Section):
                 f"data.seq_length: {self.data.seq_length} is more than model.max_position_embeddings ({longest})"
             )
         if self.checkpoint.keep_every and not self.checkpoint.keep_last:
-            raise ValueError("checkpoint.keep_every: says which older ones stay where checkpoint.keep_last is set")
+            raise ValueError(
+                "checkpoint.keep_every: keeps some of the checkpoints that keep_last removes; set checkpoint.keep_last"
+            )
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(f"schedule.min_lr: {self.schedule.min_lr} is above optim.lr ({self.optim.lr})")
         horizon = self.schedule.horizon or self.train.steps
@@ -76,7 +78,7 @@ class Config(Section):
         if parallel.pp == 1:
             if parallel.stage_layers:
                 raise ValueError(
-                    "parallel.stage_layers: says how the stages of parallel.pp share the layers; set parallel.pp"
+                    "parallel.stage_layers: distributes layers over the stages of parallel.pp; set parallel.pp"
                 )
             return
         if parallel.stages > layers:
@@ -102,7 +104,7 @@ class Config(Section):
             )
 
     def _splits(self) -> None:
-        """What tensor and context parallelism cut must come out even."""
+        """Check that tensor and context parallelism split evenly."""
         model, tp, cp = self.model, self.parallel.tp, self.parallel.cp
         for key, size in (
             ("num_attention_heads", model.num_attention_heads),
@@ -131,13 +133,13 @@ class Config(Section):
 
     @property
     def microbatches(self) -> list[int]:
-        """Sequences of each microbatch of a data-parallel rank, as `neox.data.Loader` cuts its share of a step."""
+        """Sequences per microbatch of a data-parallel rank, as `neox.data.Loader` cuts them."""
         size, ranks = self.train.micro_batch_size, self.parallel.dp_replicate * self.parallel.shards
         share = -(-self.train.global_batch_size // ranks)
         return [min(size, share - start) for start in range(0, share, size)]
 
     def to_toml(self) -> str:
-        """Every option with its resolved value, as TOML that `load_config` turns into an equal Config."""
+        """All resolved values as TOML; `load_config` reads an equal Config from it."""
         import tomli_w
 
         def plain(value: Any) -> Any:
@@ -155,13 +157,13 @@ SECTIONS.update(
 
 
 def load_config(preset: str | None = None, files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
-    """Resolve defaults < preset < TOML files, in order < ``key=value`` overrides, in order.
+    """Resolve defaults < preset < TOML files < ``key=value`` overrides, each in order.
 
     An override's key is ``section.key``, or ``key`` alone where only one section has it; its value is a TOML literal
     or, failing that, a bare string. A file or an override may name the preset (``preset = "pythia-160m"``); an
     override wins over the argument, the argument over a file.
 
-    Raises ConfigError (a ValueError) with one line: what is wrong, which key, and the file and line it came from.
+    Raises ConfigError (a ValueError) with one line: the fault, the key, and its file and line.
     """
     values: dict[str, dict[str, Any]] = {s: {} for s in SECTIONS}
     origin: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""How options are read and refused: the base of every section, TOML with line numbers, ``key=value``, one-line errors.
+"""Reading of options: base of the sections, TOML, ``key=value``, one-line errors.
 
 The options themselves are in `neox.config`, which enters its sections in `SECTIONS`.
 """
@@ -17,7 +17,7 @@ from neox.config.spelling import did_you_mean
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used. ``key`` is the option at fault, as ``section.key``."""
+    """Unusable configuration. ``key`` is the option at fault, as ``section.key``."""
 
     def __init__(self, message: str, key: str = "") -> None:
         # A value or a file name may hold a line break; the message stays one line.
@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A frozen group of options. Unknown keys, wrong types and bad values raise ConfigError with one line."""
+    """Frozen group of options. A wrong key or value raises a one-line ConfigError."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -53,7 +53,7 @@ SECTIONS: dict[str, type[Section]] = {}
 
 
 def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Content of a TOML file, and the file:line of each section and key. Raises ConfigError."""
+    """Read a TOML file: content, and file:line of each key. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
@@ -63,8 +63,8 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
     except tomllib.TOMLDecodeError as error:
         line = re.search(r" \(at line (\d+), column \d+\)$", str(error))
-        place = f"{path}:{line[1]}" if line else str(path)
-        raise ConfigError(f"{place}: not valid TOML: {str(error)[: line.start()] if line else error}") from None
+        where = f"{path}:{line[1]}" if line else str(path)
+        raise ConfigError(f"{where}: not valid TOML: {str(error)[: line.start()] if line else error}") from None
     lines, section = {}, ""
     for number, line_text in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*\[\s*([\w-]+)\s*\]", line_text):
@@ -80,7 +80,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def parse_override(text: str) -> tuple[str, str, Any]:
-    """Section, key and value of one ``key=value``; the section is empty for ``preset``. Raises ConfigError."""
+    """Parse ``key=value`` to section (none for preset), key, value. Raises ConfigError."""
     name, equals, raw = text.partition("=")
     name = name.strip()
     if not equals or not name:
@@ -107,7 +107,7 @@ def literal(raw: str, annotation: Any, text: str) -> Any:
         if wants_list and raw.startswith("[") and raw.endswith("]"):
             raise ConfigError(f'{text}: not a list; its texts need quotes, as in \'["a", "b"]\'') from None
         return raw
-    # A directory may be called 2024-01-01, or 7, a regex [1]: where text is wanted, what was typed is the text.
+    # A directory may be called 2024-01-01, or 7, a regex [1]: an option of type text takes the typed text.
     wants_text = is_text(annotation)
     if isinstance(value, date | time) or (wants_text and not isinstance(value, (str, list) if wants_list else str)):
         return raw
@@ -119,7 +119,7 @@ def is_text(annotation: Any) -> bool:
 
 
 def suggest_key(section: str, key: str) -> str:
-    """Hint for an unknown key: the same name elsewhere, then the nearest in its section, then anywhere."""
+    """Hint for an unknown key: same name elsewhere, nearest here, nearest anywhere."""
     everywhere = [f"{s}.{k}" for s, cls in SECTIONS.items() for k in cls.model_fields]
     same = [name for name in everywhere if name.endswith(f".{key}")]
     here = [name for name in everywhere if name.startswith(f"{section}.")]
@@ -128,7 +128,7 @@ def suggest_key(section: str, key: str) -> str:
 
 
 def section_of(cls: type[Section], key: str = "") -> str:
-    """Name of the section that a class has an option from; empty for an option of its own."""
+    """Name of the section that defines a class's option; empty for its own."""
     bases = [base for base in cls.__mro__ if issubclass(base, Section) and base is not Section]
     bases = [base for base in bases if key in base.model_fields][-1:] or bases
     return next((name for name, section in SECTIONS.items() if issubclass(section, tuple(bases))), "")
@@ -136,10 +136,10 @@ def section_of(cls: type[Section], key: str = "") -> str:
 
 def _one_line(cls: type[Section], error: ValidationError) -> ConfigError:
     """The first of pydantic's complaints as one line, led by section.key."""
-    found = error.errors()
-    first = found[0]
+    faults = error.errors()
+    first = faults[0]
     section = section_of(cls, str(first["loc"][0]) if first["loc"] else "")
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     key = section
     for part in first["loc"]:
         key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)

@@ -1,4 +1,4 @@
-"""The Pile as it was published: its 22 components, the five groups they fall into, and open data in its stead.
+"""The Pile as published: 22 components in five groups; open substitutes.
 
 Sources: the Pile's paper (Gao et al. 2020, arXiv 2101.00027), tables 1, 2, 5 and 7, for the figures and the rights; the
 GPT-NeoX-20B paper (arXiv 2204.06745), section 3.1, for the groups.
@@ -18,7 +18,7 @@ or neither."""
 
 @dataclass(frozen=True)
 class Component:
-    """One of the 22 sources of the Pile, with what was published about it."""
+    """One of the 22 components of the Pile, with its published figures."""
 
     name: str
     """Its `meta.pile_set_name` in the released files."""
@@ -79,5 +79,5 @@ STAND_INS = {
 
 
 def stand_in(name: str) -> str:
-    """The source that a name stands for: a data set of the hub for one of STAND_INS, the name itself otherwise."""
+    """Source behind a name: a data set of the hub for STAND_INS, else the name."""
     return STAND_INS.get(name, name)

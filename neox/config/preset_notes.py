@@ -1,4 +1,4 @@
-"""Doubtful points in the published record of the presets: the value taken, the reason, the source."""
+"""Doubtful points in the record of the presets: value, reason, source."""
 
 from __future__ import annotations
 

@@ -16,7 +16,10 @@ Sections = dict[str, dict[str, Any]]
 
 
 class Row(NamedTuple):
-    """One model: shape, padded vocabulary, peak lr, batch in sequences, steps. None: not recorded, default stays."""
+    """One model: shape, padded vocabulary, peak lr, batch in sequences, steps.
+
+    None: not recorded, the default stays.
+    """
 
     name: str
     family: str
@@ -140,7 +143,7 @@ def names() -> tuple[str, ...]:
 
 
 def preset(name: str) -> Sections:
-    """The sections that the preset sets, as a fresh dict of dicts. Raises ValueError for an unknown name."""
+    """Sections that a preset sets, as a fresh dict. Raises ValueError."""
     row = _row(name)
     sections = deepcopy(
         _with({"model": {}, "data": {}, "train": {}, "optim": {}, "schedule": {}}, **_FAMILIES[row.family])
@@ -167,7 +170,7 @@ def preset(name: str) -> Sections:
 
 
 def notes(name: str) -> tuple[str, ...]:
-    """Doubtful points in the record of this model: the preset's choice, the reason and the source."""
+    """Doubtful points in the record of this model."""
     return OWN_NOTES.get(name) or FAMILY_NOTES[_row(name).family]
 
 

@@ -15,9 +15,9 @@ def spell(value: object) -> str:
 
 
 def did_you_mean(word: str, options: Iterable[str], otherwise: str = "", nearest: int = 1) -> str:
-    """Hint for an unknown word: the `nearest` options, or else `otherwise`, by default a list of all.
+    """Hint for an unknown word: the nearest options, or else all of them.
 
-    Of options such as ``optim.lr`` the last part counts.
+    `nearest` is their number, `otherwise` replaces the list of all. The last part of ``optim.lr`` counts.
     """
     options = list(options)
     bare = {option.rpartition(".")[2] if "/" not in option else option: option for option in reversed(options)}

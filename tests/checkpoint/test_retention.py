@@ -52,7 +52,5 @@ def test_keep_last_and_keep_every_of_a_run(tmp_path):
 
 
 def test_keep_every_alone_says_nothing():
-    with pytest.raises(
-        ConfigError, match=r"checkpoint.keep_every: says which older ones stay where .*keep_last is set"
-    ):
+    with pytest.raises(ConfigError, match=r"checkpoint.keep_every: keeps some of .* set checkpoint.keep_last"):
         load_config(overrides=["checkpoint.keep_every=4"])

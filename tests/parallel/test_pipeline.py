@@ -255,7 +255,7 @@ def test_where_stages_lie(schedule, places):
             r"parallel.stage_layers: \[2, 1\] must give each of 2 stages at least one layer, 4",
         ),
         (("parallel.stage_layers=[4,0]",), r"parallel.stage_layers: \[4, 0\]"),
-        (("parallel.pp=1", "parallel.stage_layers=[4]"), "parallel.stage_layers: says how .* set parallel.pp"),
+        (("parallel.pp=1", "parallel.stage_layers=[4]"), "parallel.stage_layers: distributes .* set parallel.pp"),
     ],
 )
 def test_configs_that_no_pipeline_can_run(options, message):

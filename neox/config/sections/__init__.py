@@ -1,1 +1,1 @@
-"""The options, section by section: typed, with defaults, each checked in itself. `neox.config` puts them together."""
+"""The options, section by section; `neox.config.Config` joins them."""

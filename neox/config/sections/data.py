@@ -35,7 +35,7 @@ class BPEConfig(Section):
 
 
 class TokenizerConfig(BPEConfig):
-    """Where the tokenizer comes from, or how one is trained on the text."""
+    """Source of the tokenizer, or options to train one on the text."""
 
     path: OptionalStr = None
     """File tokenizer.json to encode with; none = train a tokenizer on the text."""
@@ -47,7 +47,7 @@ class TokenizerConfig(BPEConfig):
 
 
 class PrepareConfig(Section):
-    """Options of `prepare`: how text becomes tokens, and which documents are left out."""
+    """Options of `prepare`: tokenization, deduplication, decontamination."""
 
     text_key: str = "text"
     """Key of the text in JSON lines, or its column in Parquet files and data sets."""
@@ -102,9 +102,9 @@ class DataConfig(PrepareConfig):
 
     @property
     def fractions(self) -> tuple[float, float, float] | None:
-        """Shares of training, validation and test from `split`, with sum 1. Raises ValueError for an unreadable one.
+        """Shares of training, validation and test from `split`, with sum 1.
 
-        Separators are commas or else slashes; missing parts are 0, as gpt-neox reads it.
+        Separators are commas or else slashes; missing parts are 0, as gpt-neox reads it. Raises ValueError.
         """
         if self.split is None:
             return None

@@ -11,7 +11,7 @@ from neox.config.sections.types import Fraction, Ints, NotNegative, OptionalFloa
 
 
 class ModelConfig(Section):
-    """The decoder's shape, in the names of Hugging Face's GPTNeoX config, plus flags for GPT-J and GPT-Neo."""
+    """Shape of the decoder, in Hugging Face's GPTNeoX names, with flags for relatives."""
 
     model_type: Literal["gpt_neox", "gptj", "gpt_neo"] = "gpt_neox"
     """Family whose parameter names and file layout a Hugging Face export uses."""
@@ -79,7 +79,7 @@ class ModelConfig(Section):
 
     @property
     def rotary_dim(self) -> int:
-        """Rotated dims per head, rounded down as Hugging Face does; 0 without rotary positions."""
+        """Rotated dims per head, rounded down as in Hugging Face; 0 without rotary."""
         return int(self.head_dim * self.rotary_pct) if self.position_embedding == "rotary" else 0
 
     @property
@@ -89,7 +89,7 @@ class ModelConfig(Section):
 
     @property
     def dropout(self) -> tuple[float, float, float]:
-        """Fractions zeroed in training: of the embedding, of each branch's output, of the attention's probabilities."""
+        """Dropout of embedding, branch outputs and attention probabilities."""
         embedding = self.hidden_dropout if self.embedding_dropout is None else self.embedding_dropout
         return embedding, self.hidden_dropout, self.attention_dropout
 

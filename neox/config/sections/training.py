@@ -104,7 +104,7 @@ class OptimConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over the run, by applied updates: a skipped update does not move it."""
+    """Learning rate over applied updates; a skipped update does not move it."""
 
     name: Literal["cosine", "cosine_floored", "linear", "exponential", "constant", "inverse_sqrt", "wsd"] = "cosine"
     """Shape of the learning rate after a linear warmup; cosine_floored trained GPT-NeoX-20B and Pythia. Formulas:
@@ -165,7 +165,7 @@ class ParallelConfig(Section):
 
     @property
     def processes(self) -> int:
-        """World size: the product of the axes; where dp_shard is open, the smallest possible."""
+        """World size: product of the axes; the smallest if dp_shard is open."""
         return self.pp * self.dp_replicate * self.shards * self.cp * self.tp
 
     @property

@@ -1,4 +1,4 @@
-"""What the values of options may be, as TOML and the command line spell them."""
+"""Types of option values, as TOML and the command line spell them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def none(value: Any) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """TOML and JSON have lists where a frozen section holds tuples; one string is a list of one."""
+    """A list as the tuple of a frozen section; one string is a list of one."""
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 def pairs(value: Any) -> Any:
-    """A table as the pairs that it holds, for a section can be hashed; `to_toml` makes lists of two of them."""
+    """A table as pairs, so that sections can be hashed; `to_toml` writes pairs."""
     for key in value if isinstance(value, Mapping) else ():
         if isinstance(key, int) and key < 0:
             raise ValueError(f"{key} is no token")

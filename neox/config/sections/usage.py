@@ -57,7 +57,7 @@ class EvalConfig(EvalTasksConfig):
 
 
 class SamplingConfig(Section):
-    """How a prompt is continued. Every sampling option is a field here; `neox.generate.Sampling` acts on them."""
+    """Options of sampling; `neox.generate.Sampling` acts on them."""
 
     max_tokens: Positive = 128
     """Most new tokens per prompt; the end of the context ends the output too."""
@@ -107,7 +107,7 @@ class SamplingConfig(Section):
 
 
 class GenerateConfig(SamplingConfig):
-    """How `neox generate` continues prompts."""
+    """Options of generation."""
 
     n: Positive = 1
     """Samples per prompt; sample k of all draws with seed + k."""
@@ -116,7 +116,7 @@ class GenerateConfig(SamplingConfig):
 
 
 class LoadingConfig(Section):
-    """How a verb loads a model."""
+    """Options of loading a model."""
 
     weights: str = "auto"
     """Form of the weights: auto loses nothing; torch = layers of torch; fp16, bf16, int8, int4, float8 and more: see
