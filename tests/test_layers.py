@@ -211,3 +211,17 @@ def test_the_root_holds_rooms_and_the_tokenizer():
     python = ("__init__.py", "__main__.py", "__pycache__", "py.typed")  # what Python and its tools want there
     entries = sorted(path.name for path in PACKAGE.iterdir() if path.name not in python)
     assert len(entries) <= 16, entries
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    """At most 2 % begin with a noun clause or a fragment, by which no reader searches."""
+    first = [
+        (path.relative_to(PACKAGE), docstring.partition("\n")[0])
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if (docstring := ast.get_docstring(node))
+    ]
+    starts = ("What ", "Which ", "Whether ", "Of ", "Those ", "How many ")
+    bad = [(path, line) for path, line in first if line.startswith(starts)]
+    assert len(bad) < 0.02 * len(first), bad
