@@ -7,6 +7,8 @@ import pytest
 
 from tests.benchmarks.test_train_gpu import BENCHMARKS, benchmark
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"device": "cpu", "tokens": 4}
 
 
@@ -44,7 +46,6 @@ def test_what_is_no_variant_is_refused(script, variant):
         script.job_of("tiny", variant, SETTINGS)
 
 
-@pytest.mark.slow
 def test_all_in_turn(tmp_path):
     variants = ["ours fp32 static=false", "ours int8", "peer fp32", "peer fp16"]
     done = benchmark(tmp_path, "sizes=tiny", "turns=1", "tokens=4", *variants, script="decode_gpu.py")

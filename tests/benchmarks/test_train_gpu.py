@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -22,7 +24,7 @@ def benchmark(folder, *arguments, script="train_gpu.py"):
     ("variants", "turns"),
     [
         (["ours guard=true"], 1),
-        pytest.param(["ours", "peer params=bf16 micro_batch_size=1", "peer"], 2, marks=pytest.mark.slow),
+        (["ours", "peer params=bf16 micro_batch_size=1", "peer"], 2),
     ],
 )
 def test_it_runs_and_counts(tmp_path, variants, turns):
@@ -45,13 +47,11 @@ def test_it_runs_and_counts(tmp_path, variants, turns):
         assert start in done.stdout
 
 
-@pytest.mark.slow
 def test_an_option_that_is_none_is_refused(tmp_path):
     assert "train.compile: must be" in benchmark(tmp_path, "sizes=tiny", "ours train.compile=maybe").stderr
     assert "a variant is" in benchmark(tmp_path, "sizes=tiny", "theirs a=b").stderr
 
 
-@pytest.mark.slow
 def test_what_is_late_is_left_out_and_said(tmp_path):
     done = benchmark(tmp_path, "sizes=tiny", "limit=0", "ours")
     assert done.returncode == 0, done.stderr

@@ -162,7 +162,6 @@ def test_streamed_text_is_that_of_generate_cut_at_the_first_stop_string(
     done = engine.generate("naïve 🙂 ", asked)[0]
     assert all(pieces)
     assert "".join(pieces) == done.text
-    assert max(done.tokens, default=0) < engine.tokenizer.vocab_size  # as many rows again are padding
     assert whole.text.startswith(done.text)
     assert done.tokens == whole.tokens[: len(done.tokens)]
     found = [whole.text.find(one) for one in stop if one in whole.text]

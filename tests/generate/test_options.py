@@ -86,19 +86,25 @@ def test_a_stop_token_ends_the_text_before_it(engine):
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), scale=st.floats(1, 20), top=st.integers(1, 900), greedy=st.booleans())
-def test_padding_rows_are_neither_drawn_nor_among_the_alternatives(engine, seed, scale, top, greedy):
-    """However likely the model finds them: half of the rows stand for no token, and their logits are larger."""
+def test_padding_rows_are_neither_sampled_nor_among_the_alternatives(engine, seed, scale, top, greedy):
+    """However likely the model finds them: half of the rows are padding, and the largest logit is theirs."""
     num_real_tokens = engine.tokenizer.vocab_size
     weight = engine.model.embed_out.weight
     saved = weight[num_real_tokens:].clone()
-    weight[num_real_tokens:] *= scale
+    generator = torch.Generator().manual_seed(seed)
+    weight[num_real_tokens:] = scale * 10 * torch.randn(saved.shape, generator=generator)
     try:
-        sampling = Sampling(max_tokens=6, seed=seed, temperature=0.0 if greedy else 1.5, logprobs=top)
-        done = engine.generate("the", sampling)[0]
+        tokens = torch.tensor([engine.tokenizer.encode("the")])
+        assert engine.model(tokens)[0, -1].argmax() >= num_real_tokens
+        sampling = Sampling(
+            max_tokens=6, seed=seed, temperature=0.0 if greedy else 1.5, logprobs=top, stop_at_eod=False
+        )
+        completions = engine.generate(["the", "a", ""], sampling)
     finally:
         weight[num_real_tokens:] = saved
-    assert max(done.tokens) < num_real_tokens
-    for record in done.logprobs:
+    assert [len(done.tokens) for done in completions] == [6, 6, 6]
+    assert max(token for done in completions for token in done.tokens) < num_real_tokens
+    for record in (one for done in completions for one in done.logprobs):
         assert len(record.top) == min(top, num_real_tokens)
         assert max(token for token, _ in record.top) < num_real_tokens
 

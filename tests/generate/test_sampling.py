@@ -189,7 +189,7 @@ def test_draws_follow_the_distribution():
     banned=st.booleans(),
     **options,
 )
-def test_padding_rows_are_never_drawn(seed, num_real_tokens, prompt, greedy, banned, **asked):
+def test_padding_rows_are_never_sampled(seed, num_real_tokens, prompt, greedy, banned, **asked):
     """However likely they are, in every mode, and also where a prompt holds one."""
     logits = torch.randn(16, generator=torch.Generator().manual_seed(seed))
     logits[num_real_tokens:] = 50.0

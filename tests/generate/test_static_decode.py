@@ -86,7 +86,7 @@ ACTIONS = st.lists(
 @given(
     actions=ACTIONS, slots=st.integers(1, 4), odd=st.sampled_from([None, {"logprobs": 1}, {"presence_penalty": 1.0}])
 )
-def test_whatever_comes_and_goes_each_gets_what_the_naive_loop_gives(family, actions, slots, odd):
+def test_static_passes_give_each_request_what_the_naive_loop_gives(family, actions, slots, odd):
     """In a cache too small for all, broken off anywhere; some requests are not sampled on the device."""
     model, tokenizer = family
     engine = small_cache(model, tokenizer, 9, slots=slots, budget=32, static=True)
@@ -206,7 +206,7 @@ def test_random_numbers_of_dropped_passes_are_used_again(moment):
         assert done[number].tokens == naive_generate(model, [3 + i], sampling.replace(seed=i))
 
 
-def test_logits_that_are_no_numbers_end_their_request_alone():
+def test_logits_that_are_not_finite_end_their_request_alone():
     model = random_model()
     engine = Engine(model, static=True)
     good, bad = engine.submit([3], Sampling(max_tokens=8, seed=1)), engine.submit([7], Sampling(max_tokens=8))
@@ -222,7 +222,7 @@ def test_logits_that_are_no_numbers_end_their_request_alone():
     assert done[good].tokens == naive_generate(model, [3], Sampling(max_tokens=8, seed=1))
 
 
-def test_what_is_not_finite_does_not_stay_in_a_row():
+def test_values_that_are_not_finite_do_not_stay_in_a_row():
     """An activation that overflows leaves keys and values that are nan, and zero times nan is nan."""
     model = random_model()
     engine, head = Engine(model, static=True), model.embed_out.forward
@@ -244,7 +244,7 @@ def test_what_is_not_finite_does_not_stay_in_a_row():
     assert engine.generate([[3]], asked)[0].tokens == naive_generate(model, [3], asked)
 
 
-def test_requests_that_memory_has_no_room_for_go_the_ordinary_way(monkeypatch, passes):
+def test_requests_without_memory_for_a_static_cache_take_the_ordinary_path(monkeypatch, passes):
     model = random_model()
     expected = Engine(model, static=False).generate([3, 4], Sampling(max_tokens=8))[0]
     monkeypatch.setattr(StaticDecoder, "_reserve_length", lambda self, longest: False)
@@ -272,7 +272,7 @@ def test_a_pass_asks_the_host_for_no_value(family, kind):
 
 
 @pytest.mark.gpu
-def test_recorded_passes_draw_what_those_as_written_do():
+def test_cuda_graphs_sample_what_eager_passes_do():
     """And none waits for the device, where one is under way already and the shape is recorded."""
     model = random_model().to("cuda")
     prompts, samplings = [[3 + i] * (4 + 9 * i) for i in range(3)], []

@@ -10,6 +10,7 @@ from neox import planning
 from neox.config import Config, ModelConfig, load_config, presets
 from neox.model import flops
 from neox.model.training_memory import STATE, logits_bytes, one_device
+from neox.quantization.kinds import KINDS
 
 PUBLISHED = {  # total, non-embedding: model cards of GPT-NeoX-20B and Pythia
     "neox-20b": (20_554_567_680, 19_934_859_264),
@@ -175,22 +176,23 @@ def test_20b_memory_to_run():
 
 
 @pytest.mark.parametrize("name", ["pythia-70m", "gpt-j-6b", "gpt-neo-125m", "neox-125m"])
-@pytest.mark.parametrize("storage", ["fp32", "bf16", "int8", "int4"])
-def test_weight_bytes_tensor_by_tensor(name, storage):
+def test_weight_bytes_of_every_kind_tensor_by_tensor(name):
     model = load_config(name).model
-    expected = 0
-    for key, weight in hugging_face(model).named_parameters():
-        head = "lm_head" in key or "embed_out" in key
-        linear = weight.ndim == 2 and not any(part in key for part in ("embed_in", ".wte.", ".wpe."))
-        if storage in ("fp32", "bf16"):
-            expected += weight.numel() * (4 if storage == "fp32" else 2)
-        elif not linear:
-            expected += 2 * weight.numel()
-        elif storage == "int8" or head:
-            expected += weight.numel() + 4 * weight.shape[0]
-        else:
-            expected += weight.numel() // 2 + 2 * weight.shape[0] * math.ceil(weight.shape[1] / 128)
-    assert planning.weight_bytes(model, storage) == expected
+    parameters = list(hugging_face(model).named_parameters())
+    for kind in KINDS:
+        expected = 0
+        for key, weight in parameters:
+            head = "lm_head" in key or "embed_out" in key
+            linear = weight.ndim == 2 and not any(part in key for part in ("embed_in", ".wte.", ".wpe."))
+            if not kind.startswith("int"):
+                expected += weight.numel() * (4 if kind == "fp32" else 2)
+            elif not linear:
+                expected += 2 * weight.numel()
+            elif kind == "int8" or head:
+                expected += weight.numel() + 4 * weight.shape[0]
+            else:
+                expected += weight.numel() // 2 + 2 * weight.shape[0] * math.ceil(weight.shape[1] / 128)
+        assert planning.weight_bytes(model, kind) == expected, kind
 
 
 def test_training_holds_16_bytes_a_parameter():
