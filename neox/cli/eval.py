@@ -35,12 +35,13 @@ from pathlib import Path
 
 from pydantic import Field
 
+from neox.cli.loading_options import LoadingOptions
 from neox.cli.verb import UsageError, one_model, read_all
 from neox.config.sections.types import Names
-from neox.config.sections.usage import EvalTasksConfig, LoadingConfig
+from neox.config.sections.usage import EvalTasksConfig
 
 
-class EvalOptions(EvalTasksConfig, LoadingConfig):
+class EvalOptions(EvalTasksConfig, LoadingOptions):
     """Options of `neox eval`."""
 
     out: str = Field(default="", title="DIR")
@@ -62,7 +63,7 @@ def run(targets: list[str], options: list[str]) -> None:
     """Run the verb."""
     chosen, model = read_all("eval", EvalOptions, options), one_model("eval", targets)
     out = Path(chosen.out or Path("evals") / re.sub(r"[^\w.@-]+", "__", model.strip("./")))
-    loading = {key: getattr(chosen, key) for key in LoadingConfig.model_fields}
+    loading = {key: getattr(chosen, key) for key in LoadingOptions.model_fields}
     if chosen.pile is not None:
         _pile(model, chosen, loading, out)
         return

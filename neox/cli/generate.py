@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from neox.cli.launch import launch
+from neox.cli.loading_options import LoadingOptions
 from neox.cli.verb import UsageError, one_model, read_all
 from neox.config import GenerateConfig, TrainConfig
 from neox.config.sections.types import Positive
-from neox.config.sections.usage import LoadingConfig
 
 if TYPE_CHECKING:
     from neox.generate import Engine, Sampling
 
 
-class GenerateOptions(GenerateConfig, LoadingConfig):
+class GenerateOptions(GenerateConfig, LoadingOptions):
     """Options of `neox generate`."""
 
     prompt: str | None = None
@@ -89,7 +89,7 @@ def run(targets: list[str], options: list[str]) -> int | None:
     prompt = chosen.prompt
     if prompt == "-" and is_first():
         prompt = sys.stdin.read()
-    loading = {key: getattr(chosen, key) for key in (*LoadingConfig.model_fields, "slots", "speculate", "draft")}
+    loading = {key: getattr(chosen, key) for key in (*LoadingOptions.model_fields, "slots", "speculate", "draft")}
     with shared_engine(model, chosen.tp, **loading) as engine:
         if engine is not None:
             _answer(engine, prompt, prompts, sampling, chosen, out)

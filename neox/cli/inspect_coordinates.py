@@ -17,13 +17,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from neox.cli.verb import read_options, resolve
 from neox.config import Section
-from neox.config.sections.types import Positive, none, numbers
+from neox.config.sections.types import Positive, listed, none, separated
+
+
+def numbers(value: Any) -> Any:
+    """Whole numbers as one writes them on a command line: 64,128."""
+    names = separated(value) if isinstance(value, str) else listed([value] if isinstance(value, int) else value)
+    return tuple(int(name) if isinstance(name, str) and name.isdecimal() else name for name in names)
 
 
 class InspectCoordinatesOptions(Section):

@@ -39,12 +39,6 @@ def separated(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else listed(value)
 
 
-def numbers(value: Any) -> Any:
-    """Whole numbers as one writes them on a command line: 64,128."""
-    names = separated(value) if isinstance(value, str) else listed([value] if isinstance(value, int) else value)
-    return tuple(int(name) if isinstance(name, str) and name.isdecimal() else name for name in names)
-
-
 OptionalInt = Annotated[int | None, BeforeValidator(none)]
 OptionalFloat = Annotated[float | None, BeforeValidator(none)]
 OptionalStr = Annotated[str | None, BeforeValidator(none)]
