@@ -43,30 +43,31 @@ def toml(tmp_path):
 # --- types -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("section", "key", "field"), FIELDS, ids=lambda v: v if isinstance(v, str) else "")
-def test_every_option_is_described_and_strictly_typed(section, key, field):
-    assert field.description
-    assert field.description.endswith(".")
-    wrong = {
-        int: ["3", True, 1.5, 2.0, [1]],
-        float: ["0.5", True, math.nan, math.inf, [0.5]],
-        bool: [1, 0, "true", "yes"],
-        str: [3, True, 1.5],
-    }.get(kind(field), [object(), 3.7, {"a": {}}])
-    for value in wrong:
-        with pytest.raises(ConfigError, match=rf"^{section}\.{key}") as caught:
-            SECTIONS[section](**{key: value})
-        assert "\n" not in str(caught.value)
+WRONG = {
+    int: ["3", True, 1.5, 2.0, [1]],
+    float: ["0.5", True, math.nan, math.inf, [0.5]],
+    bool: [1, 0, "true", "yes"],
+    str: [3, True, 1.5],
+}
 
 
-@pytest.mark.parametrize(("section", "key", "field"), [f for f in FIELDS if kind(f[2]) is float])
-def test_an_int_is_accepted_for_a_float_and_becomes_one(section, key, field):
-    accepted = []
-    for value in (0, 1):  # some floats exclude 0, others 1
-        with contextlib.suppress(ConfigError):
-            accepted.append(getattr(SECTIONS[section](**{key: value}), key))
-    assert accepted
-    assert all(type(value) is float for value in accepted)
+def test_option_types_are_strict():
+    for section, key, field in FIELDS:
+        for value in WRONG.get(kind(field), [object(), 3.7, {"a": {}}]):
+            with pytest.raises(ConfigError) as caught:
+                pytest.fail(f"{section}.{key} took {SECTIONS[section](**{key: value})}")
+            assert str(caught.value).startswith(f"{section}.{key}"), (section, key, value)
+            assert "\n" not in str(caught.value), (section, key, value)
+
+
+def test_an_int_is_accepted_for_a_float_option_and_becomes_one():
+    for section, key, _ in (one for one in FIELDS if kind(one[2]) is float):
+        accepted = []
+        for value in (0, 1):  # some floats exclude 0, others 1
+            with contextlib.suppress(ConfigError):
+                accepted.append(getattr(SECTIONS[section](**{key: value}), key))
+        assert accepted, (section, key)
+        assert all(type(value) is float for value in accepted), (section, key)
 
 
 def test_sections_are_frozen_and_hashable():
@@ -123,16 +124,16 @@ def test_derived_sizes(head_dim, heads, pct):
 SOURCES = {"preset": 6e-4, "first file": 7e-4, "second file": 8e-4, "first override": 9e-4, "second override": 2e-3}
 
 
-@pytest.mark.parametrize("present", [s for n in range(6) for s in itertools.combinations(SOURCES, n)], ids="+".join)
-def test_the_later_source_wins(present, toml):
-    expected = SOURCES[present[-1]] if present else OptimConfig().lr
-    config = load_config(
-        preset="pythia-160m" if "preset" in present else None,
-        files=[toml(f"[optim]\nlr = {SOURCES[s]}", f"{s}.toml") for s in ("first file", "second file") if s in present],
-        overrides=[f"optim.lr={SOURCES[s]}" for s in ("first override", "second override") if s in present],
-    )
-    assert config.optim.lr == expected
-    assert config.preset == ("pythia-160m" if "preset" in present else None)
+def test_precedence_of_sources_the_later_wins(toml):
+    files = {s: toml(f"[optim]\nlr = {SOURCES[s]}", f"{s}.toml") for s in ("first file", "second file")}
+    for present in (s for n in range(6) for s in itertools.combinations(SOURCES, n)):
+        config = load_config(
+            preset="pythia-160m" if "preset" in present else None,
+            files=[file for s, file in files.items() if s in present],
+            overrides=[f"optim.lr={SOURCES[s]}" for s in ("first override", "second override") if s in present],
+        )
+        assert config.optim.lr == (SOURCES[present[-1]] if present else OptimConfig().lr), present
+        assert config.preset == ("pythia-160m" if "preset" in present else None), present
 
 
 def test_a_file_touches_only_the_keys_it_names(toml):
@@ -153,35 +154,35 @@ def test_who_names_the_preset(toml):
 # --- overrides -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "section", "key", "value"),
-    [
-        ("train.steps=10", "train", "steps", 10),
-        ("steps = 10", "train", "steps", 10),
-        ("lr=1e-3", "optim", "lr", 1e-3),
-        ("lr=1", "optim", "lr", 1.0),
-        ("append_eod=false", "data", "append_eod", False),
-        ("betas=[0.8, 0.99]", "optim", "betas", (0.8, 0.99)),
-        ('data.train=["a", "b=c"]', "data", "train", ("a", "b=c")),
-        ("train=corpus", "data", "train", ("corpus",)),
-        ("valid=[]", "data", "valid", ()),
-        ("data.valid=2024", "data", "valid", ("2024",)),
-        ("local_layers=[1, 3]", "model", "local_layers", (1, 3)),
-        ("out=runs/a=b", "log", "out", "runs/a=b"),
-        ("out=2024-01-01", "log", "out", "2024-01-01"),
-        ("out=7", "log", "out", "7"),
-        ('out="7 8"', "log", "out", "7 8"),
-        ("text_key=true", "data", "text_key", "true"),
-        ("tokenizer.path=none", "tokenizer", "path", None),
-        ("intermediate_size=none", "model", "intermediate_size", None),
-        ("dtype=bf16", "train", "dtype", "bf16"),
-        ('logit_bias={" the" = -100, 262 = 5}', "generate", "logit_bias", ((" the", -100.0), ("262", 5.0))),
-    ],
-)
-def test_override_values(text, section, key, value):
-    got = getattr(getattr(load_config(overrides=["model.local_window=4", text]), section), key)
-    assert got == value
-    assert type(got) is type(value)
+OVERRIDES = [
+    ("train.steps=10", "train", "steps", 10),
+    ("steps = 10", "train", "steps", 10),
+    ("lr=1e-3", "optim", "lr", 1e-3),
+    ("lr=1", "optim", "lr", 1.0),
+    ("append_eod=false", "data", "append_eod", False),
+    ("betas=[0.8, 0.99]", "optim", "betas", (0.8, 0.99)),
+    ('data.train=["a", "b=c"]', "data", "train", ("a", "b=c")),
+    ("train=corpus", "data", "train", ("corpus",)),
+    ("valid=[]", "data", "valid", ()),
+    ("data.valid=2024", "data", "valid", ("2024",)),
+    ("local_layers=[1, 3]", "model", "local_layers", (1, 3)),
+    ("out=runs/a=b", "log", "out", "runs/a=b"),
+    ("out=2024-01-01", "log", "out", "2024-01-01"),
+    ("out=7", "log", "out", "7"),
+    ('out="7 8"', "log", "out", "7 8"),
+    ("text_key=true", "data", "text_key", "true"),
+    ("tokenizer.path=none", "tokenizer", "path", None),
+    ("intermediate_size=none", "model", "intermediate_size", None),
+    ("dtype=bf16", "train", "dtype", "bf16"),
+    ('logit_bias={" the" = -100, 262 = 5}', "generate", "logit_bias", ((" the", -100.0), ("262", 5.0))),
+]
+
+
+def test_override_values():
+    for text, section, key, value in OVERRIDES:
+        got = getattr(getattr(load_config(overrides=["model.local_window=4", text]), section), key)
+        assert got == value, text
+        assert type(got) is type(value), text
 
 
 def test_bare_keys():
@@ -221,82 +222,82 @@ def test_any_override_gives_a_config_or_one_line(key, value):
 # --- errors say what, where, and what else ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("lrr=1", "lrr: no such key; did you mean optim.lr?"),
-        ("train.step=1", "train.step: no such key; did you mean train.steps?"),
-        ("train.lr=1", "train.lr: no such key; did you mean optim.lr?"),
-        ("every=5", "every: is in several sections, write checkpoint.every= or log.every= or eval.every="),
-        ("steps", "expected key=value"),
-        ("=3", "expected key=value"),
-        ("train.steps=0", "train.steps: must be greater than 0, got 0 (from train.steps=0)"),
-        ("train.steps='3'", "train.steps: must be a valid integer, got '3'"),
-        ("global_batch_size=-1", "train.global_batch_size: must be greater than 0"),
-        ("micro_batch_size=0", "train.micro_batch_size: must be greater than 0"),
-        ("model.vocab_size=0", "model.vocab_size: must be greater than 0"),
-        ("betas=[0.9, 1.0]", "optim.betas[1]: must be less than 1, got 1.0"),
-        ("betas=[0.9]", "optim.betas[1]: is missing"),
-        ("dtype=fp8", "train.dtype: must be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
-        ("top_p=0", "generate.top_p: must be greater than 0"),
-        ("stop_tokens=[-1]", "generate.stop_tokens[0]: must be greater than or equal to 0, got -1"),
-        ("logit_bias=x", 'generate.logit_bias: must be a table such as {" the" = -100, 262 = 5} (from logit_bias=x)'),
-        ("logit_bias={a = 101}", "generate.logit_bias[0][1]: must be less than or equal to 100, got 101"),
-        ("out=", "log.out: must have at least 1 character"),
-        ("data.train=[a, b]", "not a list; its texts need quotes"),
-        ("hidden_size=130", "model.hidden_size: 130 does not split into 4 heads (from hidden_size=130)"),
-        ("rotary_pct=0.1", "model.rotary_pct: 0.1 of 32 dims per head rotates 3, which must be even"),
-        ("local_layers=[6]", "model.local_layers: no layer 6, they are 0 to 5"),
-        ("local_layers=[1]", "model.local_window: must be at least 1 where local_layers are given"),
-        ("local_layers=[1, 1]", "model.local_layers: names a layer twice"),
-        ("seq_length=4096", "data.seq_length: 4096 is more than model.max_position_embeddings (2048)"),
-        ("loss_scale=0.5", "optim.loss_scale: must be greater than or equal to 1, got 0.5 (from loss_scale=0.5)"),
-        ("loss_scale_min=8192", "optim.loss_scale_min: 8192.0 is above loss_scale (4096.0)"),
-        ("hidden_dropout=1", "model.hidden_dropout: must be less than 1"),
-        ("warmup=143001", "schedule.warmup: 143001 updates are more than the 143000 of train.steps"),
-        ("min_lr=0.01", "schedule.min_lr: 0.01 is above optim.lr (0.001)"),
-        ("preset=pythia-160", "no preset 'pythia-160'; did you mean pythia-160m?"),
-    ],
-)
-def test_override_errors(override, expected):
-    assert expected in error_of(preset="pythia-14m", overrides=[override])
+OVERRIDE_ERRORS = [
+    ("lrr=1", "lrr: no such key; did you mean optim.lr?"),
+    ("train.step=1", "train.step: no such key; did you mean train.steps?"),
+    ("train.lr=1", "train.lr: no such key; did you mean optim.lr?"),
+    ("every=5", "every: is in several sections, write checkpoint.every= or log.every= or eval.every="),
+    ("steps", "expected key=value"),
+    ("=3", "expected key=value"),
+    ("train.steps=0", "train.steps: must be greater than 0, got 0 (from train.steps=0)"),
+    ("train.steps='3'", "train.steps: must be a valid integer, got '3'"),
+    ("global_batch_size=-1", "train.global_batch_size: must be greater than 0"),
+    ("micro_batch_size=0", "train.micro_batch_size: must be greater than 0"),
+    ("model.vocab_size=0", "model.vocab_size: must be greater than 0"),
+    ("betas=[0.9, 1.0]", "optim.betas[1]: must be less than 1, got 1.0"),
+    ("betas=[0.9]", "optim.betas[1]: is missing"),
+    ("dtype=fp8", "train.dtype: must be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
+    ("top_p=0", "generate.top_p: must be greater than 0"),
+    ("stop_tokens=[-1]", "generate.stop_tokens[0]: must be greater than or equal to 0, got -1"),
+    ("logit_bias=x", 'generate.logit_bias: must be a table such as {" the" = -100, 262 = 5} (from logit_bias=x)'),
+    ("logit_bias={a = 101}", "generate.logit_bias[0][1]: must be less than or equal to 100, got 101"),
+    ("out=", "log.out: must have at least 1 character"),
+    ("data.train=[a, b]", "not a list; its texts need quotes"),
+    ("hidden_size=130", "model.hidden_size: 130 does not split into 4 heads (from hidden_size=130)"),
+    ("rotary_pct=0.1", "model.rotary_pct: 0.1 of 32 dims per head rotates 3, which must be even"),
+    ("local_layers=[6]", "model.local_layers: no layer 6, they are 0 to 5"),
+    ("local_layers=[1]", "model.local_window: must be at least 1 where local_layers are given"),
+    ("local_layers=[1, 1]", "model.local_layers: names a layer twice"),
+    ("seq_length=4096", "data.seq_length: 4096 is more than model.max_position_embeddings (2048)"),
+    ("loss_scale=0.5", "optim.loss_scale: must be greater than or equal to 1, got 0.5 (from loss_scale=0.5)"),
+    ("loss_scale_min=8192", "optim.loss_scale_min: 8192.0 is above loss_scale (4096.0)"),
+    ("hidden_dropout=1", "model.hidden_dropout: must be less than 1"),
+    ("warmup=143001", "schedule.warmup: 143001 updates are more than the 143000 of train.steps"),
+    ("min_lr=0.01", "schedule.min_lr: 0.01 is above optim.lr (0.001)"),
+    ("preset=pythia-160", "no preset 'pythia-160'; did you mean pythia-160m?"),
+]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (("warmup=20", "horizon=10"), "schedule.warmup: 20 updates are more than the 10 of schedule.horizon"),
-        (("warmup=600", "schedule.name=wsd", "decay=0.5", "steps=1000"), "schedule.decay: 500 updates after 600 of"),
-        (("warmup=0", "schedule.name=inverse_sqrt"), "schedule.warmup: inverse_sqrt decays by its length"),
-    ],
-)
-def test_schedules_that_do_not_fit_their_horizon(overrides, expected):
-    assert expected in error_of(overrides=overrides)
+def test_override_errors():
+    for override, expected in OVERRIDE_ERRORS:
+        assert expected in error_of(preset="pythia-14m", overrides=[override]), override
 
 
-@pytest.mark.parametrize(
-    ("text", "line", "expected"),
-    [
-        ("[train]\n# so many\nstepz = 3", 3, "train.stepz: no such key; did you mean train.steps?"),
-        ("[train]\nsteps = '3'", 2, "train.steps: must be a valid integer, got '3'"),
-        ("train.steps = true", 1, "train.steps: must be a valid integer, got True"),
-        ("\n[trian]\nsteps = 3", 2, "trian: no such section; did you mean train?"),
-        ("lr = 3", 1, "lr: no such section; did you mean optim.lr?"),
-        ("train = 3", 1, "train: is a section, write [train]"),
-        ("[optim]\nbetas = [\n 0.9,\n 1.5,\n]", 2, "optim.betas[1]: must be less than 1, got 1.5"),
-        ("[data]\nseq_length = 4096", 2, "data.seq_length: 4096 is more than"),
-        ("[model]\nhidden_size = 130", 2, "model.hidden_size: 130 does not split into 4 heads"),
-        ("preset = 'neox-21b'", 1, "no preset 'neox-21b'; did you mean neox-20b?"),
-        ("preset = 3", 1, "preset: must be a name, got 3"),
-        ("[train]\nsteps = = 3", 2, "not valid TOML"),
-        ("[train]\nsteps = 3\nsteps = 4\n", 3, "not valid TOML"),
-    ],
-)
-def test_file_errors_name_the_line(text, line, expected, toml):
-    path = toml(text)
-    message = error_of(files=[path])
-    assert expected in message
-    assert f"{path}:{line}" in message
+SCHEDULE_ERRORS = [
+    (("warmup=20", "horizon=10"), "schedule.warmup: 20 updates are more than the 10 of schedule.horizon"),
+    (("warmup=600", "schedule.name=wsd", "decay=0.5", "steps=1000"), "schedule.decay: 500 updates after 600 of"),
+    (("warmup=0", "schedule.name=inverse_sqrt"), "schedule.warmup: inverse_sqrt decays by its length"),
+]
+
+
+def test_schedules_that_do_not_fit_their_horizon():
+    for overrides, expected in SCHEDULE_ERRORS:
+        assert expected in error_of(overrides=overrides), overrides
+
+
+TOML_ERRORS = [
+    ("[train]\n# so many\nstepz = 3", 3, "train.stepz: no such key; did you mean train.steps?"),
+    ("[train]\nsteps = '3'", 2, "train.steps: must be a valid integer, got '3'"),
+    ("train.steps = true", 1, "train.steps: must be a valid integer, got True"),
+    ("\n[trian]\nsteps = 3", 2, "trian: no such section; did you mean train?"),
+    ("lr = 3", 1, "lr: no such section; did you mean optim.lr?"),
+    ("train = 3", 1, "train: is a section, write [train]"),
+    ("[optim]\nbetas = [\n 0.9,\n 1.5,\n]", 2, "optim.betas[1]: must be less than 1, got 1.5"),
+    ("[data]\nseq_length = 4096", 2, "data.seq_length: 4096 is more than"),
+    ("[model]\nhidden_size = 130", 2, "model.hidden_size: 130 does not split into 4 heads"),
+    ("preset = 'neox-21b'", 1, "no preset 'neox-21b'; did you mean neox-20b?"),
+    ("preset = 3", 1, "preset: must be a name, got 3"),
+    ("[train]\nsteps = = 3", 2, "not valid TOML"),
+    ("[train]\nsteps = 3\nsteps = 4\n", 3, "not valid TOML"),
+]
+
+
+def test_toml_errors_name_the_line(toml):
+    for text, line, expected in TOML_ERRORS:
+        path = toml(text)
+        message = error_of(files=[path])
+        assert expected in message, text
+        assert f"{path}:{line}" in message, text
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -35,14 +35,15 @@ def test_names():
     assert len(set(presets.names())) == len(presets.ROWS)
 
 
-@pytest.mark.parametrize("name", presets.names())
-def test_every_preset_is_a_config_with_notes(name):
-    config = load_config(name)
-    assert config.preset == name
-    assert config.data.seq_length == config.model.max_position_embeddings == (256 if name == "quickstart" else 2048)
-    assert config.train.dtype == "fp32"
-    assert presets.notes(name)
-    assert all(note.endswith(".") and "\n" not in note and ":" in note for note in presets.notes(name))
+def test_every_preset_is_a_config_with_notes():
+    for name in presets.names():
+        config, notes = load_config(name), presets.notes(name)
+        length = 256 if name == "quickstart" else 2048
+        assert config.preset == name
+        assert (config.data.seq_length, config.model.max_position_embeddings) == (length, length), name
+        assert config.train.dtype == "fp32", name
+        assert notes, name
+        assert all(note.endswith(".") and "\n" not in note and ":" in note for note in notes), name
 
 
 def test_a_preset_is_a_fresh_copy():
@@ -52,41 +53,38 @@ def test_a_preset_is_a_fresh_copy():
     assert load_config("pythia-14m").model.vocab_size == 50304
 
 
-@pytest.mark.parametrize(
-    ("wrong", "hint"),
-    [
+def test_unknown_names():
+    for wrong, hint in (
         ("pythia-160", "did you mean pythia-160m?"),
         ("neox20b", "did you mean neox-20b?"),
         ("xyz", "there are quickstart"),
-    ],
-)
-def test_unknown_names(wrong, hint):
-    for function in (presets.preset, presets.notes):
-        with pytest.raises(ValueError, match="^no preset ") as caught:
-            function(wrong)
-        assert hint in str(caught.value)
+    ):
+        for function in (presets.preset, presets.notes):
+            with pytest.raises(ValueError, match="^no preset ") as caught:
+                function(wrong)
+            assert hint in str(caught.value), wrong
 
 
-@pytest.mark.parametrize("name", presets.names())
-def test_what_gpt_neox_1_trained_has_its_schedule(name):
-    before = name == "neox-20b" or name.startswith("pythia-")
-    assert load_config(name).schedule.name == ("cosine_floored" if before else "cosine")
-    assert before == ("cosine_floored" in " ".join(presets.notes(name)))
+def test_presets_that_gpt_neox_1_trained_have_its_schedule():
+    for name in presets.names():
+        before = name == "neox-20b" or name.startswith("pythia-")
+        assert load_config(name).schedule.name == ("cosine_floored" if before else "cosine"), name
+        assert before == ("cosine_floored" in " ".join(presets.notes(name))), name
 
 
-@pytest.mark.parametrize("size", PYTHIA)
-def test_pythia_recipe(size):
-    config, (tensor_parallel, lr) = load_config(f"pythia-{size}"), PYTHIA[size]
-    multiple = 128 * tensor_parallel
-    assert config.model.vocab_size == math.ceil(TOKENS_20B_TOKENIZER / multiple) * multiple
-    assert config.train.steps * config.train.global_batch_size * config.data.seq_length == 299_892_736_000
-    assert config.optim.lr == lr
-    assert config.schedule.min_lr == pytest.approx(lr / 10, rel=1e-12)
-    assert config.schedule.warmup * config.train.steps == pytest.approx(1430)
-    assert (config.optim.betas, config.optim.weight_decay, config.optim.clip) == ((0.9, 0.95), 0.1, 1.0)
-    assert (config.model.use_parallel_residual, config.model.rotary_pct) == (True, 0.25)
-    assert config.model.hidden_act == "gelu"
-    assert (config.model.init_method == "normal") == (size in ("6.9b", "12b"))
+def test_pythia_recipe():
+    for size in PYTHIA:
+        config, (tensor_parallel, lr) = load_config(f"pythia-{size}"), PYTHIA[size]
+        multiple = 128 * tensor_parallel
+        assert config.model.vocab_size == math.ceil(TOKENS_20B_TOKENIZER / multiple) * multiple, size
+        assert config.train.steps * config.train.global_batch_size * config.data.seq_length == 299_892_736_000, size
+        assert config.optim.lr == lr, size
+        assert config.schedule.min_lr == pytest.approx(lr / 10, rel=1e-12), size
+        assert config.schedule.warmup * config.train.steps == pytest.approx(1430), size
+        assert (config.optim.betas, config.optim.weight_decay, config.optim.clip) == ((0.9, 0.95), 0.1, 1.0), size
+        assert (config.model.use_parallel_residual, config.model.rotary_pct) == (True, 0.25), size
+        assert config.model.hidden_act == "gelu", size
+        assert (config.model.init_method == "normal") == (size in ("6.9b", "12b")), size
 
 
 def test_20b_recipe():
@@ -100,14 +98,14 @@ def test_20b_recipe():
     assert config.model.vocab_size == math.ceil(TOKENS_20B_TOKENIZER / 256) * 256
 
 
-@pytest.mark.parametrize("size", GPT)
-def test_gpt_recipes(size):
-    config = load_config(f"neox-{size}")
-    assert config.model.use_parallel_residual == (size == "49m")
-    assert config.model.rotary_pct == (0.25 if size == "49m" else 1.0)
-    assert config.optim.betas == ((0.9, 0.999) if size == "760m" else (0.9, 0.95))
-    assert config.train.steps == (143_000 if size in ("19m", "49m", "800m") else 320_000)
-    assert config.schedule.min_lr == pytest.approx(config.optim.lr / 10, rel=1e-12)
+def test_gpt_recipes():
+    for size in GPT:
+        config = load_config(f"neox-{size}")
+        assert config.model.use_parallel_residual == (size == "49m"), size
+        assert config.model.rotary_pct == (0.25 if size == "49m" else 1.0), size
+        assert config.optim.betas == ((0.9, 0.999) if size == "760m" else (0.9, 0.95)), size
+        assert config.train.steps == (143_000 if size in ("19m", "49m", "800m") else 320_000), size
+        assert config.schedule.min_lr == pytest.approx(config.optim.lr / 10, rel=1e-12), size
 
 
 @pytest.mark.parametrize(
@@ -134,9 +132,8 @@ def test_shape_is_the_default_of_hugging_face(name, theirs):
         assert model.ffn_size == config.intermediate_size
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
+def test_contradictions_of_the_record_are_in_the_notes():
+    for name, words in (
         ("neox-20b", ["0.97e-4", "0.97e-5", "1536", "1538", "50257", "50277", "50432", "fp16"]),
         ("pythia-160m", ["tanh", "erf", "fp16"]),
         ("pythia-1b", ["2.5e-4", "3.0e-4", "tanh", "bf16"]),
@@ -144,15 +141,13 @@ def test_shape_is_the_default_of_hugging_face(name, theirs):
         ("neox-125m", ["global_batch_size"]),
         ("gpt-j-6b", ["not recorded here"]),
         ("gpt-neo-2.7b", ["not recorded here"]),
-    ],
-)
-def test_contradictions_of_the_record_are_told(name, words):
-    text = " ".join(presets.notes(name))
-    assert [word for word in words if word not in text] == []
+    ):
+        text = " ".join(presets.notes(name))
+        assert [word for word in words if word not in text] == [], name
 
 
-@pytest.mark.parametrize("name", ["gpt-j-6b", *(f"gpt-neo-{size}" for size in GPT_NEO)])
-def test_an_unrecorded_recipe_is_not_invented(name):
-    ours, defaults = load_config(name), load_config()
-    for section in ("train", "optim", "schedule"):
-        assert getattr(ours, section) == getattr(defaults, section)
+def test_an_unrecorded_recipe_is_not_invented():
+    defaults = load_config()
+    for name in ("gpt-j-6b", *(f"gpt-neo-{size}" for size in GPT_NEO)):
+        for section in ("train", "optim", "schedule"):
+            assert getattr(load_config(name), section) == getattr(defaults, section), (name, section)
