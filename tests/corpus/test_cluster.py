@@ -36,7 +36,7 @@ def content(prefix: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize(("tasks", "workers"), [(1, 1), (3, 2), (9, 1)])
-def test_the_local_executor(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, tasks: int, workers: int) -> None:
+def test_datatrove_local_executor(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, tasks: int, workers: int) -> None:
     from datatrove.executor import LocalPipelineExecutor
 
     prepare(corpus, tmp_path / "expected", tokenizer, progress=False, workers=1)
@@ -54,7 +54,7 @@ def test_the_local_executor(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, 
     assert sorted(path.name for path in out.parent.iterdir()) == ["c.bin", "c.idx", "c.json"]
 
 
-def test_while_tasks_run_nobody_joins(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+def test_datatrove_tasks_lock_out_the_join(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     out = tmp_path / "c"
     shards = begin([corpus], out, tokenizer)
 
@@ -71,7 +71,7 @@ def test_while_tasks_run_nobody_joins(tmp_path: Path, corpus: Path, tokenizer: T
     assert len(list(Path(f"{out}.parts").glob("*.idx"))) == shards
 
 
-def test_faults_of_a_task(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+def test_datatrove_task_read_errors(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(
         ValueError, match=r"none\.parts/plan\.json: no such plan; call neox\.corpus\.cluster\.begin first"
     ):
@@ -86,7 +86,7 @@ def test_faults_of_a_task(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) ->
         list(TokenizeShards(tmp_path / "d").run())
 
 
-def test_the_slurm_recipe_sends_a_job_array(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+def test_slurm_recipe_sends_a_job_array(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     """With an sbatch of our own: datatrove writes the script, whose tasks are run as SLURM would, one by one."""
     tokenizer.save(tmp_path / "t.json")
     recipe = ROOT / "recipes" / "prepare_slurm.py"

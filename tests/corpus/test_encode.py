@@ -66,7 +66,7 @@ def ids_of(encoder: Encoder, texts: list[str]) -> list[list[int]]:
 
 @settings(deadline=None, max_examples=150)
 @given(texts=st.lists(TEXTS.filter(bool), min_size=1, max_size=6), specials=st.booleans())
-def test_the_ids_are_those_of_the_reference(tokenizer: Tokenizer, texts: list[str], specials: bool) -> None:
+def test_gigatoken_ids_are_those_of_the_reference(tokenizer: Tokenizer, texts: list[str], specials: bool) -> None:
     encoder = encoder_of(tokenizer, specials)
     assert encoder.backend == "gigatoken"
     found = ids_of(encoder, texts)
@@ -115,7 +115,7 @@ def test_prepared_text_decodes_to_its_composed_form(tmp_path: Path, tokenizer: T
     assert sum(not YOUNG.search(text) for text in texts) > 60
 
 
-def test_a_long_text_comes_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_comes_in_chunks(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "the cat sat\non the mat\n\ne\u0301\n" * 300
     monkeypatch.setattr("neox.tokenizer.PIECE_CHARACTERS", 50)
     for backend in ("gigatoken", "tokenizers"):
@@ -127,7 +127,7 @@ def test_a_long_text_comes_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("wrong", [0, SAMPLED, 2 * SAMPLED])
-def test_a_difference_in_a_sample_ends_the_work(
+def test_gigatoken_difference_in_a_sample_is_an_error(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, wrong: int
 ) -> None:
     """A library that goes wrong at one text, after it was right in all that was tried before."""
@@ -153,7 +153,7 @@ def test_a_difference_in_a_sample_ends_the_work(
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_a_tokenizer_that_it_reads_otherwise_is_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gigatoken_is_not_used_for_a_tokenizer_that_it_reads_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_bpe(["the cat sat on the mat"] * 9, 300, progress=False)
     file = json.loads(tokenizer.to_json())
     vocabulary = file["model"]["vocab"]  # two ids that the fast library is told the wrong way round
@@ -168,7 +168,7 @@ def test_a_tokenizer_that_it_reads_otherwise_is_left_to_the_reference(monkeypatc
         Encoder(tokenizer, "gigatoken")
 
 
-def test_without_it_the_reference_does_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gigatoken_the_reference_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gigatoken", None)
     tokenizer = train_bpe(["the cat sat on the mat"] * 9, 300, progress=False)
     encoder = Encoder(tokenizer)
@@ -190,7 +190,7 @@ def shaped(**shape: Any) -> Tokenizer:
 )
 @settings(deadline=None, max_examples=60)
 @given(text=TEXTS.filter(bool))
-def test_tokenizers_of_every_shape(shape: dict, text: str) -> None:
+def test_gigatoken_with_tokenizers_of_every_shape(shape: dict, text: str) -> None:
     """Whichever library is chosen, the ids are the reference's."""
     tokenizer = shaped(**shape)
     for specials in (True, False):
@@ -200,7 +200,7 @@ def test_tokenizers_of_every_shape(shape: dict, text: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_character_between_others(tokenizer: Tokenizer) -> None:
+def test_gigatoken_every_character_between_others(tokenizer: Tokenizer) -> None:
     """All of Unicode, each character among letters, digits, spaces and marks of each side."""
     encoder = encoder_of(tokenizer, True)
     codes = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]

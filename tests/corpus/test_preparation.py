@@ -163,7 +163,7 @@ def test_a_bad_line_late_leaves_the_earlier_output_whole(tmp_path: Path, tokeniz
 BAD = b'{"body": 3}\nhello\n{"text": "the dog"}\n{"text": ""}\n[]\nwell\n' + b"so\n" * 3
 
 
-def test_what_is_skipped_is_in_the_report_and_in_the_manifest(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_skipped_documents_are_in_the_report_and_in_the_manifest(tmp_path: Path, tokenizer: Tokenizer) -> None:
     good, bad = jsonl(tmp_path / "a.jsonl", ["the cat"]), tmp_path / "b.jsonl"
     bad.write_bytes(BAD)
     with pytest.raises(ValueError, match=r"b\.jsonl:1: no key 'text'.*data\.on_error=skip$"):
@@ -251,7 +251,7 @@ def test_ids_outside_of_the_vocabulary(
 
 
 @pytest.mark.parametrize("content", ['{"my": "settings"}', "[]", "3", "not json"])
-def test_a_foreign_json_beside_is_not_overwritten(tmp_path: Path, tokenizer: Tokenizer, content: str) -> None:
+def test_manifest_of_another_program_is_not_overwritten(tmp_path: Path, tokenizer: Tokenizer, content: str) -> None:
     source = jsonl(tmp_path / "out.jsonl", ["the cat"])
     (tmp_path / "out.json").write_text(content)
     with pytest.raises(ValueError, match=r"out\.json: exists and is no manifest"):
@@ -275,7 +275,7 @@ except OSError as error:
 
 
 @pytest.mark.parametrize(("limit", "which"), [(0, "bin"), (5000, "bin"), (150_000, "bin"), (400_000, "idx")])
-def test_full_disk(tmp_path: Path, tokenizer: Tokenizer, limit: int, which: str) -> None:
+def test_prepare_on_a_full_disk(tmp_path: Path, tokenizer: Tokenizer, limit: int, which: str) -> None:
     """A limit on file sizes makes write() fail as a full disk does, midway, in the real system call."""
     source = jsonl(tmp_path / "a.jsonl", ["the cat"] * 40_000)  # a .bin of 240,000 bytes, an .idx of 800,042
     tokenizer.save(tmp_path / "tokenizer.json")

@@ -60,7 +60,7 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_same_bytes_from_any_number_of_processes(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+def test_same_bytes_from_any_number_of_workers(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     """And the same as one document after another by the reference."""
     manifests = []
     for workers in (1, 2, 3):
@@ -128,7 +128,7 @@ def kill_and_go_on(corpus: Path, out: Path, tokenizer: Path, delays: Iterator[fl
             assert not Path(f"{out}.idx").exists() or TokenFile(out)
 
 
-def test_killed_and_continued_gives_the_same_bytes(
+def test_resume_after_a_kill_gives_the_same_bytes(
     tmp_path: Path, corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed once parts are there: they are not made again."""
@@ -161,7 +161,7 @@ def test_killed_and_continued_gives_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+def test_resume_after_kills_at_ten_random_moments(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(tmp_path / "t.json")
     prepare(corpus, tmp_path / "expected", tokenizer, progress=False, workers=1)
     draw = random.Random(5)
@@ -228,7 +228,7 @@ def test_what_is_damaged_is_named_and_the_rest_goes_on(
     assert len(texts) >= 350
 
 
-def test_the_parts_of_a_run_that_failed_are_kept(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+def test_finished_shards_of_a_failed_run_are_kept(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     """The same command goes on once the data are mended, or with the fault left out."""
     (corpus / "d.jsonl").write_bytes(b'{"text": "one"}\nno json\n' + b'{"text": "two"}\n' * 800)
     out = tmp_path / "c"
@@ -293,7 +293,7 @@ def test_a_file_that_changes_while_it_is_tokenized(
     ("other", "what"),
     [({"text_key": "id"}, "data.text_key"), ({"append_eod": False}, "data.append_eod"), ({}, "tokenizer")],
 )
-def test_other_settings_than_those_of_the_parts(
+def test_finished_shards_of_other_settings_are_refused(
     tmp_path: Path, corpus: Path, tokenizer: Tokenizer, other: dict[str, Any], what: str
 ) -> None:
     out = tmp_path / "c"
@@ -304,7 +304,7 @@ def test_other_settings_than_those_of_the_parts(
         fails(corpus, out, changed, rf"c\.parts: its parts were made with another {what} ", on_error=on_error, **other)
 
 
-def test_two_runs_on_one_output(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+def test_output_lock_refuses_a_second_run(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     from neox.corpus.plan import ShardOutputs
 
     with ShardOutputs(tmp_path / "c").locked():
@@ -312,7 +312,7 @@ def test_two_runs_on_one_output(tmp_path: Path, corpus: Path, tokenizer: Tokeniz
     assert prepare(corpus, tmp_path / "c", tokenizer, progress=False, workers=1).documents == 600
 
 
-def test_a_part_that_was_damaged_is_noticed(
+def test_a_damaged_shard_is_noticed(
     tmp_path: Path, corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "c"

@@ -28,7 +28,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(rows=st.lists(texts, max_size=20), size=st.integers(1, 200), frame=st.integers(1, 90), end=st.booleans())
-def test_each_document_once_wherever_the_cuts_fall(
+def test_shards_hold_each_document_once_wherever_the_cuts_fall(
     tmp_path_factory: pytest.TempPathFactory, rows: list[str], size: int, frame: int, end: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("cut")
@@ -61,7 +61,9 @@ def test_each_document_once_wherever_the_cuts_fall(
 
 @settings(deadline=None, max_examples=30)
 @given(raw=st.binary(max_size=200), data=st.data())
-def test_frames_of_a_damaged_file(tmp_path_factory: pytest.TempPathFactory, raw: bytes, data: st.DataObject) -> None:
+def test_zstd_frames_of_a_damaged_file(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes, data: st.DataObject
+) -> None:
     """Whatever the damage, looking for frames ends, and each place is within the file."""
     pack = zstandard.ZstdCompressor().compress
     whole = bytearray(b"".join(pack(raw[n : n + 20]) for n in range(0, len(raw) + 1, 20)))
@@ -77,7 +79,7 @@ def test_frames_of_a_damaged_file(tmp_path_factory: pytest.TempPathFactory, raw:
     assert all(start < max(path.stat().st_size, 1) for start in starts)
 
 
-def test_a_fault_names_its_line_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_names_its_line_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [b'{"text": "fine"}'] * 40
     rows[30] = b"bad"
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))

@@ -40,7 +40,7 @@ any_weights = st.lists(
     side_by_side=st.sampled_from([1, 3, 16]),
     data=st.data(),
 )
-def test_equals_the_greedy_rule(weights, count, segment, side_by_side, data) -> None:
+def test_blend_equals_the_greedy_rule(weights, count, segment, side_by_side, data) -> None:
     """Short segments: many guesses, most of them wrong, in few samples."""
     datasets, indices = slow(weights, count)
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ PILE += [1.24, 0.97, 0.93, 0.65, 0.95, 0.73, 0.38, 0.19, 0.46, 0.3, 0.14]
     ("weights", "digest"),
     [([0.7, 0.2, 0.1], "26b1b195957b49a9"), ([1, 1, 1], "400fba2e1240a6f8"), (PILE, "996a8f55ac97f611")],
 )
-def test_equals_what_the_original_code_gives(weights, digest) -> None:
+def test_blend_equals_gpt_neox_code(weights, digest) -> None:
     """The digests are of the first 2000 samples that gpt-neox's C++ helper gave."""
     hashed = hashlib.sha256(b"".join(array.astype("<i8").tobytes() for array in Blend(weights)(np.arange(2000))))
     assert hashed.hexdigest()[:16] == digest
@@ -77,12 +77,12 @@ def test_equals_what_the_original_code_gives(weights, digest) -> None:
     ("weights", "digest"),
     [([0.7, 0.2, 0.1], "60d4b1f632354878"), (PILE, "6d1bfea792d0000c"), ([1, 1e-7, 3e-5, 2], "3221a226ce079e9e")],
 )
-def test_equals_the_original_over_three_million_samples(weights, digest) -> None:
+def test_blend_equals_gpt_neox_over_three_million_samples(weights, digest) -> None:
     hashed = hashlib.sha256(b"".join(array.astype("<i8").tobytes() for array in Blend(weights)(np.arange(3_000_000))))
     assert hashed.hexdigest()[:16] == digest
 
 
-def test_few_rounds_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blend_guesses_need_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule forgets wrong guesses: a million samples in a few thousand steps side by side, not a million."""
     steps = []
     follow = Blend._follow
@@ -95,19 +95,19 @@ def test_few_rounds_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(weights=any_weights, num_samples=st.integers(1, 10**9))
-def test_each_dataset_is_made_for_half_a_percent_more_than_its_share(weights, num_samples) -> None:
+def test_blend_shares_have_half_a_percent_of_margin(weights, num_samples) -> None:
     total = sum(map(Fraction, weights))
     for count, weight in zip(shares(weights, num_samples), weights, strict=True):
         exact = num_samples * Fraction(weight) / total * Fraction(1005, 1000)
         assert exact * (1 - Fraction(1, 10**14)) <= count < exact * (1 + Fraction(1, 10**14)) + 1
 
 
-def test_pythias_index_files_have_this_number_in_their_names() -> None:
+def test_blend_share_is_the_number_in_pythias_index_files() -> None:
     """pile_20B_tokenizer_text_document_train_0_indexmap_147164160ns_2048sl_1234s: 143000 steps of 1024, weight 1."""
     assert shares([1.0], 143000 * 1024) == [147164160]
 
 
-def test_a_bar_shows_what_takes_long(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_blend_progress_bar_for_long_work(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(blend, "SIDE_BY_SIDE", 1)
     monkeypatch.setattr(blend, "SHOWN", 2)
     Blend([1.0, 2.0])([4000])
@@ -117,7 +117,7 @@ def test_a_bar_shows_what_takes_long(monkeypatch: pytest.MonkeyPatch, capsys) ->
     assert "blend" in capsys.readouterr().err
 
 
-def test_what_cannot_be_blended() -> None:
+def test_blend_refuses_bad_weights() -> None:
     Blend([1.0] * 254)
     with pytest.raises(ValueError, match=r"data\.weights: 255 entries; at most 254 can be blended"):
         Blend([1.0] * 255)

@@ -91,7 +91,7 @@ def test_one_weight_is_a_blend_of_one_which_asks_for_more(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("order", ["permuted", "megatron"])
 @pytest.mark.parametrize("weights", [(), (0.5, 0.5)])
-def test_split_holds_out_documents_of_each_file(tmp_path: Path, order: str, weights: tuple[float, ...]) -> None:
+def test_split_gives_validation_documents_of_each_file(tmp_path: Path, order: str, weights: tuple[float, ...]) -> None:
     sizes = [[6] * 10, [8] * 15]
     files = pairs(tmp_path, *sizes)
     values = {"order": order, "weights": weights, "seq_length": 3}
@@ -134,7 +134,7 @@ def test_megatron_samples_of_a_step_on_any_number_of_ranks(
     assert read == everything[step * batch : (step + 1) * batch]
 
 
-def test_num_samples_too_small(tmp_path: Path) -> None:
+def test_megatron_num_samples_too_small(tmp_path: Path) -> None:
     files = pairs(tmp_path, A, B)
     one = [*files[:1]]
     # A has 34 tokens: 33 // 4 = 8 samples in one epoch.
@@ -192,7 +192,7 @@ def test_options_survive_the_file_of_a_run(tmp_path: Path) -> None:
     assert Config().data.num_samples is None
 
 
-def test_the_fingerprint_is_that_of_the_order(tmp_path: Path) -> None:
+def test_order_fingerprint_is_that_of_the_order(tmp_path: Path) -> None:
     files = pairs(tmp_path, A, B)
 
     def fingerprint(names=files, seed=1, samples=20, **values) -> str:
@@ -231,7 +231,7 @@ def test_the_fingerprint_is_that_of_the_order(tmp_path: Path) -> None:
     assert fingerprint() == first
 
 
-def test_the_example_of_the_guide_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_data_order_guide_example_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "data_order.md").read_text(encoding="utf-8")
     code = guide.partition("```python\n")[2].partition("```")[0]
     printed = guide.partition("```text\n")[2].partition("```")[0]
@@ -243,7 +243,7 @@ def test_the_example_of_the_guide_prints_what_it_says(tmp_path: Path, monkeypatc
     assert (dataset.epochs, len(dataset), "".join(map(chr, dataset.sample(6)[0]))) == (2, 6, "ijklm")
 
 
-def test_the_recipe_of_the_guide_is_pythias(tmp_path: Path) -> None:
+def test_data_order_guide_recipe_is_pythias(tmp_path: Path) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "data_order.md").read_text(encoding="utf-8")
     (tmp_path / "run.toml").write_text(guide.partition("```toml\n")[2].partition("```")[0])
     made = load_config("pythia-160m", [tmp_path / "run.toml"])

@@ -47,7 +47,7 @@ def real(batch: Batch) -> list[int]:
     ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=5),
     steps=st.tuples(st.integers(0, 6), st.integers(1, 4)),
 )
-def test_ranges_that_are_stepped_over(batch, ranges, steps) -> None:
+def test_loader_skips_ranges_of_samples(batch, ranges, steps) -> None:
     """Against a list of all sample numbers from which those of the ranges are struck out."""
     loader = Loader(Counting(), batch, [(first, first + size) for first, size in ranges])
 
@@ -73,7 +73,7 @@ def test_ranges_that_are_stepped_over(batch, ranges, steps) -> None:
     step=st.integers(0, 1000),
     segments=st.booleans(),
 )
-def test_a_step_is_its_samples_on_any_number_of_ranks(batch, ranks, micro, step, segments) -> None:
+def test_microbatches_of_a_step_on_any_number_of_ranks(batch, ranks, micro, step, segments) -> None:
     loader = Loader(Counting(segments=segments), batch)
     parts = [list(loader.microbatches(step, micro, rank, ranks)) for rank in range(ranks)]
     blocks = [[sample for part in own for sample in real(part)] for own in parts]
@@ -96,7 +96,9 @@ def test_a_step_is_its_samples_on_any_number_of_ranks(batch, ranks, micro, step,
 
 
 @pytest.mark.parametrize(("batch", "ranks", "micro", "filler"), [(1538, 12, 4, 10), (7, 2, 4, 1), (7, 2, 2, 1)])
-def test_any_batch_size_on_any_number_of_ranks(batch: int, ranks: int, micro: int, filler: int) -> None:
+def test_microbatches_pad_any_batch_size_on_any_number_of_ranks(
+    batch: int, ranks: int, micro: int, filler: int
+) -> None:
     """1538 is the batch of GPT-NeoX-20B as its paper gives it: 12 ranks of 129, in 33 microbatches of 4."""
     loader = Loader(Counting(), batch)
     parts = [part for rank in range(ranks) for part in loader.microbatches(3, micro, rank, ranks)]
@@ -161,7 +163,7 @@ def pieces(batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor, tuple[int, sl
 
 @pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "serial"])
 @pytest.mark.parametrize("order", ["permuted", "megatron"])
-def test_packed_documents_equal_documents_alone(tmp_path: Path, parallel: bool, order: str) -> None:
+def test_segments_packed_documents_equal_documents_alone(tmp_path: Path, parallel: bool, order: str) -> None:
     """fp32, on a small model: logits, loss and gradients to 1e-6 of their largest entry."""
     sizes = np.random.default_rng(0).integers(0, 14, 30).tolist()
     part = documents(tmp_path / "x", sizes)
@@ -200,7 +202,7 @@ def test_packed_documents_equal_documents_alone(tmp_path: Path, parallel: bool, 
     assert (crossing - packed).abs().max() > 1e-3 * packed.abs().max()
 
 
-def test_the_end_of_document_token_is_learned_and_what_follows_it_is_not(tmp_path: Path) -> None:
+def test_segments_learn_the_end_of_document_token_and_mask_the_next_label(tmp_path: Path) -> None:
     """Documents 5 6 7 0 and 8 9 0 and 5 0, with 0 as end of document, in one row."""
     with TokenWriter(tmp_path / "x", "uint16") as writer:
         for document in ([5, 6, 7, 0], [8, 9, 0], [], [5, 0]):
@@ -212,7 +214,7 @@ def test_the_end_of_document_token_is_learned_and_what_follows_it_is_not(tmp_pat
     assert batch.segments.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2]]
 
 
-def test_windows_into_the_middle_of_documents(tmp_path: Path) -> None:
+def test_segments_of_windows_into_the_middle_of_documents(tmp_path: Path) -> None:
     write_pair(tmp_path / "x", [10, 3, 8])
     batch = Loader(TokenDataset([tmp_path / "x"], 5, 0, "sequential", segments=True), 4).batch(0)
     assert batch.segments.tolist() == [[0] * 5, [0] * 5, [0, 0, 0, 1, 1], [0] * 5]

@@ -74,7 +74,7 @@ class Slow:
     group=st.sampled_from([1, 3, 64]),
     far=st.integers(0, 500),
 )
-def test_equals_the_description(
+def test_megatron_order_equals_the_description(
     tmp_path_factory: pytest.TempPathFactory, sizes, cut, seq_length, seed, num_samples, group, far
 ) -> None:
     first, last = cut[0], len(sizes) - cut[1]
@@ -110,7 +110,7 @@ def test_equals_the_description(
     ("seed", "num_samples", "seq_length", "digest"),
     [(1234, 100, 8, "5edbfb9884d252d3"), (1234, 16, 8, "a440577e204a8a32"), (7, 1000, 3, "eea20d86856cf9f3")],
 )
-def test_equals_what_the_original_code_gives(tmp_path: Path, seed, num_samples, seq_length, digest) -> None:
+def test_megatron_order_equals_gpt_neox_code(tmp_path: Path, seed, num_samples, seq_length, digest) -> None:
     """The digests are of the three arrays that gpt-neox's own functions, its C++ helper included, gave."""
     part = documents(tmp_path / "x", [i * i % 11 for i in range(50)])
     dataset = MegatronDataset(part, seq_length, seed, num_samples)
@@ -119,7 +119,7 @@ def test_equals_what_the_original_code_gives(tmp_path: Path, seed, num_samples, 
     assert hashed.hexdigest()[:16] == digest
 
 
-def test_every_token_of_the_stream_is_a_label_once(tmp_path: Path) -> None:
+def test_megatron_every_token_is_a_label_once(tmp_path: Path) -> None:
     dataset = MegatronDataset(documents(tmp_path / "x", [7, 0, 30, 1, 12]), 7, 3, 1)
     assert (dataset.epochs, len(dataset.shuffle_idx)) == (1, 7)  # 49 labels of 50 tokens, 7 a sample
     labels = dataset.sample(range(7))[:, 1:].flatten().tolist()
@@ -136,7 +136,7 @@ def raw_pair(prefix: Path, sizes: np.ndarray) -> Path:
     return prefix
 
 
-def test_memory_is_four_bytes_a_document_and_epoch_and_four_a_sample(
+def test_megatron_memory_is_four_bytes_a_document_and_epoch_and_four_a_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, epochs = 400_000, 3
@@ -160,7 +160,7 @@ def test_memory_is_four_bytes_a_document_and_epoch_and_four_a_sample(
     tracemalloc.stop()
 
 
-def test_it_says_what_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_megatron_reports_a_long_shuffle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     part = documents(tmp_path / "x", [7, 5])
     MegatronDataset(part, 4, 1, 5, progress=True)
     assert capsys.readouterr().err == ""
@@ -171,7 +171,7 @@ def test_it_says_what_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "x.bin: shuffling 4 documents and 5 samples" in capsys.readouterr().err
 
 
-def test_what_cannot_be_ordered(tmp_path: Path) -> None:
+def test_megatron_refuses_what_it_cannot_order(tmp_path: Path) -> None:
     part = documents(tmp_path / "x", [0, 1, 9])
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=rf'train\.seed = {seed}: data\.order = "megatron" takes 0 to 2\*\*32 - 1'):

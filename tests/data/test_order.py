@@ -39,7 +39,7 @@ def slow(n: int, seed: int, sample: int) -> int:
 
 @settings(deadline=None)
 @given(n=st.one_of(st.integers(1, 40), st.integers(1, 5000)), seed=seeds, epoch=st.integers(0, 10**6))
-def test_bijection_in_each_epoch(n: int, seed: int, epoch: int) -> None:
+def test_permuted_order_is_a_bijection_in_each_epoch(n: int, seed: int, epoch: int) -> None:
     windows = PermutedOrder(n, seed)(np.arange(epoch * n, (epoch + 1) * n))
     assert windows.dtype == np.int64
     np.testing.assert_array_equal(np.sort(windows), np.arange(n))
@@ -47,14 +47,14 @@ def test_bijection_in_each_epoch(n: int, seed: int, epoch: int) -> None:
 
 @settings(deadline=None)
 @given(n=st.one_of(st.integers(1, 100), st.integers(1, 2**50)), seed=seeds, data=st.data())
-def test_equals_the_description(n: int, seed: int, data: st.DataObject) -> None:
+def test_permuted_order_equals_the_description(n: int, seed: int, data: st.DataObject) -> None:
     samples = data.draw(st.lists(st.integers(0, min(2**62, 1000 * n)), max_size=5))
     assert PermutedOrder(n, seed)(np.array(samples, dtype=np.int64)).tolist() == [slow(n, seed, s) for s in samples]
 
 
 @settings(deadline=None)
 @given(n=st.integers(50, 5000), seed=seeds, epoch=st.integers(0, 1000))
-def test_epochs_and_seeds_differ(n: int, seed: int, epoch: int) -> None:
+def test_permuted_order_differs_by_epoch_and_seed(n: int, seed: int, epoch: int) -> None:
     order = PermutedOrder(n, seed)
     first = order(np.arange(epoch * n, epoch * n + n))
     # Two random permutations agree in one place on average (Poisson with mean 1): 20 places are out of reach.
@@ -65,7 +65,7 @@ def test_epochs_and_seeds_differ(n: int, seed: int, epoch: int) -> None:
 
 @settings(deadline=None)
 @given(n=st.integers(1, 5000), seed=seeds, samples=st.lists(st.integers(0, 10**6), min_size=1, max_size=30))
-def test_one_by_one_equals_all_at_once(n: int, seed: int, samples: list[int]) -> None:
+def test_permuted_order_one_by_one_equals_all_at_once(n: int, seed: int, samples: list[int]) -> None:
     order = PermutedOrder(n, seed)
     together = order(np.array(samples))
     assert together.tolist() == [int(order(np.array(s))) for s in samples]
@@ -73,7 +73,7 @@ def test_one_by_one_equals_all_at_once(n: int, seed: int, samples: list[int]) ->
 
 
 @pytest.mark.parametrize("n", [5, 16, 33, 64, 100])
-def test_every_window_is_as_likely_in_every_place(n: int) -> None:
+def test_permuted_order_is_uniform(n: int) -> None:
     """Chi-square on (place, window) over many epochs; the bounds are 5 standard deviations of the statistic."""
     epochs = 100 * n
     table = np.zeros((n, n))
@@ -88,7 +88,7 @@ def test_every_window_is_as_likely_in_every_place(n: int) -> None:
     assert abs(statistic - freedom) < 5 * np.sqrt(2 * freedom)
 
 
-def test_neighbours_of_a_large_order_look_independent() -> None:
+def test_permuted_order_neighbours_look_independent() -> None:
     n = 2**40
     windows = PermutedOrder(n, 11)(np.arange(100_000)) / n
     np.testing.assert_allclose(windows.mean(), 0.5, atol=5 * np.sqrt(1 / 12 / 1e5))
@@ -100,7 +100,7 @@ def test_neighbours_of_a_large_order_look_independent() -> None:
 
 
 @pytest.mark.parametrize("n", [2**40, 2**40 + 1, 2**62 - 1])
-def test_large_orders_take_no_memory(n: int) -> None:
+def test_permuted_order_takes_no_memory(n: int) -> None:
     samples = np.array([0, 1, n - 1, n, 2**63 - 1], dtype=np.int64)
     tracemalloc.start()
     windows = PermutedOrder(n, 0)(samples)
@@ -111,24 +111,24 @@ def test_large_orders_take_no_memory(n: int) -> None:
     assert windows.tolist() == [slow(n, 0, int(s)) for s in samples]
 
 
-def test_sequential_wraps() -> None:
+def test_sequential_order_wraps() -> None:
     assert SequentialOrder(3)(np.arange(7)).tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("n", [0, -1])
-def test_no_windows(n: int) -> None:
+def test_order_without_windows(n: int) -> None:
     for make in (lambda: PermutedOrder(n, 0), lambda: SequentialOrder(n)):
         with pytest.raises(ValueError, match="at least one window"):
             make()
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
-def test_seed_out_of_range(seed: int) -> None:
+def test_order_seed_out_of_range(seed: int) -> None:
     with pytest.raises(ValueError, match=rf"train\.seed = {seed}"):
         PermutedOrder(1, seed)
 
 
-def test_negative_samples_are_refused() -> None:
+def test_order_refuses_negative_samples() -> None:
     for order in (PermutedOrder(3, 0), SequentialOrder(3)):
         with pytest.raises(AssertionError):
             order(np.array([-1]))

@@ -36,7 +36,7 @@ def as_gpt_neox_reads(stem: str, documents: list[list[int]], sample: int) -> lis
     seq_length=st.integers(1, 9),
     samples=st.integers(1, 40),
 )
-def test_one_file(tmp_path_factory: pytest.TempPathFactory, sizes, order, seq_length, samples) -> None:
+def test_index_files_of_one_file(tmp_path_factory: pytest.TempPathFactory, sizes, order, seq_length, samples) -> None:
     assume(sum(sizes) > seq_length)
     folder = tmp_path_factory.mktemp("data")
     file = write_pair(folder / "x", sizes)
@@ -51,7 +51,7 @@ def test_one_file(tmp_path_factory: pytest.TempPathFactory, sizes, order, seq_le
 
 
 @pytest.mark.parametrize("order", ["permuted", "megatron"])
-def test_a_blend_has_files_for_each_part(tmp_path: Path, order: str) -> None:
+def test_index_files_of_each_source_of_a_blend(tmp_path: Path, order: str) -> None:
     sizes = [[9, 0, 7, 12], [3, 3, 20]]
     files = [write_pair(tmp_path / f"f{n}", own, 1000 * n) for n, own in enumerate(sizes)]
     config = DataConfig(train=tuple(map(str, files)), seq_length=4, order=order, weights=(1.0, 2.0))
@@ -71,7 +71,7 @@ def test_a_blend_has_files_for_each_part(tmp_path: Path, order: str) -> None:
     assert found == dataset.sample(range(30)).tolist()
 
 
-def test_what_has_no_such_files(tmp_path: Path) -> None:
+def test_index_files_refused_for_pooled_and_preshuffled(tmp_path: Path) -> None:
     files = [write_pair(tmp_path / f"f{n}", [5, 5]) for n in range(2)]
     for count, order in ((2, "permuted"), (1, "preshuffled")):
         config = DataConfig(train=tuple(map(str, files[:count])), seq_length=4, order=order)
@@ -89,7 +89,7 @@ def index(path: Path, sizes: np.ndarray, pointers: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize("count", [1, 7, 63, 64, 65, 200])
-def test_a_long_index_is_looked_at_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_long_idx_is_checked_in_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Up to CHECKED documents each displaced one is found; beyond, those of the first and last stretches."""
     monkeypatch.setattr(mmap, "CHECKED", 64)
     monkeypatch.setattr(mmap, "STRETCHES", 8)

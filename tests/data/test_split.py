@@ -27,7 +27,7 @@ from tests.corpus.corpora import write_pair
         ("995,4,1", 20, (0, 20, 20, 20)),
     ],
 )
-def test_hand_worked(text: str, count: int, expected: tuple[int, ...]) -> None:
+def test_split_hand_worked(text: str, count: int, expected: tuple[int, ...]) -> None:
     fractions = DataConfig(split=text).fractions
     assert fractions is not None
     assert bounds(fractions, count) == expected
@@ -37,7 +37,7 @@ def test_hand_worked(text: str, count: int, expected: tuple[int, ...]) -> None:
     shares=st.tuples(st.integers(1, 1000), st.integers(0, 1000), st.integers(0, 1000)),
     count=st.integers(1, 10**6),
 )
-def test_every_document_is_in_one_part_and_each_part_has_about_its_share(shares, count) -> None:
+def test_split_puts_every_document_in_one_part_of_about_its_share(shares, count) -> None:
     fractions = DataConfig(split=",".join(map(str, shares))).fractions
     assert fractions is not None
     start, train, valid, end = bounds(fractions, count)
@@ -52,7 +52,7 @@ def test_every_document_is_in_one_part_and_each_part_has_about_its_share(shares,
 
 @settings(deadline=None, max_examples=8)
 @given(sizes=st.lists(st.integers(0, 9), min_size=10, max_size=30))
-def test_the_parts_hold_the_tokens(tmp_path_factory: pytest.TempPathFactory, sizes: list[int]) -> None:
+def test_split_parts_hold_the_tokens(tmp_path_factory: pytest.TempPathFactory, sizes: list[int]) -> None:
     folder = tmp_path_factory.mktemp("data")
     prefixes = [write_pair(folder / "a", sizes), write_pair(folder / "b", sizes[::-1], 1000)]
     train, valid = split(prefixes, "6,3,1", (0.6, 0.3, 0.1))
@@ -64,7 +64,7 @@ def test_the_parts_hold_the_tokens(tmp_path_factory: pytest.TempPathFactory, siz
         assert len(valid[found]) == stop - middle
 
 
-def test_too_few_documents(tmp_path: Path) -> None:
+def test_split_of_too_few_documents(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "few", [5] * 20)
     with pytest.raises(ValueError, match=r"few\.bin: data\.split = 995,4,1 leaves none of its 20 documents for valid"):
         split([prefix], "995,4,1", (0.995, 0.004, 0.001))
@@ -79,6 +79,6 @@ def test_too_few_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "a", "1,2,3,4", "-1,2", "0,1", "0,0,0", "nan,1", "inf", "1,1/1", "1,,1", "1e308,1e308,1e308"]
 )
-def test_shares_that_cannot_be_read(text: str) -> None:
+def test_split_fractions_that_cannot_be_read(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^data\.split: .* must be up to three shares, such as \"995,4,1\""):
         DataConfig(split=text)

@@ -263,7 +263,7 @@ os._exit(0)
 """
 
 
-def test_killed_at_every_step_never_passes_for_whole(tmp_path: Path) -> None:
+def test_writer_killed_at_every_step_never_passes_for_whole(tmp_path: Path) -> None:
     """The new pair has the sizes of the old one: only the order of the steps keeps the two from being mixed."""
     outcomes = []
     for stop in range(40):
@@ -289,7 +289,7 @@ def test_killed_at_every_step_never_passes_for_whole(tmp_path: Path) -> None:
     assert {"old", "none", "new"} == set(outcomes)
 
 
-def test_two_writers_at_once(tmp_path: Path) -> None:
+def test_writer_lock_refuses_a_second_writer(tmp_path: Path) -> None:
     with TokenWriter(tmp_path / "a", "uint16") as writer:
         writer.add_document([1])
         with (

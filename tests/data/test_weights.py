@@ -21,7 +21,7 @@ from tests.corpus.corpora import note, write_pair
 
 @settings(deadline=None)
 @given(counts=st.lists(st.integers(1, 10**9), min_size=2, max_size=9), alpha=st.integers(0, 2))
-def test_weights_by_numbers_of_documents(counts: list[int], alpha: int) -> None:
+def test_blend_weights_by_numbers_of_documents(counts: list[int], alpha: int) -> None:
     """The description in exact fractions."""
     total = sum(counts)
     powers = [Fraction(count, total) ** alpha for count in counts]
@@ -30,14 +30,14 @@ def test_weights_by_numbers_of_documents(counts: list[int], alpha: int) -> None:
     assert by_documents(counts, float(alpha)) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_a_temperature_favours_what_is_small() -> None:
+def test_blend_weights_alpha_favours_small_corpora() -> None:
     assert by_documents([7], 0.3) == (1.0,)
     # By hand: shares .9 and .1; to the 0.5 they are in the ratio 3 to 1, times (.1, .9): 3 to 9.
     assert by_documents([900, 100], 0.5) == pytest.approx((0.25, 0.75))
     assert by_documents([900, 100], 2.0) == pytest.approx((0.9, 0.1))
 
 
-def test_the_piles_weights(tmp_path: Path) -> None:
+def test_blend_weights_of_the_pile(tmp_path: Path) -> None:
     files = [write_pair(tmp_path / name, [20, 20], 1000 * n) for n, name in enumerate("abc")]
     names = ["ArXiv", "Enron Emails", "Pile-CC"]
     for file, name in zip(files, names, strict=True):
@@ -58,7 +58,7 @@ def test_the_piles_weights(tmp_path: Path) -> None:
         build_datasets(config, files, [], 3, 10)
 
 
-def test_weights_from_two_places_are_refused() -> None:
+def test_blend_weights_from_two_places_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.weigh: pile and data\.weights both give the shares"):
         DataConfig(weights=(1.0,), weigh="pile")
     with pytest.raises(ConfigError, match=r"data\.order: preshuffled samples are read as they stand"):
@@ -75,7 +75,7 @@ def test_weights_from_two_places_are_refused() -> None:
     sizes=st.randoms(use_true_random=False),
     first=st.integers(0, 5),
 )
-def test_sources_are_read_back(tmp_path_factory: pytest.TempPathFactory, rows, known, sizes, first) -> None:
+def test_provenance_is_read_back(tmp_path_factory: pytest.TempPathFactory, rows, known, sizes, first) -> None:
     """Against one tuple a document."""
     rows = [(source, component if known else None, count) for source, component, count in rows]
     every = [(source, component) for source, component, count in rows for _ in range(count)]
@@ -93,7 +93,7 @@ def test_sources_are_read_back(tmp_path_factory: pytest.TempPathFactory, rows, k
     assert set(sources.components(first, len(every) - first)) == set(wanted)
 
 
-def test_files_beside_that_do_not_fit(tmp_path: Path) -> None:
+def test_provenance_files_that_do_not_fit(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "x", [3] * 6)
     assert Provenance.of(TokenFile(prefix))[5] == Origin(None, None)
     for name, broken in (
@@ -114,7 +114,7 @@ def test_files_beside_that_do_not_fit(tmp_path: Path) -> None:
         Provenance.of(TokenFile(prefix))
 
 
-def test_megatrons_arrays_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_megatron_order_cache_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [write_pair(tmp_path / "a", [9, 3, 0, 14]), write_pair(tmp_path / "b", [5, 5, 6], 1000)]
     config = DataConfig(train=tuple(map(str, files)), seq_length=3, order="megatron", weights=(1.0, 2.0))
     plain = build_datasets(config, files, [], 5, 40)
@@ -140,7 +140,7 @@ def test_megatrons_arrays_are_kept_and_found_again(tmp_path: Path, monkeypatch: 
         build_datasets(config, files, [], 5, 40, cache=kept)
 
 
-def test_arrays_written_by_many_at_once_are_whole(tmp_path: Path) -> None:
+def test_order_cache_written_by_many_at_once_is_whole(tmp_path: Path) -> None:
     wanted = np.arange(100_000)
     wrong = []
 
@@ -161,7 +161,7 @@ def test_arrays_written_by_many_at_once_are_whole(tmp_path: Path) -> None:
     assert content_key({"a": 1}, wanted) != content_key({"a": 1}, wanted[::-1])
 
 
-def test_a_cache_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
+def test_order_cache_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "order").write_text("a file")
     with pytest.raises(OSError, match=r"order"):
         cached_arrays(tmp_path / "order", "k", ("a",), lambda: {"a": np.arange(3)})

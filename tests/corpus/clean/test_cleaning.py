@@ -54,7 +54,7 @@ def result(cleaning: Cleaning) -> tuple[list[str], list[dict], dict]:
     return texts, [json.loads(line) for line in (cleaning.folder / "removed.jsonl").open()], counts
 
 
-def test_each_document_that_goes_is_named_with_the_one_that_stays(corpus: Path, tmp_path: Path):
+def test_each_removed_duplicate_is_named_with_the_one_kept(corpus: Path, tmp_path: Path):
     plan = cut(corpus)
     texts, rows, counts = result(cleaned(plan, tmp_path / "out", "exact"))
     everything = [[document.text for document in documents(shard)] for shard in plan.shards]
@@ -102,14 +102,14 @@ def test_the_bar_gets_all_bytes_and_metadata_stay(corpus: Path, tmp_path: Path):
     assert sum(document.taken for document in found) <= shard.size
 
 
-def test_workers_make_no_difference(corpus: Path, tmp_path: Path):
+def test_dedup_does_not_depend_on_the_number_of_workers(corpus: Path, tmp_path: Path):
     plan = cut(corpus)
     one = cleaned(plan, tmp_path / "one", "minhash")
     two = cleaned(plan, tmp_path / "two", "minhash", workers=2)
     assert result(one) == result(two)
 
 
-def test_what_was_found_stands_until_a_file_changes(corpus: Path, tmp_path: Path):
+def test_duplicates_are_reused_until_a_file_changes(corpus: Path, tmp_path: Path):
     first = cleaned(cut(corpus), tmp_path / "out", "exact")
     done = tmp_path / "out" / "repeats" / "done.json"
     before = done.stat().st_mtime_ns
@@ -125,7 +125,7 @@ def test_what_was_found_stands_until_a_file_changes(corpus: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_cannot_be_read_is_one_line(corpus: Path, tmp_path: Path, workers: int):
+def test_decontaminate_read_errors_are_one_line(corpus: Path, tmp_path: Path, workers: int):
     (corpus / "2.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"2.jsonl:1: not JSON"):
         cleaned(cut(corpus), tmp_path / "out", "exact", workers=workers)
@@ -178,7 +178,7 @@ for last in range(0, 60, int(step)):  # 0 kills never
 
 
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_any_write_it_goes_on_to_the_same_bytes(corpus: Path, tmp_path: Path, step: int):
+def test_dedup_killed_at_any_write_resumes_to_the_same_bytes(corpus: Path, tmp_path: Path, step: int):
     out = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, str(corpus), str(tmp_path / "exam.jsonl"), str(out), str(step)]
     attempts = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -205,7 +205,7 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_text(tmp_path: Path):
+def test_dedup_memory_does_not_grow_with_the_text(tmp_path: Path):
     """20 times the text: less than 40 MB more at the peak, most of it the pages of key files that are mapped."""
     draw = random.Random(4)
     vocabulary = [f"word{i}" for i in range(20000)]

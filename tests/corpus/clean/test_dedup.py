@@ -42,7 +42,7 @@ def jaccard(left: set[tuple[str, ...]], right: set[tuple[str, ...]]) -> float:
     together=st.integers(1, 20),
     characters=st.integers(1, 60),
 )
-def test_exact_repeats_are_those_of_a_dictionary(tmp_path, monkeypatch, shards, kept, together, characters):
+def test_exact_duplicates_are_those_of_a_dictionary(tmp_path, monkeypatch, shards, kept, together, characters):
     """However the work is cut: into calls, into files, into ranges of keys."""
     monkeypatch.setattr(dedup, "KEPT_KEYS", kept)
     monkeypatch.setattr(dedup, "RANGE_KEYS", together)
@@ -57,7 +57,7 @@ def test_exact_repeats_are_those_of_a_dictionary(tmp_path, monkeypatch, shards, 
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=20), max_size=4))
-def test_groups_are_those_of_a_search(batches: list[list[tuple[int, int]]]):
+def test_connected_components_are_those_of_a_search(batches: list[list[tuple[int, int]]]):
     groups = UnionFind(30)
     for pairs in batches:
         groups.join(*np.array(pairs, np.int64).reshape(-1, 2).T)
@@ -77,7 +77,7 @@ def edited(text: str, share: float, draw: random.Random) -> str:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.15, 0.2, 0.3])
-def test_pairs_are_found_as_often_as_the_formula_says(tmp_path, share: float):
+def test_minhash_finds_pairs_as_often_as_the_formula_says(tmp_path, share: float):
     draw = random.Random(share)
     trials, found, expected, variance = 400, 0, 0.0, 0.0
     texts = []
@@ -91,7 +91,7 @@ def test_pairs_are_found_as_often_as_the_formula_says(tmp_path, share: float):
     assert abs(found - expected) <= 3.5 * variance**0.5 + 1, f"{found} found of {trials}, {expected:.1f} expected"
 
 
-def test_what_is_removed_is_alike_and_what_is_alike_is_removed(tmp_path):
+def test_minhash_removes_near_duplicates_and_nothing_else(tmp_path):
     draw = random.Random(1)
     vocabulary = [f"w{i}" for i in range(3000)]
     originals = [" ".join(draw.choices(vocabulary, k=draw.randrange(60, 400))) for _ in range(120)]

@@ -37,13 +37,13 @@ def slow_words(text: str) -> list[tuple[str, int, int]]:
 
 
 @given(TEXTS)
-def test_words_are_those_of_the_description(text: str):
+def test_shingle_words_are_those_of_the_description(text: str):
     assert list(placed(text)) == slow_words(text)
     assert words(text) == [word for word, _, _ in slow_words(text)]
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=3), TEXTS)
-def test_exactly_the_shared_runs_are_found(examples: list[str], text: str):
+def test_decontamination_finds_exactly_the_shared_runs(examples: list[str], text: str):
     runs = set()
     for example in examples:
         spelled = [word for word, _, _ in slow_words(example)]
@@ -59,7 +59,7 @@ def test_exactly_the_shared_runs_are_found(examples: list[str], text: str):
     assert [(overlap.start, overlap.end) for overlap in found] == list(zip(starts, ends, strict=True))
 
 
-def test_it_finds_what_the_janitor_of_lm_eval_finds():
+def test_decontamination_equals_the_janitor_of_lm_eval():
     """On ASCII text whose words all hold a letter: there the janitor's words are those of the description."""
     janitor_module = pytest.importorskip("lm_eval.decontamination.janitor")
     examples = [f"The {i}th question: which of the {i} numbers, if any, is (for all we know) one?" for i in range(9)]
@@ -78,7 +78,7 @@ def test_it_finds_what_the_janitor_of_lm_eval_finds():
     assert cut(text, overlaps) == [first, second[1:], third[1:], last]
 
 
-def test_the_rule_of_the_description():
+def test_decontamination_cuts_as_described():
     run = " ".join(f"w{i}" for i in range(RUN))
     index = Overlaps.of([("set", [run])])
 
@@ -96,7 +96,7 @@ def test_the_rule_of_the_description():
     assert left(between + between.join([run] * MOST) + between) == []  # eleven pieces
 
 
-def test_passages_of_lambada_are_found_in_a_book_that_quotes_them(tmp_path):
+def test_decontamination_of_lambada_passages_in_a_book(tmp_path):
     if not LAMBADA.exists():
         pytest.skip("needs ../shared/data/lambada_test.jsonl")
     texts = list(evaluation_texts(str(LAMBADA)))
@@ -110,7 +110,7 @@ def test_passages_of_lambada_are_found_in_a_book_that_quotes_them(tmp_path):
         assert (found[0].start, found[0].end) == (len(filler) + 1, len(filler) + 1 + len(quoted.rstrip()))
 
 
-def test_files_of_examples(tmp_path):
+def test_evaluation_sets_from_files(tmp_path):
     rows = [{"question": "Why?", "choices": ["a b", {"text": "c"}], "label": 1}, {"question": "How?", "choices": []}]
     (tmp_path / "set.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     (tmp_path / "one.txt").write_text("all\nof it")
@@ -124,7 +124,7 @@ def test_files_of_examples(tmp_path):
         list(evaluation_texts(str(tmp_path / "set.csv")))
 
 
-def test_tasks_of_lm_eval(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_evaluation_sets_from_lm_eval_tasks(tmp_path, monkeypatch: pytest.MonkeyPatch):
     tasks = pytest.importorskip("lm_eval.tasks")
     (tmp_path / "data.json").write_text(
         "\n".join(json.dumps({"q": f"question {i}", "a": f"answer {i}"}) for i in (1, 2))

@@ -37,7 +37,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_tokens_are_of_what_stays(corpus: Path, tmp_path: Path, tokenizer: Tokenizer, workers: int):
+def test_prepare_dedup_and_decontaminate_tokens(corpus: Path, tmp_path: Path, tokenizer: Tokenizer, workers: int):
     out, exam = tmp_path / "out" / "clean", str(tmp_path / "exam.jsonl")
 
     def run():
@@ -72,7 +72,7 @@ def test_the_tokens_are_of_what_stays(corpus: Path, tmp_path: Path, tokenizer: T
     assert not prepare(corpus, out, tokenizer, progress=False, workers=workers, dedup="exact").done_before
 
 
-def test_what_was_found_is_read_once_in_a_process(
+def test_prepare_reads_the_cleaning_once_a_process(
     corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     real, plans = Cleaning.from_plan, []
@@ -81,7 +81,9 @@ def test_what_was_found_is_read_once_in_a_process(
     assert [len(plan.shards) for plan in plans] == [3]
 
 
-def test_two_at_once(corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+def test_prepare_cleaning_lock_refuses_a_second_run(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
     """The second is refused before it touches what the first has found."""
     monkeypatch.setattr("neox.corpus.plan.PATIENCE", 0.3)
     module, out = importlib.import_module("neox.corpus.preparation"), tmp_path / "clean"
@@ -101,7 +103,7 @@ def test_two_at_once(corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeyp
     assert prepare(corpus, out, tokenizer, progress=False, workers=1, dedup="exact").removed == {"duplicate": 1}
 
 
-def test_by_the_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_prepare_dedup_by_the_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "clean"
     assert main(["prepare", str(corpus), f"out={out}", "vocab_size=300", "dedup=minhash", "workers=1"]) == 0
     assert "left out: 1 near-duplicates" in capsys.readouterr().out

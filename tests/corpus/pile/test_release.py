@@ -16,7 +16,7 @@ from neox.data import TokenFile
 from neox.tokenizer import train_bpe
 
 
-def test_the_rows_add_up_to_the_published_totals():
+def test_pile_table_adds_up_to_the_published_totals():
     assert len(COMPONENTS) == len(PILE) == 22
     assert sum(c.raw_gib for c in PILE) == pytest.approx(825.18, abs=0.005)
     assert sum(c.weight for c in PILE) == pytest.approx(100, abs=0.005)
@@ -29,7 +29,7 @@ def test_the_rows_add_up_to_the_published_totals():
     assert effective * 2**20 / documents == pytest.approx(5.91, abs=0.006)
 
 
-def test_every_component_is_in_one_of_the_five_groups():
+def test_pile_components_are_in_one_of_five_groups():
     assert {component.group for component in PILE} == set(GROUPS)
     assert [sum(c.group == group for c in PILE) for group in GROUPS] == [7, 4, 3, 5, 3]
 
@@ -54,7 +54,7 @@ def release(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_release_is_prepared_and_counted(release: Path, tmp_path: Path, workers: int, monkeypatch, capsys):
+def test_pile_release_is_prepared_and_counted(release: Path, tmp_path: Path, workers: int, monkeypatch, capsys):
     monkeypatch.setattr(shards, "CHUNK_BYTES", 1)
     tokenizer = train_bpe(["int main; we show été"], vocab_size=300)
     tokenizer.save(tmp_path / "tokenizer.json")
@@ -86,14 +86,14 @@ def test_a_release_is_prepared_and_counted(release: Path, tmp_path: Path, worker
     assert {path.name: path.read_bytes() for path in out.iterdir()} == kept
 
 
-def test_components_are_counted_of_what_stays(release: Path, tmp_path: Path):
+def test_pile_components_are_counted_after_dedup(release: Path, tmp_path: Path):
     tokenizer = train_bpe(["int main; we show été"], vocab_size=300)
     prepare_pile(release, tmp_path / "out", tokenizer, progress=False, workers=1, dedup="exact")
     content = json.loads((tmp_path / "out" / "statistics.json").read_bytes())
     assert content["train"]["components"]["Github"]["documents"] == 1
 
 
-def test_what_is_no_release_is_refused(tmp_path: Path, capsys):
+def test_pile_release_missing_is_refused(tmp_path: Path, capsys):
     assert main(["prepare", "pile", str(tmp_path), "out=x"]) == 1
     assert "holds no training shard of the Pile (00.jsonl.zst to 29.jsonl.zst" in capsys.readouterr().err
     assert main(["prepare", "pile", "out=x"]) == 2

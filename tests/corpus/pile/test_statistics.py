@@ -32,7 +32,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_the_whole_is_what_the_paper_says_from_its_components(model: str):
+def test_bits_per_byte_of_components_give_the_papers_whole(model: str):
     """Components of the published sizes and tokens per byte, each with the likelihood that its published bits mean."""
     figures, whole = PUBLISHED[model]
     components = {}
@@ -49,7 +49,7 @@ def test_the_whole_is_what_the_paper_says_from_its_components(model: str):
         assert [component.gpt2_bits for component in PILE] == [float(bits) for bits in figures.split()]
 
 
-def test_a_group_is_its_text_taken_together():
+def test_bits_per_byte_of_a_group():
     components = {
         "Github": Likelihood(-300.0, 100, 50),
         "Enron Emails": Likelihood(-10.0, 900, 20),
@@ -67,7 +67,7 @@ def test_a_group_is_its_text_taken_together():
     assert "| 1.7912 |" in page  # beside it
 
 
-def test_counts_stand_beside_the_published_ones():
+def test_component_statistics_beside_published_ones():
     counts = {
         "Github": ComponentCounts(2, 4096, 2048),
         "ArXiv": ComponentCounts(1, 12288, 3072),

@@ -154,7 +154,7 @@ def skipping(path: Path) -> tuple[list[str], dict[str, Skipped]]:
 @pytest.mark.parametrize("pack", [gzip.compress, zst], ids=["gz", "zst"])
 @settings(deadline=None, max_examples=60)
 @given(part=st.floats(0, 1, exclude_max=True), members=st.integers(1, 3))
-def test_a_cut_file_is_noticed_and_what_was_whole_is_kept(
+def test_a_truncated_compressed_file_is_noticed_and_its_whole_lines_kept(
     tmp_path_factory: pytest.TempPathFactory, pack: object, part: float, members: int
 ) -> None:
     assert callable(pack)
@@ -208,7 +208,7 @@ GZIPPED = gzip.compress(RAW, mtime=0)  # without the time, so that the cases hav
         (".zst", b"", "it is empty"),
     ],
 )
-def test_damaged_data_are_named(tmp_path: Path, suffix: str, content: bytes, words: str) -> None:
+def test_damaged_compressed_files_are_named(tmp_path: Path, suffix: str, content: bytes, words: str) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=words) as caught:
@@ -276,7 +276,7 @@ def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path: Path) -> None:
         list(read_documents(path))
 
 
-def test_bad_rows_are_named_and_counted(tmp_path: Path) -> None:
+def test_parquet_bad_rows_are_named_and_counted(tmp_path: Path) -> None:
     """Arrow takes any bytes for a string: each row is looked at alone."""
     rows = [b"a", None, b"b", b"\xff", b"\xed\xa0\x80", b"c"]
     bad = pa.Array.from_buffers(pa.string(), 6, pa.array(rows, pa.binary()).buffers())
@@ -389,7 +389,7 @@ def test_a_folder_is_read_in_the_order_of_paths(tmp_path: Path, tokenizer: Token
     assert source == {"path": f"{tmp_path}/in/", "bytes": sum(s["bytes"] for s in sizes), "files": sizes}
 
 
-def test_unknown_kinds_in_a_folder(tmp_path: Path) -> None:
+def test_unrecognized_files_in_a_folder(tmp_path: Path) -> None:
     lines(tmp_path / "a.jsonl", "a")
     (tmp_path / "README.md").touch()
     (tmp_path / "old.bz2").touch()

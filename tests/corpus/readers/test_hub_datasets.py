@@ -104,7 +104,7 @@ def test_a_damaged_saved_data_set(tmp_path: Path) -> None:
         prepare(folder, tmp_path / "out", tokenizer, progress=False, on_error="skip")
 
 
-def test_splits_are_named(tmp_path: Path) -> None:
+def test_saved_dataset_of_several_splits_names_them(tmp_path: Path) -> None:
     parts = {split: datasets.Dataset.from_dict({"text": [split]}) for split in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
     with pytest.raises(ValueError, match="several splits; name one of them: .*set/test or .*set/train"):
@@ -246,7 +246,7 @@ def read(environment: dict[str, str], *names: str) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_the_hub(hub: tuple[dict[str, str], list[str]]) -> None:
+def test_hub_dataset_is_streamed(hub: tuple[dict[str, str], list[str]]) -> None:
     environment, asked = hub
     names = ["hf:o/table", "hf:o/lines#test", "hf:o/two:two", "hf:o/lines@old", "hf:o/two:one@main#train"]
     table, lines, second, old, first = read(environment, *names)
@@ -265,7 +265,7 @@ def test_the_hub(hub: tuple[dict[str, str], list[str]]) -> None:
     assert all(any(sha in path for sha in COMMITS.values()) for path in read_paths)
 
 
-def test_what_the_hub_refuses(hub: tuple[dict[str, str], list[str]]) -> None:
+def test_hub_dataset_errors_are_one_line(hub: tuple[dict[str, str], list[str]]) -> None:
     names = {
         "hf:o/none": "cannot be opened: 404 Client Error",
         "hf:o/lines@never": "cannot be opened: 404 Client Error",
@@ -287,7 +287,7 @@ def test_what_the_hub_refuses(hub: tuple[dict[str, str], list[str]]) -> None:
 
 
 @pytest.mark.slow
-def test_the_hub_through_the_command_line(hub: tuple[dict[str, str], list[str]], tmp_path: Path) -> None:
+def test_hub_dataset_through_the_command_line(hub: tuple[dict[str, str], list[str]], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "neox", "prepare", "hf:o/table", f"out={tmp_path / 'out'}", "vocab_size=300"]
     done = subprocess.run(command, env=hub[0], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

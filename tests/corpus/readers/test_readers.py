@@ -111,7 +111,7 @@ def test_blank_lines_and_empty_documents_are_passed_over(tmp_path: Path) -> None
         (b'{"text": ["a", "\\udc00"]}', "lone surrogate (\\udc00)"),
     ],
 )
-def test_malformed_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
+def test_jsonl_malformed_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = lines(tmp_path / "a.jsonl", b'{"text": "fine"}', b"", line, b'{"text": "fine"}')
     found = error_of(path)
     assert found.startswith(f"{path}:3: ")
@@ -155,7 +155,7 @@ FAULTS = {
 
 @settings(deadline=None, max_examples=50)
 @given(rows=st.lists(st.one_of(texts, st.sampled_from(sorted(FAULTS)))))
-def test_what_is_skipped_is_counted_by_reason_with_the_first_places(
+def test_on_error_skip_counts_by_reason_with_the_first_places(
     tmp_path_factory: pytest.TempPathFactory, rows: list[str | bytes]
 ) -> None:
     content = [row if isinstance(row, bytes) else json.dumps({"text": row}).encode() for row in rows]
@@ -176,7 +176,7 @@ def test_what_is_skipped_is_counted_by_reason_with_the_first_places(
     assert list(read_documents(path, on_error="skip")) == [text for text in found if text]
 
 
-def test_only_fail_and_skip(tmp_path: Path) -> None:
+def test_on_error_takes_only_fail_and_skip(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='data.on_error: must be "fail" or "skip", not'):
         read_documents(lines(tmp_path / "a.jsonl"), on_error="ignore")  # type: ignore[arg-type]
 
