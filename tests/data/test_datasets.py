@@ -162,9 +162,8 @@ def test_too_few_tokens(tmp_path: Path) -> None:
             build_datasets(DataConfig(order=order), [], [], 1, 9)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
+def test_options_that_do_not_fit() -> None:
+    cases = [
         ("weights=[1.0]", "data.weights: 1 for 2 entries of data.train; give one each (from weights=[1.0])"),
         ("weights=[1.0, 0.0]", "data.weights[1]: must be greater than 0, got 0.0"),
         ("weights=[1, -2]", "data.weights[1]: must be greater than 0, got -2"),
@@ -172,12 +171,11 @@ def test_too_few_tokens(tmp_path: Path) -> None:
         ("split=x", 'data.split: "x" must be up to three shares'),
         ("num_samples=0", "data.num_samples: must be greater than 0"),
         ("order=random", "data.order: must be 'permuted', 'megatron' or 'preshuffled', got 'random'"),
-    ],
-)
-def test_options_that_do_not_fit(override: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config(overrides=['data.train=["a", "b"]', "data.valid=c", override])
-    assert message in str(caught.value)
+    ]
+    for override, message in cases:
+        with pytest.raises(ConfigError) as caught:
+            load_config(overrides=['data.train=["a", "b"]', "data.valid=c", override])
+        assert message in str(caught.value), override
 
 
 def test_options_survive_the_file_of_a_run(tmp_path: Path) -> None:

@@ -85,11 +85,9 @@ def test_bytes_equal_the_description(
     assert sorted(p.name for p in prefix.parent.iterdir()) == ["a.v1.bin", "a.v1.idx"]
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "dtype"), [(50277, "uint16"), (65499, "uint16"), (65500, "int32"), (10**6, "int32")]
-)
-def test_token_dtype(vocab_size: int, dtype: str) -> None:
-    assert token_dtype(vocab_size) == np.dtype(dtype)
+def test_token_dtype() -> None:
+    for vocab_size, dtype in [(50277, "uint16"), (65499, "uint16"), (65500, "int32"), (10**6, "int32")]:
+        assert token_dtype(vocab_size) == np.dtype(dtype), vocab_size
 
 
 def test_either_file_may_name_the_pair(tmp_path: Path) -> None:
@@ -150,9 +148,8 @@ def damaged(prefix: Path, at: int, value: bytes) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("at", "value", "message"),
-    [
+def test_wrong_values_in_the_index_are_refused(tmp_path: Path) -> None:
+    cases = [
         (0, b"TNTIDX\x00\x00\x00", "starts with b'TNTIDX"),
         (8, b"\x01", "starts with"),
         (9, struct.pack("<Q", 2), "expected version 1, found 2"),
@@ -166,10 +163,9 @@ def damaged(prefix: Path, at: int, value: bytes) -> str:
         (34, struct.pack("<i", 3), "document 1 of 0 tokens should start at byte 6 of the .bin, found 4"),
         (34, struct.pack("<i", -1), "document 0 of -1 tokens"),
         (34 + 12 + 8, struct.pack("<q", 5), "document 1 of 0 tokens should start at byte 4 of the .bin, found 5"),
-    ],
-)
-def test_wrong_values_in_the_index_are_refused(tmp_path: Path, at: int, value: bytes, message: str) -> None:
-    assert message in damaged(write(tmp_path / "a", [[1, 2], [], [3]]), at, value)
+    ]
+    for number, (at, value, message) in enumerate(cases):
+        assert message in damaged(write(tmp_path / f"a{number}", [[1, 2], [], [3]]), at, value), (at, value)
 
 
 def test_wrong_size_of_the_last_document_shows_in_the_bin(tmp_path: Path) -> None:
