@@ -2,12 +2,12 @@
 
     python benchmarks/speculate.py [folder=runs/trained] [width=256] [steps=800] [turns=3] [tokens=256] [prompts=8]
 
-Trains, once, a model (4 blocks of `width`, 4096 tokens) and a draft for it (1 block of 64, the same tokenizer) on the
+Trains, once, a model (4 blocks of `width`, 4096 tokens) and a draft model (1 block of 64, the same tokenizer) on the
 standard library's source, `steps` steps of 8 x 512 tokens (`limit` reads only so many bytes of it, for a trial). Each
-way of guessing then continues the beginnings (128 tokens) of held-out files, one at a time, on a CPU with weights as
+way of drafting then continues the beginnings (128 tokens) of held-out files, one at a time, on a CPU with weights as
 they are stored, greedy and at temperature 0.7: none, `speculate=prompt`, `draft=`. They take turns on each prompt.
-Accepted: of the tokens guessed, those that were drawn. `same` says whether the tokens are those without guesses. Rates
-are all tokens over all seconds, prompts included; the median over the turns.
+Accepted: share of draft tokens that were sampled. `same`: the tokens are those without drafts.
+Rates are all tokens over all seconds, prompts included; the median over the turns.
 """
 
 import statistics
@@ -39,7 +39,8 @@ def main(folder, width, steps, turns, tokens, prompts, limit):
     )
     ways = {"none": {}, "prompt": {"speculate": "prompt"}, "draft": {"draft": str(small)}}
     print(
-        "| temperature | guesses | tokens/s | times | accepted | tokens a step | same |\n|---|---|---|---|---|---|---|"
+        "| temperature | drafts from | tokens/s | times | accepted | tokens a step | same |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for temperature in (0.0, 0.7):
         sampling = Sampling(max_tokens=tokens, temperature=temperature, stop_at_eod=False)
@@ -48,10 +49,10 @@ def main(folder, width, steps, turns, tokens, prompts, limit):
             # Made anew, so that no prompt is in the cache.
             engines = {way: load_engine(large, "cpu", slots=1, **options) for way, options in ways.items()}
             for engine in engines.values():
-                engine.generate([[1, 2]], Sampling(max_tokens=2))  # kernels and probes
+                engine.generate([[1, 2]], Sampling(max_tokens=2))  # kernels are compiled here
             starts = [engines["none"].tokenizer.encode(text)[:PROMPT] for text in held_out]
             chosen = [ids for ids in starts if len(ids) == PROMPT][:prompts]
-            spent, drawn, steps_taken = dict.fromkeys(ways, 0.0), {way: [] for way in ways}, dict.fromkeys(ways, 0)
+            spent, sampled, steps_taken = dict.fromkeys(ways, 0.0), {way: [] for way in ways}, dict.fromkeys(ways, 0)
             for ids in chosen:
                 for way, engine in engines.items():
                     started = time.perf_counter()
@@ -59,16 +60,16 @@ def main(folder, width, steps, turns, tokens, prompts, limit):
                     while engine.busy:
                         events = engine.step()
                         steps_taken[way] += bool(events)
-                        drawn[way] += [event.token for event in events if event.number == number]
+                        sampled[way] += [event.token for event in events if event.number == number]
                     spent[way] += time.perf_counter() - started
             for way in ways:
-                rates[way].append(len(drawn[way]) / spent[way])
+                rates[way].append(len(sampled[way]) / spent[way])
         for way, engine in engines.items():
             stats, rate = engine.stats, statistics.median(rates[way])
             accepted = f"{stats.accepted / stats.drafted:.0%}" if stats.drafted else ""
             print(
                 f"| {temperature} | {way} | {rate:.1f} | {rate / statistics.median(rates['none']):.2f} | {accepted} | "
-                f"{len(drawn[way]) / steps_taken[way]:.2f} | {'yes' if drawn[way] == drawn['none'] else 'no'} |",
+                f"{len(sampled[way]) / steps_taken[way]:.2f} | {'yes' if sampled[way] == sampled['none'] else 'no'} |",
                 flush=True,
             )
 

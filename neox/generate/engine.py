@@ -298,12 +298,12 @@ class Engine:
         if rows:
             logits = self._logits(hidden if len(rows) == len(hidden) else hidden[rows])
         scored = []
-        for (request, count), own in zip(batch, logit_rows, strict=True):
+        for (request, count), numbers in zip(batch, logit_rows, strict=True):
             self._scheduler.advance(request, count - len(request.draft))
             if isinstance(request, Scoring):
-                scored.append((request, own))
+                scored.append((request, numbers))
             elif isinstance(request, Generation):
-                self._accept(request, logits[own.start : own.stop])
+                self._accept(request, logits[numbers.start : numbers.stop])
         Scoring.record(scored, logits)
         for one, _ in scored:
             if one.results:
@@ -347,14 +347,14 @@ class Engine:
         """
         draft, request.draft = request.draft, []
         accepted = 0
-        for own in logits:
+        for row in logits:
             request.logits_from += 1
             if request.logits_from < len(request.tokens):
                 asked = request.sampler.sampling.prompt_alternatives or 0
                 token = request.tokens[request.logits_from]
-                request.prompt_logprobs.append(token_logprob(token, own, asked, self.num_real_tokens))
+                request.prompt_logprobs.append(token_logprob(token, row, asked, self.num_real_tokens))
                 continue
-            token = self._sample(request, own)
+            token = self._sample(request, row)
             if request.number not in self._requests or draft[accepted : accepted + 1] != [token]:
                 break
             accepted += 1

@@ -38,10 +38,10 @@ def load_engine(
 ) -> Engine:
     """Load `source` (any source of `checkpoint.load`) into an engine; `options` are the engine's.
 
-    weights: on a CPU, `auto` holds them in the type they are stored in, which loses nothing, where there are compiled
-    kernels for it; elsewhere, and where a `dtype` is asked for, it leaves them to torch. float8 is for CUDA; the types
-    of 16 and 32 bits are a `dtype` there. Packed weights are made layer by layer, while the next ones are still on the
-    disk. speculate: `prompt` takes draft tokens from the text so far; `draft` is the source of a smaller draft model.
+    weights: on a CPU with compiled kernels, `auto` packs them in the type that they are stored in, without loss. On
+    other devices, and with `dtype`, it leaves them to torch. float8 is for CUDA; the types of 16 and 32 bits are a
+    `dtype` there. Weights are packed layer by layer during loading.
+    speculate: `prompt` takes draft tokens from the text so far; `draft` is the source of a smaller draft model.
     Raises ValueError for any other word.
     """
     if weights not in WEIGHTS:
@@ -60,23 +60,25 @@ def load_engine(
     return Engine(model, tokenizer, drafter=drafter, **options)
 
 
-def _load(source: str | Path, place: torch.device, dtype: str | None, weights: str) -> tuple[GPTNeoX, Tokenizer | None]:
-    if weights == "torch" or (weights == "auto" and (place.type != "cpu" or dtype)):
-        return load(source, str(place), dtype)
+def _load(
+    source: str | Path, device: torch.device, dtype: str | None, weights: str
+) -> tuple[GPTNeoX, Tokenizer | None]:
+    if weights == "torch" or (weights == "auto" and (device.type != "cpu" or dtype)):
+        return load(source, str(device), dtype)
     if dtype:
         raise ValueError(f"weights={weights}: says how weights are held: leave dtype={dtype} out")
-    if place.type == "cuda":
+    if device.type == "cuda":
         if weights in FLOATS:
             stored = next(name for name, dtype in DTYPES.items() if dtype == FLOATS[weights])
-            return load(source, str(place), stored)
-        pack = torchao_weights.packing(cast(torchao_weights.Kind, weights), place)
-        model, tokenizer = load(source, str(place), "bf16", pack)
+            return load(source, str(device), stored)
+        pack = torchao_weights.packing(cast(torchao_weights.Kind, weights), device)
+        model, tokenizer = load(source, str(device), "bf16", pack)
         return torchao_weights.compile_products(model), tokenizer
-    if place.type != "cpu" or weights == "float8":
+    if device.type != "cpu" or weights == "float8":
         where = "CUDA" if weights == "float8" else "a CPU or CUDA"
-        raise ValueError(f"weights={weights}: is for {where}, not for {place.type}")
+        raise ValueError(f"weights={weights}: is for {where}, not for {device.type}")
     kind = cast(Kind | None, lossless(weights_dtype(source)) if weights == "auto" else weights)
-    model, tokenizer = load(source, str(place), None, packing(kind) if kind else None)
+    model, tokenizer = load(source, str(device), None, packing(kind) if kind else None)
     return quantize(model, kind) if kind else model, tokenizer
 
 
@@ -123,12 +125,12 @@ def shared_engine(
 
 
 def _load_share(
-    source: str | Path, tp: int, place: torch.device, dtype: str | None, processes: Processes
+    source: str | Path, tp: int, device: torch.device, dtype: str | None, processes: Processes
 ) -> tuple[GPTNeoX, Tokenizer | None]:
     parallel = ParallelConfig(tp=tp, dp_shard=1)
-    mesh = parallel_dims(parallel, processes, place).axis("tp")
+    mesh = parallel_dims(parallel, processes, device).axis("tp")
     assert mesh is not None
-    model, tokenizer = load(source, str(place), dtype, sharing(mesh))
+    model, tokenizer = load(source, str(device), dtype, sharing(mesh))
     config = Config(
         model=model.config, parallel=parallel, data=DataConfig(seq_length=model.config.max_position_embeddings)
     )

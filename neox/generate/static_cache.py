@@ -55,9 +55,9 @@ class StaticCache:
         """`Cache.attend` for q, k, v [1, H, b, D], one token a row."""
         rows = q.shape[2]
         keys, values = self.keys[layer, :rows], self.values[layer, :rows]
-        place = self._places[:, None, None, None].expand(rows, q.shape[1], 1, q.shape[3])
+        positions = self._places[:, None, None, None].expand(rows, q.shape[1], 1, q.shape[3])
         for memory, new in ((keys, k), (values, v)):
-            memory.scatter_(2, place, new[0].transpose(0, 1)[:, :, None].to(memory.dtype))
+            memory.scatter_(2, positions, new[0].transpose(0, 1)[:, :, None].to(memory.dtype))
         queries = q[0].transpose(0, 1)[:, :, None]  # [b, H, 1, D]
         mask = self._local_mask if local else self._mask
         result = attention(queries, keys[:, :, : self.extent], values[:, :, : self.extent], mask)

@@ -36,10 +36,10 @@ class TextStream:
         if not self._stop:
             return new
         text = self._held + new
-        found = [start for stop in self._stop if (start := text.find(stop)) >= 0]
-        if found:
+        starts = [start for stop in self._stop if (start := text.find(stop)) >= 0]
+        if starts:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(starts)]
         keep = next((n for n in range(len(text)) if self._may_begin(text[n:])), len(text))
         self._held = text[keep:]
         return text[:keep]

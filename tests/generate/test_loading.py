@@ -1,4 +1,4 @@
-"""Engines from a folder: in which bits the weights are held, who guesses, and how fast it was."""
+"""Engines from a folder: kinds of weights, drafters of speculative decoding, and the rate."""
 
 import re
 
@@ -53,13 +53,13 @@ def test_fewer_bits_are_asked_for(folder, weights):
     assert engine.generate([[1, 2, 3]], GREEDY)[0].tokens == naive_generate(engine.model, [1, 2, 3], GREEDY)
 
 
-def test_who_guesses_does_not_matter(folder):
+def test_speculative_decoding_gives_the_same_with_every_drafter(folder):
     source, small = folder(), folder(name="small", num_hidden_layers=1)
-    wanted = load_engine(source, "cpu").generate([[1, 2, 3, 1, 2]], GREEDY)
+    expected = load_engine(source, "cpu").generate([[1, 2, 3, 1, 2]], GREEDY)
     for options in ({"speculate": "prompt"}, {"draft": str(small)}, {"draft": str(source)}):
         engine = load_engine(source, "cpu", **options)
-        assert engine.generate([[1, 2, 3, 1, 2]], GREEDY) == wanted
-    assert engine.stats.accepted == engine.stats.drafted > 0, "its own guesses are all right"
+        assert engine.generate([[1, 2, 3, 1, 2]], GREEDY) == expected
+    assert engine.stats.accepted == engine.stats.drafted > 0, "its own drafts are all right"
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def load(flags: tuple[str, ...], folder: Path | None = None) -> ctypes.CDLL:
 
     Raises NoKernels without a working compiler, OSError where the folder cannot be written.
     """
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    compiler = next((program for name in ("cc", "gcc", "clang") if (program := shutil.which(name))), None)
     if compiler is None:
         raise NoKernels("no C compiler was found (cc, gcc or clang)")
     identity = [*(source.read_text() for source in SOURCES), _run([compiler, "--version"]), *FLAGS, *flags]
