@@ -110,7 +110,7 @@ def _usage() -> str:
         "  neox prepare corpus.txt out=data/corpus",
         "  neox train pythia-14m data.train=data/corpus out=runs/first",
         "",
-        "neox VERB --help says more; neox --version prints the version.",
+        "neox VERB --help says more, docs/options.md lists all options; neox --version prints the version.",
     ]
     return "\n".join(lines)
 
