@@ -50,22 +50,22 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
     was made from other text, and where one tokenizer cannot have made all of the data.
     """
     check_named(config)
-    data, wanted = config.data, named_files(config, run)
-    text = {name for _, name, _ in wanted if not _is_prefix(name)}
+    data, entries = config.data, named_files(config, run)
+    text = {name for _, name, _ in entries if not _is_prefix(name)}
     sources: dict[Path, Source] = {}
     for kind in ("train", "valid"):
-        absent = {prefix: name for k, name, prefix in wanted if k == kind and name in text and not _whole(prefix)}
+        absent = {prefix: name for k, name, prefix in entries if k == kind and name in text and not _whole(prefix)}
         if absent:  # reads no text yet: a file that is missing is missed at once
             sources |= zip(absent, find_sources(list(absent.values()), data.text_key, data.on_error), strict=True)
-    to_train_on = [sources.get(prefix, name) for kind, name, prefix in wanted if kind == "train"]
+    to_train_on = [sources.get(prefix, name) for kind, name, prefix in entries if kind == "train"]
     tokenizer = _tokenizer(config, run, to_train_on, bool(text), quiet)
     if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}: "
             f"set model.vocab_size={tokenizer.padded_vocab_size()}"
         )
-    found: dict[str, list[Path]] = {"train": [], "valid": []}
-    for kind, name, prefix in wanted:
+    prefixes: dict[str, list[Path]] = {"train": [], "valid": []}
+    for kind, name, prefix in entries:
         if name in text and not _whole(prefix):
             assert tokenizer is not None
             prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +91,8 @@ def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
                 f"{prefix}: made with {manifest.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}: "
                 f"set model.vocab_size={manifest.vocab_size} or more"
             )
-        found[kind].append(prefix)
-    return TokenFiles(found["train"], found["valid"])
+        prefixes[kind].append(prefix)
+    return TokenFiles(prefixes["train"], prefixes["valid"])
 
 
 def _tokenizer(config: Config, run: Path, train: Sequence[Name], needed: bool, quiet: bool) -> Tokenizer | None:

@@ -36,9 +36,9 @@ class Plan:
     @classmethod
     def of(cls, sources: Sequence[Source], settings: dict[str, Any]) -> Plan:
         """Plan the work on sources as they are now. Raises OSError where one has gone."""
-        found = shards(sources)
-        files = dict.fromkeys(chunk.name for shard in found for chunk in shard.chunks if chunk.kind != "hub")
-        return cls(settings, {name: version_of(name) for name in files}, found)
+        every_shard = shards(sources)
+        files = dict.fromkeys(chunk.name for shard in every_shard for chunk in shard.chunks if chunk.kind != "hub")
+        return cls(settings, {name: version_of(name) for name in files}, every_shard)
 
     @classmethod
     def read(cls, path: Path) -> Plan:

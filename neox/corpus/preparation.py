@@ -98,10 +98,10 @@ def prepare(
     settings = settings_of(tokenizer, options)
     _check_foreign(out_prefix)
     # All of them before the first is read: the tenth file's typing error should not cost an hour.
-    found = find_sources(sources, options.text_key, on_error)
+    every_source = find_sources(sources, options.text_key, on_error)
     if components:
         settings["components"] = str(pair(out_prefix)[0].with_suffix(".components"))
-    plan = Plan.of(found, settings)
+    plan = Plan.of(every_source, settings)
     cleaning = None
     if options.dedup or options.decontaminate:
         folder = pair(out_prefix)[0].with_suffix(".cleaning")
@@ -114,11 +114,11 @@ def prepare(
     held = cleaning.found(count, progress) if cleaning else nullcontext()
     with held, SkipReport(out_prefix) as report:
         policy = ErrorPolicy(on_error, report)
-        for source in found:
+        for source in every_source:
             for read_error in source.unrecognized():
                 policy.add(read_error)
         job = _Job(
-            found,
+            every_source,
             plan,
             Path(out_prefix),
             tokenizer,
@@ -233,9 +233,9 @@ class _Job:
                 counts.empty += marker["empty"]
                 counts.add_origins(marker["origins"])
                 for reason, row in marker["skipped"].items():
-                    kept = self.policy.skipped.setdefault(reason, Skipped())
-                    kept.documents += row["documents"]
-                    kept.first += row["first"][: SHOWN - len(kept.first)]
+                    total = self.policy.skipped.setdefault(reason, Skipped())
+                    total.documents += row["documents"]
+                    total.first += row["first"][: SHOWN - len(total.first)]
                 self.report.append(prefix)
             return self.finish(writer, counts)
 
@@ -310,7 +310,7 @@ def _no_text(sources: Sequence[Source], skipped: dict[str, Skipped]) -> str:
     names = ", ".join(source.name for source in sources[:8]) + (", ..." if len(sources) > 8 else "")
     if not skipped:
         return f"no text in {names}: every document is empty"
-    reasons = "; ".join(f"{found.documents:,} {why}, first {found.first[0]}" for why, found in skipped.items())
+    reasons = "; ".join(f"{one.documents:,} {why}, first {one.first[0]}" for why, one in skipped.items())
     return f"no text in {names}: every document is empty or was left out ({reasons})"
 
 

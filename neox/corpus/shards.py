@@ -34,18 +34,18 @@ def shards(sources: Sequence[Source]) -> list[Shard]:
     A function of the sources alone: the number of workers plays no part. For the documents of a name that a user gave:
     `documents(shard)` of each of `shards(find_sources(names))`.
     """
-    found: list[Shard] = []
+    result: list[Shard] = []
     together: list[Chunk] = []
     size = 0
     for chunk in (chunk for source in sources for chunk in source.chunks()):
         # A data set on the hub that does not state its size counts as large.
         weight = chunk.size if chunk.size or chunk.kind != "hub" else CHUNK_BYTES
         if together and size + weight > CHUNK_BYTES:
-            found.append(Shard(len(found), tuple(together)))
+            result.append(Shard(len(result), tuple(together)))
             together, size = [], 0
         together.append(chunk)
         size += weight
-    return [*found, Shard(len(found), tuple(together))]
+    return [*result, Shard(len(result), tuple(together))]
 
 
 def shard_rows(given: Iterable[Shard]) -> list[Any]:

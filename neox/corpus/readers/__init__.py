@@ -39,6 +39,7 @@ def read_documents(sources: Name | Sequence[Name], text_key: str = "text", on_er
     Raises at the call what can be known without reading the text, as `find_sources` does; while reading, ReadError (a
     ValueError) with file and line on the first document that cannot be read.
     """
-    found = find_sources(sources, text_key, on_error)
+    every_source = find_sources(sources, text_key, on_error)
     policy = ErrorPolicy(on_error)
-    return (document.text for source in found for document in read_source(source, text_key, policy) if document.text)
+    documents = (document for source in every_source for document in read_source(source, text_key, policy))
+    return (document.text for document in documents if document.text)

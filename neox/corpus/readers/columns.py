@@ -155,9 +155,9 @@ def check_column(schema: Any, where: str, text_key: str, rows: int) -> None:
     """
     if text_key not in schema.names:
         raise missing_key(where, text_key, schema.names, rows)
-    found = schema.field(text_key).type
-    if _as_bytes(found) is None:
-        message = f"{where}: column {text_key!r} holds {found}, not text; set data.text_key to the column of the text"
+    dtype = schema.field(text_key).type
+    if _as_bytes(dtype) is None:
+        message = f"{where}: column {text_key!r} holds {dtype}, not text; set data.text_key to the column of the text"
         raise ReadError("no text", message, rows)
 
 

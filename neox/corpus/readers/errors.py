@@ -62,10 +62,10 @@ class ErrorPolicy:
             raise ReadError(read_error.reason, message, read_error.documents) from None
         if self._report:
             self._report(read_error)
-        kept = self.skipped.setdefault(read_error.reason, Skipped())
-        kept.documents += read_error.documents
-        if len(kept.first) < SHOWN:
-            kept.first.append(str(read_error))
+        entry = self.skipped.setdefault(read_error.reason, Skipped())
+        entry.documents += read_error.documents
+        if len(entry.first) < SHOWN:
+            entry.first.append(str(read_error))
 
 
 class SkipReport:
