@@ -9,7 +9,6 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-from neox.config.preset_notes import FAMILY_NOTES, OWN_NOTES
 from neox.config.spelling import did_you_mean
 
 Sections = dict[str, dict[str, Any]]
@@ -171,6 +170,8 @@ def preset(name: str) -> Sections:
 
 def notes(name: str) -> tuple[str, ...]:
     """Doubtful points in the record of this model."""
+    from neox.config.preset_notes import FAMILY_NOTES, OWN_NOTES
+
     return OWN_NOTES.get(name) or FAMILY_NOTES[_row(name).family]
 
 

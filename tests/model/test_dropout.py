@@ -39,7 +39,7 @@ def attention(q, k, v, attn_mask=None, is_causal=False, scale=None, dropout_p=0.
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_it_is_where_transformers_has_it(kind, monkeypatch):
+def test_dropout_is_where_transformers_has_it(kind, monkeypatch):
     """With dropout that draws nothing in its place, training outputs are equal up to rounding; in evaluation not."""
     reference = theirs(kind, **FAMILIES[kind][0]).train()
     config = families.read_config(reference.config.to_dict())
@@ -128,7 +128,7 @@ def test_attention_drops_probabilities():
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_what_is_computed_again_is_not_what_was_drawn(kind, monkeypatch):
+def test_recomputed_norms_leave_dropout_alone(kind, monkeypatch):
     """Gradients with recomputed norms and activations are those with everything kept, bit for bit."""
     gradients = []
     for _ in range(2):

@@ -47,7 +47,7 @@ def gradients(*options: str, batch: int = 2, length: int = 32) -> tuple[float, d
         ("hidden_dropout=0.1", "attention_dropout=0.2"),
     ],
 )
-def test_checkpointed_gradients_are_the_plain_ones_bit_for_bit(mode, shape):
+def test_activation_checkpointing_keeps_gradients_bit_for_bit(mode, shape):
     plain, expected = gradients(*shape)
     value, found = gradients(*shape, f"activation_checkpointing={mode}")
     assert value == plain
@@ -56,7 +56,7 @@ def test_checkpointed_gradients_are_the_plain_ones_bit_for_bit(mode, shape):
         assert torch.equal(gradient, expected[name]), name
 
 
-def test_names_stay_as_they_are():
+def test_activation_checkpointing_keeps_parameter_names():
     _, plain = gradients()
     _, found = gradients("activation_checkpointing=full")
     assert list(found) == list(plain)
@@ -76,7 +76,7 @@ print(peak_memory(CPU) - before)
 
 
 @pytest.mark.slow
-def test_peak_memory_falls():
+def test_activation_checkpointing_lowers_peak_memory():
     """8 blocks of 4096 tokens x 256 x 4 bytes are 34 MB a width; they keep 9, 6 and 1 widths a block. What one block
     needs while it is at work, weights and gradients come on top; the allocator makes the peak vary by a width."""
     peaks = {

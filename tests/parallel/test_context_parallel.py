@@ -23,7 +23,7 @@ GPTNEO = ("use_parallel_residual=false", "position_embedding=learned", "local_la
         pytest.param(4, (CP2, "parallel.dp_replicate=2"), marks=pytest.mark.slow),
     ],
 )
-def test_many_processes_equal_one(tmp_path, world, options):
+def test_context_parallel_processes_equal_one(tmp_path, world, options):
     compare(tmp_path, world, *options)
 
 

@@ -20,7 +20,7 @@ from tests.train.helpers import rows, tensors, token_pair
         (4, ("parallel.zero=3", "activation_checkpointing=selective", "micro_batch_size=1", "global_batch_size=8")),
     ],
 )
-def test_many_processes_equal_one(tmp_path, world, options):
+def test_data_parallel_processes_equal_one(tmp_path, world, options):
     compare(tmp_path, world, *options)
 
 
@@ -66,7 +66,7 @@ def test_a_batch_that_does_not_split_evenly(tmp_path, world, batch):
     compare(tmp_path, world, f"global_batch_size={batch}", "micro_batch_size=2")
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(tmp_path):
     """Steps 1 to 3 on one, 4 to 6 on four, 7 to 9 on two: the losses of nine steps on one."""
     whole = ("steps=9", "checkpoint.every=3", "parallel.zero=3", "schedule.min_lr=1e-3")  # a constant rate
     fit(config(tmp_path, "alone", *whole))

@@ -243,25 +243,25 @@ def test_where_stages_lie(schedule, places):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("tie_word_embeddings=true",), "parallel.pp: .* different stages, and model.tie_word_embeddings"),
-        (("parallel.zero=3",), "parallel.zero: 3 would .* with parallel.pp set it to 1"),
-        (("parallel.pp=5",), r"parallel.pp: 5 stages of 1f1b are more than model.num_hidden_layers \(4\)"),
-        (("parallel.schedule=interleaved_1f1b", "parallel.stages_per_rank=3"), "parallel.pp: 6 stages of interleaved"),
-        (
-            ("parallel.stage_layers=[2,1]",),
-            r"parallel.stage_layers: \[2, 1\] must give each of 2 stages at least one layer, 4",
-        ),
-        (("parallel.stage_layers=[4,0]",), r"parallel.stage_layers: \[4, 0\]"),
-        (("parallel.pp=1", "parallel.stage_layers=[4]"), "parallel.stage_layers: distributes .* set parallel.pp"),
-    ],
-)
-def test_configs_that_no_pipeline_can_run(options, message):
-    with pytest.raises(ValueError, match=message) as error:
-        settings_of("parallel.pp=2", *options)
-    assert "\n" not in str(error.value)
+REFUSED = [
+    (("tie_word_embeddings=true",), "parallel.pp: .* different stages, and model.tie_word_embeddings"),
+    (("parallel.zero=3",), "parallel.zero: 3 would .* with parallel.pp set it to 1"),
+    (("parallel.pp=5",), r"parallel.pp: 5 stages of 1f1b are more than model.num_hidden_layers \(4\)"),
+    (("parallel.schedule=interleaved_1f1b", "parallel.stages_per_rank=3"), "parallel.pp: 6 stages of interleaved"),
+    (
+        ("parallel.stage_layers=[2,1]",),
+        r"parallel.stage_layers: \[2, 1\] must give each of 2 stages at least one layer, 4",
+    ),
+    (("parallel.stage_layers=[4,0]",), r"parallel.stage_layers: \[4, 0\]"),
+    (("parallel.pp=1", "parallel.stage_layers=[4]"), "parallel.stage_layers: distributes .* set parallel.pp"),
+]
+
+
+def test_configs_that_no_pipeline_can_run():
+    for options, message in REFUSED:
+        with pytest.raises(ValueError, match=message) as error:
+            settings_of("parallel.pp=2", *options)
+        assert "\n" not in str(error.value), options
 
 
 class Mesh(ParallelDims):
@@ -271,17 +271,17 @@ class Mesh(ParallelDims):
         return {"pp": 2, "dp_shard": 2, "tp": 2}.get(axis, 1)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ("global_batch_size=4",),
-            "global_batch_size=4 gives .* 1 microbatches of .*=1f1b with .* at least 2, one a stage",
-        ),
-        (("parallel.schedule=interleaved_1f1b", "global_batch_size=20"), "5 microbatches .* a multiple of 2"),
-    ],
-)
-def test_schedules_that_do_not_fit_the_mesh_or_the_batch(options, message):
-    found = load_config(overrides=(*TINY, "num_hidden_layers=4", "parallel.pp=2", *options))
-    with pytest.raises(ValueError, match=message):
-        check_pipeline(found, Mesh(Processes(0, 8), torch.device("cpu"), None))
+UNFIT = [
+    (
+        ("global_batch_size=4",),
+        "global_batch_size=4 gives .* 1 microbatches of .*=1f1b with .* at least 2, one a stage",
+    ),
+    (("parallel.schedule=interleaved_1f1b", "global_batch_size=20"), "5 microbatches .* a multiple of 2"),
+]
+
+
+def test_schedules_that_do_not_fit_the_batch():
+    for options, message in UNFIT:
+        settings = load_config(overrides=(*TINY, "num_hidden_layers=4", "parallel.pp=2", *options))
+        with pytest.raises(ValueError, match=message):
+            check_pipeline(settings, Mesh(Processes(0, 8), torch.device("cpu"), None))

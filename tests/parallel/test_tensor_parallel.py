@@ -47,7 +47,7 @@ GPTNEO = (SERIAL, TIED, "position_embedding=learned", "local_layers=[1]", "local
         pytest.param(4, (TP2, "parallel.dp_replicate=2", "global_batch_size=7"), marks=pytest.mark.slow),
     ],
 )
-def test_many_processes_equal_one(tmp_path, world, options):
+def test_tensor_parallel_processes_equal_one(tmp_path, world, options):
     compare(tmp_path, world, *options)
 
 
@@ -167,7 +167,7 @@ def test_the_loss_over_a_split_vocabulary(tmp_path, world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["one to two", "two to one"])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, order):
+def test_a_run_resumes_with_another_number_of_processes(tmp_path, order):
     more = ("steps=6", "schedule.min_lr=1e-3")
     fit(config(tmp_path, "alone", *more))
     split, whole = config(tmp_path, "moved", *more, *SP), config(tmp_path, "moved", *more)
@@ -194,7 +194,7 @@ def logits_and_save(settings) -> torch.Tensor:
     return found[0]
 
 
-def test_what_is_trained_split_is_read_whole(tmp_path):
+def test_a_run_trained_tensor_parallel_is_read_whole(tmp_path):
     transformers = pytest.importorskip("transformers")
     settings = config(tmp_path, "run", TP2, "steps=2")
     first, second = together(2, tmp_path / "ranks", logits_and_save, settings)
@@ -272,25 +272,25 @@ def test_a_trainer_takes_a_plan(tmp_path):
     assert counts == [2, 2]
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (("parallel.tp=3",), r"^parallel.tp: 3 does not divide model.num_attention_heads \(4\): choose a tp that"),
-        (("parallel.tp=2", "intermediate_size=33"), r"^parallel.tp: 2 does not divide model.intermediate_size \(33\)"),
-        (("parallel.tp=4", "model.vocab_size=50257"), r"model.vocab_size \(50257\): raise it to 50260"),
-        (("parallel.cp=3",), r"^parallel.cp: 3 cuts a sequence into 6 slices, .* data.seq_length \(256\)"),
-        (("parallel.sequence_parallel=true",), r"^parallel.sequence_parallel: .* set tp"),
-        ((*SP, "seq_length=33"), r"^parallel.sequence_parallel: tp=2 does not divide the 33 tokens of data.seq_length"),
-        ((*SP, "parallel.cp=3", "seq_length=6"), None),
-        (("parallel.tp=4", "parallel.cp=2", "parallel.sequence_parallel=true", "seq_length=12"), r"the 6 tokens"),
-    ],
-)
-def test_what_does_not_come_out_even(options, expected):
-    if expected is None:
-        load_config(overrides=options)
-        return
-    with pytest.raises(ConfigError, match=expected):
-        load_config(overrides=options)
+UNEVEN = [
+    (("parallel.tp=3",), r"^parallel.tp: 3 does not divide model.num_attention_heads \(4\): choose a tp that"),
+    (("parallel.tp=2", "intermediate_size=33"), r"^parallel.tp: 2 does not divide model.intermediate_size \(33\)"),
+    (("parallel.tp=4", "model.vocab_size=50257"), r"model.vocab_size \(50257\): raise it to 50260"),
+    (("parallel.cp=3",), r"^parallel.cp: 3 cuts a sequence into 6 slices, .* data.seq_length \(256\)"),
+    (("parallel.sequence_parallel=true",), r"^parallel.sequence_parallel: .* set tp"),
+    ((*SP, "seq_length=33"), r"^parallel.sequence_parallel: tp=2 does not divide the 33 tokens of data.seq_length"),
+    ((*SP, "parallel.cp=3", "seq_length=6"), None),
+    (("parallel.tp=4", "parallel.cp=2", "parallel.sequence_parallel=true", "seq_length=12"), r"the 6 tokens"),
+]
+
+
+def test_uneven_tensor_parallel_splits_are_refused():
+    for options, expected in UNEVEN:
+        if expected is None:
+            load_config(overrides=options)
+            continue
+        with pytest.raises(ConfigError, match=expected):
+            load_config(overrides=options)
 
 
 def test_axes_multiply_up_to_the_processes(tmp_path):

@@ -139,5 +139,6 @@ def test_it_peaks_after_the_warmup_and_never_rises_again(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_warmup_of_less_than_an_update_does_not_start_above_the_peak(name):
     """The default of 1 % of 50 steps is half an update."""
+    assert ScheduleConfig().warmup == 0.01
     for steps in (1, 5, 50, 99, 100, 1000):
         assert max(rates(name, range(steps), steps)) <= 1e-3 * (1 + 1e-12)

@@ -107,7 +107,7 @@ def test_a_snapshot_on_cuda_names_who_allocated(tmp_path):
         (("micro_batch_size=1", "activation_checkpointing=full", "loss_chunk=256"), CPU, r"parallel\.cp"),
     ],
 )
-def test_what_is_turned_first(options, device, expected):
+def test_advice_when_out_of_memory(options, device, expected):
     found = advice(load_config(overrides=options), ParallelDims(Processes(), device, None))
     assert re.search(expected, found), found
 

@@ -44,7 +44,7 @@ def test_norms_of_a_step(flags, loss_scale):
     assert together == pytest.approx(clip_gradients([model], 1.0, loss_scale).item(), rel=1e-6)
 
 
-def test_a_part_without_gradients_is_left_out():
+def test_a_component_without_gradients_has_no_norm():
     model = ours()
     model.embed_out.weight.grad = torch.full_like(model.embed_out.weight, 2.0)
     model.final_layer_norm.bias.grad = torch.full_like(model.final_layer_norm.bias, math.nan)

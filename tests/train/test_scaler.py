@@ -39,7 +39,7 @@ TABLE = [  # initial 8, window 3, hysteresis 2, minimum 2: overflow?, scale afte
 ]
 
 
-def test_the_table():
+def test_loss_scale_by_hand():
     scaler = LossScaler(initial=8, window=3, hysteresis=2, minimum=2)
     for overflow, scale, tolerated, why in TABLE:
         scaler.update(overflow)
@@ -112,7 +112,7 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @given(settings=SETTINGS, overflows=st.lists(st.booleans(), max_size=60))
-def test_what_always_holds(settings, overflows):
+def test_invariants_of_the_loss_scaler(settings, overflows):
     scaler = LossScaler(**settings)
     with suppress(ValueError):
         for overflow in overflows:
@@ -140,6 +140,6 @@ def test_a_scaler_goes_on_from_its_state_through_json(settings, overflows, cut):
 
 
 @pytest.mark.parametrize("state", [{}, {**LossScaler().state(), "scale": "1"}, {**LossScaler().state(), "more": 1}])
-def test_a_state_that_is_none(state):
+def test_a_state_of_something_else_is_refused(state):
     with pytest.raises(ValueError, match="not the state of a loss scaler"):
         LossScaler().load(state)

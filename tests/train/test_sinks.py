@@ -207,7 +207,7 @@ def train(tmp_path, *more):
     return [row["step"] for row in rows(tmp_path / "run")]
 
 
-def test_one_that_cannot_begin(tmp_path, capsys):
+def test_a_tracker_that_cannot_begin(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("in the way")
     assert train(tmp_path, "log.tensorboard=true") == [1, 2, 3, 4]
@@ -218,7 +218,7 @@ def test_one_that_cannot_begin(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["write", "close"])
-def test_one_that_fails_later(tmp_path, capsys, monkeypatch, method):
+def test_a_tracker_that_fails_later(tmp_path, capsys, monkeypatch, method):
     def fail(*_):
         raise ConnectionError("the network is gone\nTraceback ..")
 
@@ -250,7 +250,7 @@ def test_a_disk_that_fills_under_tensorboard(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("key", "option"), [("tensorboard", "log.tensorboard=true"), ("wandb", "log.wandb=neox")])
-def test_one_that_is_not_installed_is_missed_at_once(tmp_path, monkeypatch, key, option):
+def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatch, key, option):
     monkeypatch.setitem(sys.modules, key, None)
     with pytest.raises(ValueError, match=rf"^log\.{key} is set, but {key} is not installed: pip install 'neox\[log\]'"):
         Trainer(load_config(overrides=pair_options(tmp_path, option)))

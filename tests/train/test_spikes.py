@@ -25,7 +25,7 @@ values = st.floats(0.01, 100.0) | st.sampled_from([math.inf, math.nan])
 
 
 @given(st.lists(st.tuples(values, values), max_size=60), st.sampled_from([0.0, 1.0, 3.0]), st.integers(1, 9))
-def test_what_is_bad_by_numpy(steps, sigma, window):
+def test_spikes_are_those_that_numpy_finds(steps, sigma, window):
     detector = SpikeDetector(TrainConfig(spike_sigma=sigma, spike_window=window, rewind_after=4))
     good: list[tuple[float, float]] = []
     in_a_row = 0
@@ -53,7 +53,7 @@ def _through_json(detector):
     return json.loads(json.dumps(detector.state(), allow_nan=False))
 
 
-def test_with_loss_scaling_an_overflow_of_the_gradients_is_left_to_the_scaler():
+def test_an_fp16_overflow_is_left_to_the_loss_scaler():
     detector = SpikeDetector(TrainConfig())
     assert detector.check(1.0, math.inf, scaled=True) is None
     assert detector.check(math.nan, math.inf, scaled=True) == "loss is not finite"
@@ -73,7 +73,7 @@ def test_with_loss_scaling_an_overflow_of_the_gradients_is_left_to_the_scaler():
         (3, [(28, 25), (28, 20)], 27, (10, 10)),
     ],
 )
-def test_the_way_back_by_hand(bad, rewinds, step, expected):
+def test_rewind_target_by_hand(bad, rewinds, step, expected):
     state = {"losses": [], "norms": [], "skipped_in_a_row": bad, "rewinds": rewinds}
     detector = SpikeDetector(TrainConfig(rewind_after=3, max_rewinds=5), state)
     assert detector.rewind_target(step, [10, 20, 25, 40]) == expected
@@ -88,7 +88,7 @@ def test_the_way_back_by_hand(bad, rewinds, step, expected):
         ([[28, 10]], 3, [10], "after 1 rewinds"),
     ],
 )
-def test_no_way_back(rewinds, most, kept, words):
+def test_no_rewind_target(rewinds, most, kept, words):
     state = {"losses": [], "norms": [], "skipped_in_a_row": 3, "rewinds": rewinds}
     detector = SpikeDetector(TrainConfig(rewind_after=3, max_rewinds=most), state)
     with pytest.raises(ValueError, match=words):
@@ -98,7 +98,7 @@ def test_no_way_back(rewinds, most, kept, words):
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_document_of_repeated_rare_tokens_is_learned_nothing_from(tmp_path, capfd):
+def test_the_update_of_a_loss_spike_is_skipped(tmp_path, capfd):
     """The step's batch is the same with and without it; the weights are those of before, the schedule waits."""
     poisoned(tmp_path / "train", range(14, 15))
     config = settings(tmp_path, "run", "steps=18", "spike_sigma=5", "checkpoint.every=1", "schedule.name=linear")
@@ -133,7 +133,7 @@ def reference(tmp_path, steps: int, *ranges: tuple[int, int], options: tuple[str
     return complete(tmp_path / "reference")[-1]
 
 
-def test_a_long_one_sends_the_run_back_and_past_it(tmp_path, capfd):
+def test_a_long_spike_rewinds_the_run_and_skips_its_data(tmp_path, capfd):
     poisoned(tmp_path / "train", range(14, 18))
     watched = ("spike_sigma=5", "rewind_after=3")
     result = Trainer(settings(tmp_path, "run", "steps=24", *watched)).fit()
@@ -174,7 +174,7 @@ def flip(step: int, again: bool = False):
     return hook
 
 
-def test_a_weight_that_turns_nan_sends_the_run_back(tmp_path):
+def test_a_weight_that_turns_nan_rewinds_the_run(tmp_path):
     """Hooks come before the save: the checkpoint of step 10 has the NaN too, and the one before it is used."""
     poisoned(tmp_path / "train")
     superseded = tmp_path / "run" / "step_00000010" / ".metadata.superseded"
@@ -215,7 +215,7 @@ def test_a_learning_rate_that_is_far_too_high_is_stopped(tmp_path):
     assert sound.loss < 3.6
 
 
-def test_a_run_that_is_resumed_among_the_bad_steps_goes_back_alike(tmp_path):
+def test_a_run_resumed_within_a_spike_rewinds_alike(tmp_path):
     poisoned(tmp_path / "train", range(14, 18))
     options = ("spike_sigma=5", "rewind_after=3", "checkpoint.early=20")  # at 16, among the bad ones
     Trainer(settings(tmp_path, "whole", "steps=22", *options), quiet=True).fit()
@@ -229,7 +229,7 @@ def test_a_run_that_is_resumed_among_the_bad_steps_goes_back_alike(tmp_path):
     assert states[0] == states[1]
 
 
-def test_a_save_among_the_bad_steps_does_not_let_go_of_the_way_back(tmp_path):
+def test_a_save_within_a_spike_keeps_the_rewind_target(tmp_path):
     """The checkpoint of step 15 is among them: with keep_last=1 it would leave none to go back to."""
     poisoned(tmp_path / "train", range(14, 18))
     options = ("spike_sigma=5", "rewind_after=3", "keep_last=1", "steps=22")
@@ -240,7 +240,7 @@ def test_a_save_among_the_bad_steps_does_not_let_go_of_the_way_back(tmp_path):
     assert [step.name for step in complete(tmp_path / "run")] == ["step_00000022"]
 
 
-def test_without_a_guard_nothing_is_left_out(tmp_path):
+def test_without_the_spike_detector_nothing_is_skipped(tmp_path):
     """A run that is stopped among bad steps and goes on without one does not go back either."""
     poisoned(tmp_path / "train", range(14, 18))
     options = ("spike_sigma=5", "rewind_after=3")
@@ -268,7 +268,7 @@ def lines(run) -> int:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_comes_to_the_same(tmp_path):
+def test_a_rewind_killed_at_any_moment_comes_to_the_same(tmp_path):
     poisoned(tmp_path / "train", range(14, 18))
     options = ("spike_sigma=5", "rewind_after=3", "steps=34")
     Trainer(settings(tmp_path, "whole", *options), quiet=True).fit()

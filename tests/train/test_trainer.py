@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from neox.config import load_config
 from neox.data import Loader, TokenDataset, TokenWriter
 from neox.model.decoder import GPTNeoX
-from neox.train import Trainer, lr_factor
+from neox.train import Trainer
 from neox.train.metrics import read_rows
 from tests.train.helpers import TINY, VOCAB, complete, rows, tensors, token_pair
 
@@ -179,14 +179,6 @@ def test_rows_carry_what_they_should(tmp_path):
         assert row["memory"] > 1 << 20
         assert all(math.isfinite(value) for value in row.values())
     assert found[-1]["lr"] < found[1]["lr"] <= 1e-3
-
-
-def test_a_warmup_of_less_than_a_step_does_not_start_above_the_peak(tmp_path):
-    """The default of 1 % of 50 steps is half a step."""
-    schedule = config(tmp_path).schedule
-    assert schedule.warmup == 0.01
-    for steps in (1, 5, 50, 99, 100, 1000):
-        assert max(lr_factor(schedule, 1e-3, step, steps) for step in range(steps)) <= 1
 
 
 def test_hooks_are_called_before_the_first_step_and_after_each(tmp_path):

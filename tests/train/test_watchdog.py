@@ -38,7 +38,7 @@ def samples(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
-def test_sigterm_leaves_out_what_is_due_and_the_resumed_run_makes_up_for_it(tmp_path):
+def test_sigterm_skips_evaluation_and_the_resumed_run_makes_up_for_it(tmp_path):
     """SIGTERM comes in step 4, after which an evaluation and a sample are due."""
     run = tmp_path / "run"
     process = Forked(tmp_path / "log", *watched(tmp_path, "steps=7", f"out={run}"), setup=sigterm_in_step, step=4)
@@ -82,7 +82,7 @@ def test_a_step_that_outlasts_the_grace_is_given_up(tmp_path):
     assert said.endswith(f"the newest checkpoint is {run / 'step_00000002'}; continue: neox train resume={run}")
 
 
-def test_a_step_that_does_not_end_is_written_down(tmp_path):
+def test_a_hang_is_written_down(tmp_path):
     run = tmp_path / "run"
     command = options(tmp_path, "steps=5", f"out={run}", "checkpoint.every=2", "train.timeout=2")
     status, out, err = Forked(tmp_path / "log", *command, setup=stuck_after, step=3).finish()
