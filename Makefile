@@ -19,12 +19,18 @@ $(VENV)/.dev: $(VENV)/.hf
 quickstart: $(VENV)/.hf
 	$(BIN)/neox quickstart
 
-# One thread: on models this small, threads wait for each other longer than they work.
-test: $(VENV)/.dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One worker a core, each with one thread: on models this small, threads wait for each other longer than they work.
+# worksteal keeps the tests of a module together, so that its fixtures are made once or twice, not once a worker.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs
+SHARED = -n auto --dist worksteal
 
+test: $(VENV)/.dev lint
+	$(PYTEST) $(SHARED)
+
+# Tests that measure memory or start many processes of their own run after the others, one at a time.
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow and not gpu and not online"
+	$(PYTEST) $(SHARED) -m "slow and not alone and not gpu and not online"
+	$(PYTEST) -m "slow and alone and not gpu and not online"
 
 # Reads real models from the Hugging Face hub: never part of CI.
 test-online: $(VENV)/.dev

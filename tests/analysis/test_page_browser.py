@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 
 import pytest
@@ -10,17 +9,14 @@ import pytest
 from neox.analysis.run_page import write_page
 from neox.analysis.runs import read_runs
 from tests.analysis.helpers import rows, write_run
-from tests.quickstart.test_flipbook_browser import NAMES, OFFLINE, Dom
+from tests.quickstart.test_flipbook_browser import OFFLINE, Dom
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def browse(tmp_path_factory):
+def browse(tmp_path_factory, browser):
     """browse(page, script) -> (Dom after both scripts ran, what the console said); `script` is added at the end."""
-    browser = next(filter(None, map(shutil.which, NAMES)), None)
-    if browser is None:
-        pytest.skip(f"no browser found: none of {', '.join(NAMES)} is installed")
 
     def run(path, script=""):
         report = "; document.body.append(Object.assign(document.createElement('p'), {id: 'said', textContent: said}))"

@@ -302,6 +302,7 @@ print(peak - base, size, largest)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc, which only Linux has")
 @pytest.mark.parametrize(("stored", "loaded"), [("fp32", "fp32"), ("fp16", "fp32"), ("fp32", "bf16")])

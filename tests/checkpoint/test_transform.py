@@ -64,6 +64,7 @@ def test_transform_gets_every_layer_once_with_its_weights(tmp_path, kind, flags)
         torch.testing.assert_close(loaded(ids), model(ids), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["huggingface", "run"])
 def test_peak_memory_of_a_transformed_load_is_what_it_makes_and_little_more(tmp_path, kind):

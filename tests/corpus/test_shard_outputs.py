@@ -160,6 +160,7 @@ def test_resume_after_a_kill_gives_the_same_bytes(
     assert listing(out.parent) == ["c.bin", "c.idx", "c.json"]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_resume_after_kills_at_ten_random_moments(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(tmp_path / "t.json")

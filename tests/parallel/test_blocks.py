@@ -75,6 +75,7 @@ print(peak_memory(CPU) - before)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_activation_checkpointing_lowers_peak_memory():
     """8 blocks of 4096 tokens x 256 x 4 bytes are 34 MB a width; they keep 9, 6 and 1 widths a block. What one block

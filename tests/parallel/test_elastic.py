@@ -16,7 +16,11 @@ import pytest
 from tests.parallel.helpers import STEADY, config, fit, together
 from tests.train.helpers import HANGS, ROOT, TINY, assert_same_run, complete, incomplete, rows, token_pair, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds ranks in /proc")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds ranks in /proc"),
+]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 HERE = ("--standalone", "--nproc-per-node=2")
 SLOW_SYNC = 0.02  # as in tests/train/test_kill.py

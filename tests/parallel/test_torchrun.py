@@ -11,7 +11,7 @@ import pytest
 
 from tests.train.helpers import ROOT, TINY, complete, one_line, rows, token_pair
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 def torchrun(processes: int, *arguments: str) -> subprocess.Popen:

@@ -171,6 +171,7 @@ def _train_and_print(options: list[str]) -> None:
         Trainer(config, hooks=(stop,), quiet=True).fit()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's figures")
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 
@@ -13,7 +12,6 @@ from tests.quickstart.test_flipbook import NASTY, book
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 OFFLINE = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 
 
@@ -49,11 +47,8 @@ class Dom(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def dump(tmp_path_factory):
+def dump(tmp_path_factory, browser):
     """dump(path, fragment) -> (Dom after the page's script ran, what the console said)."""
-    browser = next(filter(None, map(shutil.which, NAMES)), None)
-    if browser is None:
-        pytest.skip(f"no browser found: none of {', '.join(NAMES)} is installed")
 
     def run(path, fragment="", milliseconds=3000):
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", *OFFLINE, "--enable-logging=stderr"]

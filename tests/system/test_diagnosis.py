@@ -76,6 +76,7 @@ def test_a_sound_machine(examined: Examine, tmp_path: Path) -> None:
         assert "cannot tell" not in lines[label]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_command_measures_in_fifteen_seconds() -> None:
     done = subprocess.run(

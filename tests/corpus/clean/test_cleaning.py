@@ -204,6 +204,7 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_dedup_memory_does_not_grow_with_the_text(tmp_path: Path):
     """20 times the text: less than 40 MB more at the peak, most of it the pages of key files that are mapped."""
