@@ -95,9 +95,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert cli.main(["doctor", f"out={tmp_path / 'a' / 'b'}"]) == 0
     assert f"runs go to        {tmp_path / 'a' / 'b'}\n" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-    for wrong in (["runs"], ["steps=3"]):
-        assert cli.main(["doctor", *wrong]) == 2
-        assert capsys.readouterr().err == "neox: error: doctor takes out=RUN_DIR only\n"
+    for wrong, said in (
+        ("runs", "doctor takes out=RUN_DIR only"),
+        ("steps=3", "doctor has no option steps; there are out"),
+    ):
+        assert cli.main(["doctor", wrong]) == 2
+        assert capsys.readouterr().err == f"neox: error: {said}\n"
 
 
 # --- a probe that fails ----------------------------------------------------------------------------------------------
