@@ -69,8 +69,10 @@ def write_huggingface(
     if path.exists():
         path.rename(old)
     fresh.rename(path)
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        sync_folder(path.parent)
+    finally:  # the next save of this process uses the name again
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_shard(name: str) -> bool:

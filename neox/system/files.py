@@ -27,12 +27,17 @@ def cache_folder() -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames done in `folder` survive a power cut (POSIX only; elsewhere the system orders them itself)."""
+    """Make the renames done in `folder` survive a power cut (POSIX only; elsewhere the system orders them itself).
+
+    Raises OSError naming `folder`: fsync() itself reports only the cause.
+    """
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
     finally:
         os.close(handle)
 

@@ -214,7 +214,7 @@ def test_a_failed_asynchronous_save_is_raised_at_the_next_step(tmp_path, model, 
 
 
 @pytest.mark.parametrize(("call", "name", "words"), [case for case in FULL if "step_" in case[1]])
-def test_a_full_disk_at_each_place(each_step, tmp_path, call, name, words):
+def test_disk_full_at_each_place(each_step, tmp_path, call, name, words):
     if call == "write" and not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full to write to")
     run = cut_back(each_step, tmp_path / "run", 4)
@@ -265,7 +265,7 @@ def save_where_one_cannot(folder, rank: int) -> str:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_of_one_of_several(tmp_path, rank):
+def test_disk_full_of_one_of_several(tmp_path, rank):
     first, second = together(2, tmp_path / "ranks", save_where_one_cannot, tmp_path / "run", rank)
     assert "No space left on device: nothing was kept of this checkpoint" in first
     assert second == "OtherProcessFailed: rank 0 could not save"

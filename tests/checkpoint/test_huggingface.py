@@ -233,7 +233,7 @@ for path, limit in json.loads(sys.argv[2]):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
-def test_a_full_disk_leaves_nothing_new_and_the_old_whole(tmp_path, tokenizer):
+def test_disk_full_leaves_nothing_new_and_the_old_whole(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
     room = (tmp_path / "tokenizer.json").stat().st_size - 1  # enough for the weights
     runs = []

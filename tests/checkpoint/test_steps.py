@@ -278,7 +278,7 @@ def test_optimizer_state_must_be_whole(only, capsys, tmp_path, kind):
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_during_a_checkpoint(run, whole, tmp_path):
+def test_disk_full_during_a_checkpoint(run, whole, tmp_path):
     """By the limit on file sizes, which the system itself enforces: the tensors do not fit."""
     largest = (run / "step_00000004" / "__0_0.distcp").stat().st_size
     for limit in (largest - 1, largest // 2, 40_000):
@@ -330,7 +330,7 @@ FULL = [
 
 
 @pytest.mark.parametrize(("call", "name", "words"), FULL, ids=[f"{call}-{name}" for call, name, _ in FULL])
-def test_a_full_disk_at_each_place(run, whole, tmp_path, call, name, words):
+def test_disk_full_at_each_place(run, whole, tmp_path, call, name, words):
     if call == "write" and not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full to write to")
     status, out, err = Forked(tmp_path / "log", f"resume={run}", setup=fill, call=call, name=name).finish()

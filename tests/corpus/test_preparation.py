@@ -275,7 +275,7 @@ except OSError as error:
 
 
 @pytest.mark.parametrize(("limit", "which"), [(0, "bin"), (5000, "bin"), (150_000, "bin"), (400_000, "idx")])
-def test_prepare_on_a_full_disk(tmp_path: Path, tokenizer: Tokenizer, limit: int, which: str) -> None:
+def test_prepare_disk_full(tmp_path: Path, tokenizer: Tokenizer, limit: int, which: str) -> None:
     """A limit on file sizes makes write() fail as a full disk does, midway, in the real system call."""
     source = jsonl(tmp_path / "a.jsonl", ["the cat"] * 40_000)  # a .bin of 240,000 bytes, an .idx of 800,042
     tokenizer.save(tmp_path / "tokenizer.json")

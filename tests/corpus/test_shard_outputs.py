@@ -374,9 +374,7 @@ def test_a_plan_that_is_none(tmp_path: Path, corpus: Path, tokenizer: Tokenizer)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_named_and_gone_on_from(
-    tmp_path: Path, corpus: Path, tokenizer: Tokenizer, workers: int
-) -> None:
+def test_disk_full_is_named_and_gone_on_from(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, workers: int) -> None:
     tokenizer.save(tmp_path / "t.json")
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))\n" + KILLED
     out = tmp_path / "out" / "c"

@@ -183,7 +183,7 @@ def test_a_prompt_without_room_is_named_before_anything_is_written(engine, tmp_p
         complete(engine, [("\ud800", "p.txt:7")], SAMPLING)
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(engine, whole, tmp_path):
+def test_disk_full_is_one_line_and_loses_nothing(engine, whole, tmp_path):
     """A limit on the size of files stands in for the disk: write() fails in the middle of a record all the same."""
     import resource
 

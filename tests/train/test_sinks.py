@@ -84,7 +84,7 @@ def test_without_samples_there_is_no_file_of_them(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_full_disk_names_the_file(tmp_path):
+def test_disk_full_names_the_file(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     for name, call in (("metrics", JsonlSink.write), ("samples", JsonlSink.sample)):
