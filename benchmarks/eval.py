@@ -1,6 +1,6 @@
 """Evaluating on a CPU: neox and lm-evaluation-harness' own `hf` backend in turn, in one process, the same requests.
 
-    pip install 'neox[eval]'
+    pip install 'neox-lm[eval]'
     python benchmarks/eval.py [limit=N] [turns=3] [sample=32] [batches=1,2,4,8,16,32] [dtypes=float32,bfloat16]
                               [only=mmlu,hellaswag,lambada] [shape=pythia-160m] [data=../shared/data] [weights=auto]
 

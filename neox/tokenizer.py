@@ -19,7 +19,8 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from neox.system.files import byte_progress, write_atomic
+from neox.system.console import progress_bar
+from neox.system.files import write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -321,7 +322,7 @@ def train_bpe(
     seen = 0
     failure: ValueError | None = None
 
-    with byte_progress(progress) as bar:
+    with progress_bar("bytes", show=progress) as bar:
         task = bar.add_task("tokenizer: counting words", total=None)
 
         def counted() -> Iterator[str]:

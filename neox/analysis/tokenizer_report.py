@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neox.corpus.readers import ErrorPolicy, Source, find_sources, read_source
-from neox.system.console import aligned
-from neox.system.files import byte_progress
+from neox.system.console import aligned, progress_bar
 from neox.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -118,7 +117,7 @@ def tokenizer_report(
     loaded = [Tokenizer.from_file(path) for path in tokenizers]
     texts = find_sources(sources, text_key)
     found: list[list[Usage]] = []
-    with byte_progress(progress) as bar:
+    with progress_bar("bytes", show=progress) as bar:
         task = bar.add_task("tokenizer", total=sum(source.size or 0 for source in texts) or None)
         for source in texts:
             found.append([Usage(tokenizer) for tokenizer in loaded])

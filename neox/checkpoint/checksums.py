@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neox.checkpoint.weight_source import CheckpointError
-from neox.system.files import byte_progress
+from neox.system.console import progress_bar
 
 NAME = "checksums.json"
 REMEDY = "remove the folder, and the run resumes at the step before it"
@@ -103,7 +103,7 @@ class Checksums:
     def check_all(self) -> None:
         """Check every byte of the checkpoint."""
         self.check()
-        with byte_progress(sum(self.sizes.values()) > _SHOWN) as bar:
+        with progress_bar("bytes", show=sum(self.sizes.values()) > _SHOWN) as bar:
             task = bar.add_task(f"verifying {self.folder.name}", total=sum(self.sizes.values()))
             for (name, offset), (length, expected) in self.pieces.items():
                 state = hashlib.blake2b(digest_size=16)

@@ -11,6 +11,7 @@ from torch import Tensor
 from neox.checkpoint import families
 from neox.checkpoint.weight_source import CheckpointError, WeightSource, read_json, slices
 from neox.config import ModelConfig
+from neox.system.console import one_line
 from neox.tokenizer import Tokenizer
 
 _OPEN_FILES = 2
@@ -145,8 +146,9 @@ def _safetensors_error() -> type[Exception]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(f"{path}: cannot be read ({reason}); it is truncated or no weight file, fetch it again")
+    return CheckpointError(
+        f"{path}: cannot be read ({one_line(error)}); it is truncated or no weight file, fetch it again"
+    )
 
 
 def _open_file(path: Path) -> Any:

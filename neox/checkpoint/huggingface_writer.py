@@ -15,7 +15,8 @@ from torch import Tensor
 from neox.checkpoint import families
 from neox.checkpoint.weight_source import WeightSource
 from neox.config import ModelConfig
-from neox.system.files import byte_progress, sync_folder, write_error
+from neox.system.console import progress_bar
+from neox.system.files import sync_folder, write_error
 from neox.tokenizer import END_OF_TEXT, Tokenizer
 
 SHARD_BYTES = 5 * 10**9
@@ -110,7 +111,7 @@ def _write_weights(weights: WeightSource, dtype: torch.dtype | None, folder: Pat
         sizes[-1] += size
         shards[-1].append(name)
     weight_map = {}
-    with byte_progress(sum(sizes) > SHOWN) as bar:
+    with progress_bar("bytes", show=sum(sizes) > SHOWN) as bar:
         task = bar.add_task("writing weights", total=sum(sizes))
         for number, (shard, size) in enumerate(zip(shards, sizes, strict=True), 1):
             file = "model.safetensors"

@@ -4,8 +4,8 @@ import torch
 
 from neox.checkpoint.weight_source import Transform, WeightSource
 from neox.model.decoder import GPTNeoX
+from neox.system.console import progress_bar
 from neox.system.device import resolve_device, resolve_dtype
-from neox.system.files import byte_progress
 from neox.system.machine import return_freed_memory
 
 SHOWN = 10**9
@@ -29,7 +29,7 @@ def load_model(
     with torch.device("meta"):
         model = GPTNeoX(weights.config)
     total = sum(shape.numel() for shape in weights.shapes.values())
-    with byte_progress(total > SHOWN) as bar:
+    with progress_bar("bytes", show=total > SHOWN) as bar:
         task = bar.add_task("loading weights", total=total * dtype.itemsize)
         for name in weights.names():
             # A copy, so that no parameter keeps a whole memory-mapped file alive.

@@ -140,10 +140,10 @@ def _step(inspector: SampleInspector, step: int, row: int | None, out: Path | No
 
 def _find(inspector: SampleInspector, text: str, until: int, limit: int) -> None:
     from neox.analysis.search import Search
-    from neox.system.files import byte_progress
+    from neox.system.console import progress_bar
 
     count, search = 0, Search(inspector, text, until)
-    with byte_progress(sys.stderr.isatty()) as bar:
+    with progress_bar("bytes", show=sys.stderr.isatty()) as bar:
         task = bar.add_task("find", total=search.size)
         for hit in search.hits(lambda done: bar.advance(task, done)):
             count += 1
@@ -180,12 +180,11 @@ def _export(inspector: SampleInspector, out: Path, until: int) -> None:
 
 
 def _components(inspector: SampleInspector, until: int) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
 
     from neox.analysis.search import component_tokens
+    from neox.system.console import progress_bar
 
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    with progress_bar("count", "rate", show=sys.stderr.isatty()) as bar:
         task = bar.add_task("steps", total=until)
         components = component_tokens(inspector, until, lambda done: bar.advance(task, done))
     read = sum(component.tokens for component in components) or 1

@@ -19,8 +19,8 @@ from neox.corpus.encode import Backend
 from neox.corpus.plan import Plan, ShardOutputs
 from neox.corpus.preparation import settings_of
 from neox.corpus.readers import ErrorPolicy, OnError, find_sources
-from neox.corpus.readers.errors import optional
 from neox.corpus.worker import Work, write_shard
+from neox.system.optional import optional
 from neox.tokenizer import Tokenizer
 
 PipelineStep: Any = optional("datatrove.pipeline.base", "neox.corpus.cluster", "cluster").PipelineStep

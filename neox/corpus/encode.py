@@ -7,7 +7,6 @@ Unicode is newer than the reference's, so that it composes and orders some rare 
 
 from __future__ import annotations
 
-import importlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from neox.system.console import one_line
+from neox.system.optional import optional
 from neox.tokenizer import PIECE_CHARACTERS, Tokenizer
 
 Backend = Literal["auto", "gigatoken", "tokenizers"]
@@ -146,14 +147,11 @@ class Difference(Exception):
 
 def _gigatoken(tokenizer: Tokenizer) -> tuple[Callable[[bytes], Ids], Callable[[Ids], bytes]]:
     """GigaToken's `encode` and `decode` for a tokenizer."""
-    try:
-        gigatoken = importlib.import_module("gigatoken")
-    except ImportError as error:
-        raise ValueError(f"it is not installed ({error}): pip install 'neox[data]'") from None
+    gigatoken = optional("gigatoken", "data.backend=gigatoken", "data")
     try:
         fast = gigatoken.Tokenizer.from_json(tokenizer.to_json())
     except Exception as error:  # the library's own, as the file goes
-        raise ValueError(f"it cannot read this tokenizer ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"it cannot read this tokenizer ({one_line(error)})") from None
     return fast.encode, fast.decode
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from neox.corpus.readers import ErrorPolicy, ReadError, Source
 from neox.corpus.readers.urls import ends_digest, version_of
 from neox.corpus.shards import Shard, shard_rows, shards, shards_of
 from neox.data.token_file import pair, token_dtype
-from neox.system.files import open_own, temporary_name, write_atomic
+from neox.system.files import is_at, open_own, temporary_name, try_lock, write_atomic
 from neox.tokenizer import Tokenizer
 
 PATIENCE = 5.0  # seconds until the processes of a run that was killed are gone
@@ -181,10 +180,8 @@ def locked(folder: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         file = open_own(folder / "lock", "ab")
-        if _lock(file, shared):
-            with suppress(FileNotFoundError):  # the one before us may have removed the folder
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
-                    break
+        if try_lock(file, shared) and is_at(file, folder / "lock"):  # its last holder may have removed the folder
+            break
         file.close()
         if time.monotonic() - started > PATIENCE:
             raise ValueError(f"{folder}: another run is writing this output now; wait for it or choose another out=")
@@ -193,15 +190,3 @@ def locked(folder: Path, shared: bool = False) -> Iterator[IO[bytes]]:
         yield file
     finally:
         file.close()
-
-
-def _lock(file: IO[bytes], shared: bool) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: no advisory locks to ask for
-        return True
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -21,7 +21,7 @@ from neox.corpus.readers.errors import SHOWN, SkipReport
 from neox.corpus.worker import ShardCounts, Work, tokenize, write_shard
 from neox.data.manifest import Manifest, manifest_file
 from neox.data.token_file import TokenFile, TokenWriter, pair, token_dtype
-from neox.system.files import byte_progress
+from neox.system.console import progress_bar
 from neox.system.machine import available_cores
 from neox.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -173,7 +173,7 @@ class _Job:
     def at_once(self) -> Manifest:
         """Tokenize a single shard straight into the output. Returns the manifest."""
         work = Work.of(self.plan, self.tokenizer, self.backend)
-        with self.writer() as writer, byte_progress(self.progress) as bar:
+        with self.writer() as writer, progress_bar("bytes", show=self.progress) as bar:
             task = bar.add_task(f"prepare ({work.encoder.backend})", total=self.total)
             counts = tokenize(work, self.plan.shards[0], writer, self.policy, partial(bar.advance, task))
             if self.total is not None:
@@ -198,7 +198,7 @@ class _Job:
     def make(self, outputs: ShardOutputs, lock: int) -> None:
         """Tokenize the shards that are missing."""
         work = Work.of(self.plan, self.tokenizer, self.backend)
-        with byte_progress(self.progress) as bar:
+        with progress_bar("bytes", show=self.progress) as bar:
             task = bar.add_task(f"prepare ({work.encoder.backend})", total=self.total)
             advance = partial(bar.advance, task)
             missing = []
@@ -222,7 +222,7 @@ class _Job:
         """Join all finished shards into the output, in order. Returns the manifest."""
         self.plan.check_unchanged(list(self.plan.versions), self.policy)
         counts = ShardCounts()
-        with self.writer() as writer, byte_progress(self.progress) as bar:
+        with self.writer() as writer, progress_bar("bytes", show=self.progress) as bar:
             prefixes = [outputs.prefix(self.plan, shard) for shard in self.plan.shards]
             task = bar.add_task("join", total=sum(pair(prefix)[0].stat().st_size for prefix in prefixes))
             for prefix, shard in zip(prefixes, self.plan.shards, strict=True):

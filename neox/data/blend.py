@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.progress import track
 
 from neox.data.split import Documents
 from neox.data.windows import Dataset, DocumentSpan, Seen
+from neox.system.console import progress_bar
 
 SEGMENT = 1024  # samples
 SIDE_BY_SIDE = 1024  # segments, at most
@@ -116,8 +115,9 @@ class Blend:
             rounds.append(min(SIDE_BY_SIDE, max(segments - have, have)))
             have += rounds[-1]
         show = self.progress and len(rounds) > SHOWN
-        for count in track(rounds, "blend", console=Console(stderr=True), disable=not show):
-            self._compute(count)
+        with progress_bar("count", show=show) as bar:
+            for count in bar.track(rounds, description="blend"):
+                self._compute(count)
 
     def _compute(self, count: int) -> None:
         first = np.arange(len(self._choices), len(self._choices) + count, dtype=np.float64) * SEGMENT

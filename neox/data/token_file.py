@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from neox.system.files import open_own, sync_folder, temporary_name, write_atomic, write_error
+from neox.system.files import is_at, open_own, sync_folder, temporary_name, try_lock, write_atomic, write_error
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -230,18 +230,8 @@ def _open_alone(path: Path) -> IO[bytes]:
         file = open_own(path, "ab")
     except OSError as error:
         raise write_error(error, path) from error
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: no advisory locks to ask for
-        file.truncate(0)
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between our open and our lock its writer may have put the file in place: then it is no longer ours to empty.
-        alone = path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except BlockingIOError:
-        alone = False
-    if not alone:
+    # Between our open and our lock its writer may have put the file in place: then it is no longer ours to empty.
+    if not (try_lock(file) and is_at(file, path)):
         file.close()
         raise ValueError(f"{path}: another process is writing this file now; wait for it or choose another output name")
     file.truncate(0)

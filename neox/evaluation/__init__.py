@@ -1,13 +1,10 @@
 """Evaluation by lm-evaluation-harness: NeoX provides the model backend, lm-eval all else."""
 
-try:
-    import lm_eval  # noqa: F401
-except ModuleNotFoundError as error:
-    if error.name != "lm_eval":
-        raise
-    raise ValueError("evaluation needs the package lm-eval: pip install 'neox[eval]'") from None
+from neox.system.optional import optional
 
-from neox.evaluation.adapter import EngineLM
-from neox.evaluation.evaluate import evaluate
+optional("lm_eval", "evaluation", "eval")  # before the modules that import it at their top
+
+from neox.evaluation.adapter import EngineLM  # noqa: E402
+from neox.evaluation.evaluate import evaluate  # noqa: E402
 
 __all__ = ["EngineLM", "evaluate"]

@@ -11,12 +11,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from neox.evaluation.answers import is_sampled
 from neox.generate import Engine, Sampling, Score
 from neox.model.flops import parameters
+from neox.system.console import progress_bar
 
 logger = logging.getLogger(__name__)
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -181,15 +181,6 @@ class EngineLM(TemplateLM):
         )
 
     def _bar(self, what: str, total: int) -> Progress:
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not self.progress,
-        )
+        bar = progress_bar("count", "rate", show=self.progress)
         bar.add_task(what, total=total)
         return bar

@@ -1,39 +1,22 @@
 """Cache of model answers in a file, so that an evaluation resumes where it was interrupted."""
 
 import contextlib
-import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, hash_args
-from torch import Tensor
 
-from neox.quantization.torchao_weights import stored
 from neox.system.files import read_rows
 
 Ask = Callable[..., list[Any]]
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 SECONDS = 5.0  # between two fsyncs of the file
-VALUES = 4096  # values of each tensor that enter the hash, evenly spaced
-
-
-def fingerprint(tensors: Mapping[str, Tensor], *others: Any) -> str:
-    """Hash of a model: names, shapes, dtypes and some values of its tensors, and `others` as JSON."""
-    digest = hashlib.sha256(json.dumps(others, default=str).encode())
-    for name, tensor in tensors.items():
-        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        for part in stored(tensor):
-            flat = part.detach().flatten()
-            values = flat[:: max(1, len(flat) // VALUES)].contiguous().cpu()
-            digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class AnswerCache:

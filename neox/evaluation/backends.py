@@ -8,12 +8,12 @@ from lm_eval.api.registry import get_model, model_registry
 from lm_eval.utils import simple_parse_args_string
 
 from neox.config.spelling import did_you_mean
-from neox.corpus.readers.errors import one_line
 from neox.evaluation.adapter import EngineLM
-from neox.evaluation.answers import fingerprint
 from neox.generate import Engine
 from neox.generate.loading import load_engine
+from neox.system.console import one_line
 from neox.system.device import resolve_device, resolve_dtype
+from neox.system.fingerprint import fingerprint
 
 # Options of the connection to a backend, which never change its answers; some are secret.
 TRANSPORT = ("auth_token", "batch_size", "header", "max_retries", "num_concurrent", "timeout")

@@ -21,7 +21,8 @@ from neox.corpus.pile.statistics import Likelihood, by_group, in_order, likeliho
 from neox.corpus.readers import find_sources
 from neox.corpus.shards import shards
 from neox.generate.score import token_logprobs
-from neox.system.files import byte_progress, write_atomic
+from neox.system.console import progress_bar
+from neox.system.files import write_atomic
 from neox.tokenizer import Tokenizer
 
 
@@ -64,7 +65,7 @@ def score_files(
     readers raise, and ValueError on a document without a component.
     """
     pieces = shards(find_sources(sources))
-    with byte_progress(progress) as bar:
+    with progress_bar("bytes", show=progress) as bar:
         task = bar.add_task("score", total=sum(shard.size for shard in pieces) or None)
 
         def texts() -> Iterator[tuple[str, str]]:

@@ -123,11 +123,8 @@ def write(out: Path) -> None:
 
 def figure(curves: Curves) -> "Figure":
     """Draw a panel for each curve; the band is one standard error on either side."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ValueError("drawing curves needs the package matplotlib: pip install 'neox[eval]'") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     columns, rows = min(COLUMNS, len(curves)), -(-len(curves) // COLUMNS)
     drawn = Figure(figsize=(4.6 * columns, 3.2 * rows), dpi=140, layout="constrained")

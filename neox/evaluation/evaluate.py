@@ -10,7 +10,6 @@ import lm_eval
 from lm_eval.loggers.evaluation_tracker import GeneralConfigTracker
 
 from neox.config import EvalConfig
-from neox.corpus.readers.errors import one_line
 from neox.evaluation import report
 from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import AnswerCache, cached_answers
@@ -18,6 +17,7 @@ from neox.evaluation.backends import load_model
 from neox.evaluation.sharing import distributed
 from neox.evaluation.tasks import load_tasks
 from neox.generate import Engine
+from neox.system.console import one_line
 from neox.system.processes import Processes
 
 ANSWERS = "answers.jsonl"

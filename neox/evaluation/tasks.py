@@ -8,7 +8,7 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 
 from neox.config.spelling import did_you_mean
-from neox.corpus.readers.errors import one_line
+from neox.system.console import one_line
 
 
 def load_tasks(names: Sequence[str], include_path: str | None = None) -> tuple[list[Any], TaskManager]:

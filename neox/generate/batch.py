@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from neox.generate.engine import Engine
 from neox.generate.requests import Completion
 from neox.generate.sampling import Sampling
-from neox.system.files import sync_folder, temporary_name, write_synced
+from neox.system.console import progress_bar
+from neox.system.files import sync_folder, temporary_name, try_lock, write_synced
+from neox.system.fingerprint import fingerprint
 
 Record = dict[str, Any]
 
@@ -59,9 +58,9 @@ def _records(
     rooms = [min(sampling.max_tokens, context - len(encoded[k // n])) for k in numbers]
     waiting: dict[int, Record] = {}
     following, sampled, started = 0, 0, time.monotonic()
-    with _token_progress(progress) as bar:
+    with progress_bar("status", show=progress) as bar:
         # In tokens, so that the time left is known before the first prompt is through.
-        task = bar.add_task("", total=sum(rooms), done=skip, all=len(prompts) * n, rate=0.0)
+        task = bar.add_task(f"generate: {skip} of {len(prompts) * n}", total=sum(rooms), status="")
         for event in engine.events([encoded[k // n] for k in numbers], samplings, stream=False):
             new = event.token is not None
             sampled, advance = sampled + new, int(new)
@@ -70,7 +69,8 @@ def _records(
                 waiting[i] = _record(engine, numbers[i], n, prompts[numbers[i] // n][0], samplings[i], event.done)
                 advance += rooms[i] - len(event.done.tokens)
             rate = sampled / max(time.monotonic() - started, 1e-9)
-            bar.update(task, advance=advance, rate=rate, done=skip + following + len(waiting))
+            text = f"generate: {skip + following + len(waiting)} of {len(prompts) * n}"
+            bar.update(task, description=text, advance=advance, status=f"{rate:.0f} tokens/s")
             while following in waiting:
                 yield waiting.pop(following)
                 following += 1
@@ -96,19 +96,6 @@ def _record(engine: Engine, k: int, n: int, prompt: str, sampling: Sampling, don
             {**named(one.token, one.logprob), "top": [named(*other) for other in one.top]} for one in done.logprobs
         ]
     return record
-
-
-def _token_progress(show: bool) -> Progress:
-    return Progress(
-        TextColumn("generate: {task.fields[done]} of {task.fields[all]}"),
-        BarColumn(),
-        TextColumn("{task.fields[rate]:.0f} tokens/s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not show,
-    )
 
 
 def write_completions(
@@ -173,14 +160,10 @@ def partial_name(out: str | Path) -> Path:
 
 def _header(engine: Engine, prompts: Sequence[tuple[str, str]], sampling: Sampling, n: int) -> Record:
     """The inputs that decide the records, under the user's names for them."""
-    weights = hashlib.sha256()
-    for name, parameter in engine.model.state_dict().items():
-        # A few values of each tell two checkpoints apart: a training step changes them all.
-        values = parameter.detach().flatten()[:16].double().tolist()
-        weights.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), values]).encode())
+    weights = fingerprint(engine.model.state_dict())
     texts = hashlib.sha256(json.dumps([prompt for prompt, _ in prompts]).encode())
     tokenizer = engine.tokenizer.sha256 if engine.tokenizer else None
-    made = {"model": weights.hexdigest(), "tokenizer": tokenizer, "prompts": texts.hexdigest(), "n": n}
+    made = {"model": weights, "tokenizer": tokenizer, "prompts": texts.hexdigest(), "n": n}
     header: Record = json.loads(json.dumps({"partial": "output of neox generate", **made, **sampling.model_dump()}))
     return header
 
@@ -188,14 +171,10 @@ def _header(engine: Engine, prompts: Sequence[tuple[str, str]], sampling: Sampli
 @contextlib.contextmanager
 def _opened_alone(path: Path) -> Iterator[io.FileIO]:
     """Open a file for appending, locked; ValueError where another process holds it."""
-    import fcntl
-
     # Unbuffered: what could not be written must not be tried again, by the handle's closing, after the error was told.
     with open(path, "ab", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process is writing it: wait for it, or give another out=") from None
+        if not try_lock(file):
+            raise ValueError(f"{path}: another process is writing it: wait for it, or give another out=")
         yield file
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neox.system.optional import optional
 from neox.tokenizer import Tokenizer
 
 OPTIONS = ("json_schema", "regex", "grammar")
@@ -82,18 +83,15 @@ def read(option: str, value: str) -> tuple[str, str]:
 @lru_cache(maxsize=32)
 def check(option: str, source: str) -> str:
     """llguidance's form of an option's text. Raises ValueError with place and reason, or the package to install."""
-    try:
-        from llguidance import LLMatcher
-    except ImportError:
-        raise ValueError(f"generate.{option} needs the package llguidance: pip install 'neox[grammar]'") from None
+    matcher = optional("llguidance", f"generate.{option}", "grammar").LLMatcher
     place = ""
     try:
         if option == "json_schema":
             parsed = json.loads(source)
-            form: str = LLMatcher.grammar_from_json_schema(source, defaults={"whitespace_pattern": JSON_SPACE})
+            form: str = matcher.grammar_from_json_schema(source, defaults={"whitespace_pattern": JSON_SPACE})
         else:
-            form = LLMatcher.grammar_from_regex(source) if option == "regex" else LLMatcher.grammar_from_lark(source)
-        fault = LLMatcher.validate_grammar(form)
+            form = matcher.grammar_from_regex(source) if option == "regex" else matcher.grammar_from_lark(source)
+        fault = matcher.validate_grammar(form)
         if fault and option == "json_schema":
             place = f" (at #{_pointer(parsed, fault)})"
     except (json.JSONDecodeError, RecursionError) as error:

@@ -6,7 +6,7 @@ from torch import nn
 
 from neox.generate.engine import Engine
 from neox.generate.requests import Event
-from neox.quantization.torchao_weights import stored
+from neox.system.fingerprint import inner_tensors
 from neox.system.machine import read_speed
 
 LEAST = 50_000_000  # bytes of weights from which their reading, from memory and not from a cache, is the limit
@@ -54,4 +54,4 @@ def bytes_read(model: nn.Module) -> int:
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None
     ]
-    return sum(part.nbytes for tensor in tensors for part in stored(tensor))
+    return sum(part.nbytes for tensor in tensors for part in inner_tensors(tensor))

@@ -73,14 +73,13 @@ def float8_blocks(model: GPTNeoX, recipe: str, device: torch.device) -> None:
     """
     if recipe == "none":
         return
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise ValueError(f"train.float8={recipe} needs torchao: pip install 'neox[gpu]'") from None
-    config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=device.type != "cuda")
+    from neox.system.optional import optional
+
+    torchao = optional("torchao.float8", f"train.float8={recipe}", "gpu")
+    config = replace(torchao.Float8LinearConfig.from_recipe_name(recipe), emulate=device.type != "cuda")
 
     def fits(module: nn.Module, name: str) -> bool:
         assert isinstance(module, nn.Linear)
         return module.in_features % 16 == 0 and module.out_features % 16 == 0
 
-    convert_to_float8_training(model.layers, module_filter_fn=fits, config=config)
+    torchao.convert_to_float8_training(model.layers, module_filter_fn=fits, config=config)

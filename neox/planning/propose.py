@@ -7,7 +7,7 @@ from neox.parallel.pipeline import layers_of_stages
 from neox.planning import formulas
 from neox.planning.hardware import GPU, USABLE, step_time
 from neox.planning.run_plan import dry_run_ranks, render
-from neox.planning.summary import _bytes
+from neox.system.console import human_bytes
 
 SHOWN, SHOWN_TOO_LARGE = 8, 4
 """Layouts shown in the tables: those that fit, those that do not."""
@@ -50,7 +50,7 @@ class Candidate:
     def reason(self) -> str:
         """The three kinds that take most of the memory."""
         kinds = sorted(self.memory, key=self.memory.__getitem__, reverse=True)
-        return ", ".join(f"{kind} {_bytes(self.memory[kind])}" for kind in kinds[:3])
+        return ", ".join(f"{kind} {human_bytes(self.memory[kind])}" for kind in kinds[:3])
 
 
 def candidates(config: Config, gpus: int, device: GPU) -> list[Candidate]:
@@ -139,23 +139,23 @@ def propose(config: Config, gpus: int, name: str, device: GPU) -> str:
     if not fitting:
         least = min(best, key=lambda c: c.peak)
         return (
-            f"nothing fits {gpus} x {name}: the closest, {least.keys}, takes {_bytes(least.peak)} of "
-            f"{_bytes(room)}: more GPUs, larger ones, or a smaller model or seq_length would help"
+            f"nothing fits {gpus} x {name}: the closest, {least.keys}, takes {human_bytes(least.peak)} of "
+            f"{human_bytes(room)}: more GPUs, larger ones, or a smaller model or seq_length would help"
         )
     lines = [
-        f"Layouts for {gpus} x {name} with {_bytes(room)} of memory each, by estimated seconds a step",
+        f"Layouts for {gpus} x {name} with {human_bytes(room)} of memory each, by estimated seconds a step",
         "(all by formula; the plan below is a dry run)",
-        *(f"  {c.seconds:>8.3g} s  {_bytes(c.peak):>8}  {c.keys}" for c in fitting[:SHOWN]),
+        *(f"  {c.seconds:>8.3g} s  {human_bytes(c.peak):>8}  {c.keys}" for c in fitting[:SHOWN]),
         f"  {len(fitting)} layouts fit" + (f", {len(fitting) - SHOWN} slower ones not shown" * (len(fitting) > SHOWN)),
     ]
     if too_large := [c for c in best if c.peak > room]:
         lines += ["", f"{len(too_large)} layouts do not fit; the fastest of them, as small as they can be made"]
         for c in too_large[:SHOWN_TOO_LARGE]:
-            lines.append(f"  {c.seconds:>8.3g} s  {_bytes(c.peak):>8}  {c.keys}: {c.reason}")
+            lines.append(f"  {c.seconds:>8.3g} s  {human_bytes(c.peak):>8}  {c.keys}: {c.reason}")
     for best_one in fitting[:TRIES]:
         ranks = dry_run_ranks(best_one.config)
         peak = max(rank.cost.peak for rank in ranks)
         if peak <= room:
             break
-        lines += ["", f"Not {best_one.keys}: in the dry run it takes {_bytes(peak)}"]
+        lines += ["", f"Not {best_one.keys}: in the dry run it takes {human_bytes(peak)}"]
     return "\n".join([*lines, "", f"The plan of {best_one.keys}", render(best_one.config, ranks, name, device)])

@@ -13,7 +13,7 @@ from neox.parallel.mesh import AXES
 from neox.parallel.pipeline import layers_of_stages, stages_of_rank
 from neox.planning.dry_run import StepCost, dry_run
 from neox.planning.hardware import COMPUTE, GPU, HOST, LINK, USABLE, StepTime, bubble, stage_flops, step_time
-from neox.planning.summary import _bytes
+from neox.system.console import human_bytes
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def render(config: Config, ranks: list[PipelineRank], name: str | None = None, d
     names = [" - ".join(",".join(map(str, rank.stages)) for rank in [group[0], *group[1:][-1:]]) for group in alike]
     firsts = [group[0] for group in alike]
     for label, rank in zip(names, firsts, strict=True):
-        held = "".join(f"{_bytes(rank.cost.memory.get(kind, 0)):>12}" for kind in KINDS)
-        lines.append(f"  {label:<9}{rank.layers:>6}{rank.cost.parameters:>13,}{held}{_bytes(rank.cost.peak):>9}")
+        held = "".join(f"{human_bytes(rank.cost.memory.get(kind, 0)):>12}" for kind in KINDS)
+        lines.append(f"  {label:<9}{rank.layers:>6}{rank.cost.parameters:>13,}{held}{human_bytes(rank.cost.peak):>9}")
     lines += ["", "Bytes that a process sends in a step, counted in the dry run"]
     messages = sorted({message for rank in ranks for message in rank.cost.traffic})
     if messages and len(firsts) > 1:
         lines.append(f"  {'stage':<30}" + "  ".join(f"{label:>9}" for label in names))
     for axis, kind in messages:
-        sent = "  ".join(f"{_bytes(rank.cost.traffic.get((axis, kind), 0)):>9}" for rank in firsts)
+        sent = "  ".join(f"{human_bytes(rank.cost.traffic.get((axis, kind), 0)):>9}" for rank in firsts)
         lines.append(f"  {axis:<14}{kind:<16}{sent}")
     if not messages:
         lines.append("  none")
@@ -107,6 +107,6 @@ def estimate(config: Config, ranks: list[PipelineRank], name: str, device: GPU) 
         f"{time.wait:.3g} + data messages {time.data:.3g} + update {time.update:.3g}",
         f"  {tokens / time.total:,.0f} tokens/s, {needed / time.total / world / 1e12:.0f} TFLOP/s a GPU that the model "
         f"needs, {executed / time.total / world / 1e12:.0f} with what is computed again",
-        f"  memory: {_bytes(peak)} of {_bytes(device.memory)}, of which {USABLE:.0%} are taken to be usable: "
-        + ("fits" if peak <= room else f"does not fit, {_bytes(peak - room)} too much"),
+        f"  memory: {human_bytes(peak)} of {human_bytes(device.memory)}, of which {USABLE:.0%} are taken to be usable: "
+        + ("fits" if peak <= room else f"does not fit, {human_bytes(peak - room)} too much"),
     ]

@@ -13,6 +13,7 @@ from neox.config.spelling import spell
 from neox.model.flops import forward_flops, parameters, train_flops_per_token
 from neox.model.training_memory import STATE, one_device
 from neox.quantization.kinds import FORMATS, KINDS, Kind
+from neox.system.console import human_bytes, human_count
 
 
 def kv_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
@@ -54,7 +55,7 @@ def show(config: Config) -> str:
         ("norms", p.norms),
         ("head", p.head),
     ]
-    lines = [f"{config.preset or 'config'}: {_count(p.total)} parameters, context {context}", ""]
+    lines = [f"{config.preset or 'config'}: {human_count(p.total)} parameters, context {context}", ""]
     for section in SECTIONS:
         values = "  ".join(f"{key}={spell(value)}" for key, value in getattr(config, section))
         lines += textwrap.wrap(f"[{section}]  {values}", 100, subsequent_indent="    ", break_long_words=False)
@@ -73,15 +74,15 @@ def show(config: Config) -> str:
         f"  {'FLOPs in all, full attention':<34}{full * run:>22.4g}",
         "",
         f"Memory to train, {train.micro_batch_size} sequences at once, {train.dtype}, one device, nothing sharded",
-        f"  {'weights, gradients, moments':<34}{_bytes(state):>22}",
-        f"  {'activations, buffers (estimate)':<34}{_bytes(sum(memory.values()) - state):>22}",
-        f"  {'total (estimate)':<34}{_bytes(sum(memory.values())):>22}",
+        f"  {'weights, gradients, moments':<34}{human_bytes(state):>22}",
+        f"  {'activations, buffers (estimate)':<34}{human_bytes(sum(memory.values()) - state):>22}",
+        f"  {'total (estimate)':<34}{human_bytes(sum(memory.values())):>22}",
         "",
         "Memory to run",
-        *(f"  {f'weights, {names}':<34}{_bytes(size):>22}" for names, size in _weights(model)),
+        *(f"  {f'weights, {names}':<34}{human_bytes(size):>22}" for names, size in _weights(model)),
         *(
-            f"  {f'KV cache per token, {label}':<34}{_bytes(kv_bytes_per_token(model, size)):>22}"
-            f"  full context {_bytes(kv_bytes_per_token(model, size) * context)}"
+            f"  {f'KV cache per token, {label}':<34}{human_bytes(kv_bytes_per_token(model, size)):>22}"
+            f"  full context {human_bytes(kv_bytes_per_token(model, size) * context)}"
             for label, size in (("fp32", 4), ("fp16 or bf16", 2))
         ),
         f"  {'FLOPs per token at full context':<34}{forward_flops(model, 1, past=context - 1):>22.4g}",
@@ -112,17 +113,3 @@ def table() -> str:
             f"{model.num_attention_heads:>7}{model.vocab_size:>8}{model.max_position_embeddings:>9}"
         )
     return "\n".join(lines)
-
-
-def _count(number: float) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
-
-
-def _bytes(number: float) -> str:
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"

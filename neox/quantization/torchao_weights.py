@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import nn
 
 from neox.model.decoder import Block, GPTNeoX
+from neox.system.optional import optional
 
 Kind = Literal["int8", "int4", "float8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -29,10 +29,7 @@ def packing(kind: Kind, device: torch.device) -> Callable[[str, nn.Module], nn.M
 
     Raises ValueError where torchao is not installed, or the device has no such products.
     """
-    try:
-        from torchao.quantization import quantize_
-    except ImportError:
-        raise ValueError(f"weights={kind}: needs torchao on a GPU: pip install 'neox[gpu]'") from None
+    quantize_ = optional("torchao.quantization", f"weights={kind} on a GPU", "gpu").quantize_
     least = {"int8": (0, 0), "int4": (8, 0), "float8": (8, 9)}[kind]
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < least:
         raise ValueError(
@@ -63,14 +60,6 @@ def _config(kind: Kind, module: nn.Linear, name: str) -> Any:
     if group is None:
         raise ValueError(f"{name}: int4 wants a width that {GROUPS[-1]} divides, not {module.in_features}: take int8")
     return ao.Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d", **plain)
-
-
-def stored(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors inside one of torchao's; any other tensor is returned as it is."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [getattr(tensor, name) for name in names]
 
 
 def compile_products(model: GPTNeoX) -> GPTNeoX:

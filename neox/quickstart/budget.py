@@ -19,6 +19,7 @@ from neox.config import load_config
 from neox.config.presets import names
 from neox.model.flops import parameters
 from neox.model.training_memory import GRADIENT, MOMENTS, WEIGHT
+from neox.system.console import human_count, human_duration, human_gib
 from neox.system.machine import available_cores, available_ram, read_speed
 
 _COUNTED = {n: parameters(load_config(n).model).total for n in names() if n.startswith("pythia-") or n == "neox-20b"}
@@ -61,16 +62,17 @@ class Machine:
     def lines(self) -> list[str]:
         """Describe the machine, the models it can train and those it can run, in three lines."""
         found = (
-            f"This machine: {self.cores} core{'s' * (self.cores != 1)}, {self.ram_bytes / 2**30:.1f} GiB of memory, "
+            f"This machine: {self.cores} core{'s' * (self.cores != 1)}, {human_gib(self.ram_bytes)} of memory, "
             f"{self.matmul_flops / 1e9:,.0f} GFLOP/s (fp32 matmul), {self.read_bytes / 1e9:,.1f} GB/s read"
         )
         smallest = next(iter(SIZES))
         known = [n for n in SIZES if self.training_seconds(SIZES[n]) <= NIGHT and self.trainable(NIGHT) >= SIZES[n]]
         name = known[-1] if known else smallest
         train = (
-            f"Trains here: {_count(self.trainable(HOUR))} parameters in an hour, {_count(self.trainable(NIGHT))} in a "
-            f"night ({TOKENS_PER_PARAMETER} tokens a parameter at {MFU:.0%} MFU; "
-            f"{name} takes {_duration(self.training_seconds(SIZES[name]))})"
+            f"Trains here: {human_count(self.trainable(HOUR))} parameters in an hour, "
+            f"{human_count(self.trainable(NIGHT))} in a night "
+            f"({TOKENS_PER_PARAMETER} tokens a parameter at {MFU:.0%} MFU; "
+            f"{name} takes {human_duration(self.training_seconds(SIZES[name]))})"
         )
         parts = []
         for dtype, size in WEIGHT_BYTES.items():
@@ -91,24 +93,6 @@ def measure_machine(seconds: float = 3.0) -> Machine:
         flops = matmul_flops(torch.device("cpu"), "fp32", seconds / 2)
         read = read_speed(seconds / 2)
     return Machine(available_cores(), available_ram(), flops, read)
-
-
-def _count(n: float) -> str:
-    """1234567 -> "1.2M"."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if n >= limit:
-            return f"{n / limit:.1f}{unit}" if n < 9.95 * limit else f"{n / limit:.0f}{unit}"
-    return f"{n:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    """7200 -> "2 hours"."""
-    for limit, unit in ((365.25 * 86400, "year"), (86400, "day"), (3600, "hour"), (60, "minute")):
-        if seconds >= limit:
-            n = seconds / limit
-            number = f"{n:.1f}" if n < 9.95 else f"{n:,.0f}"
-            return f"{number} {unit}s"
-    return f"{seconds:.0f} seconds"
 
 
 def _rate(tokens: float) -> str:

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from neox.system import machine
+from neox.system.console import human_gib, one_line
+from neox.system.optional import DISTRIBUTION, install_command
 
 SECONDS = 0.6  # for each measurement
 SMALL_SHM = 256 << 20  # bytes; a container gets 64 MiB unless it asks for more
@@ -58,7 +60,7 @@ def examine(folder: Path, sections: dict[str, Section] | None = None) -> int:
             try:
                 finding = check.probe()
             except Exception as error:
-                finding = Finding(f"cannot tell: {_line(error)}", broken=check.needed)
+                finding = Finding(f"cannot tell: {one_line(error, named=True)}", broken=check.needed)
             print(f"  {finding.text}".rstrip())
             if finding.broken:
                 broken.append(f"{check.label}: {finding.advice or finding.text}")
@@ -76,13 +78,8 @@ def _checks(section: Section, folder: Path) -> Iterator[Check]:
     try:
         yield from section(folder)
     except Exception as error:
-        failure = Finding(f"cannot tell: {_line(error)}")
+        failure = Finding(f"cannot tell: {one_line(error, named=True)}")
         yield Check("(the rest)", lambda: failure)
-
-
-def _line(error: Exception) -> str:
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 # --- software --------------------------------------------------------------------------------------------------------
@@ -90,6 +87,7 @@ def _line(error: Exception) -> str:
 
 def _software(folder: Path) -> Iterator[Check]:
     yield Check("python", _python)
+    yield Check("neox", _owner)
     for name, needed in _requirements("").items():
         yield Check(name, partial(_package, name, needed), needed=True)
 
@@ -98,10 +96,23 @@ def _python() -> Finding:
     from packaging.specifiers import SpecifierSet
 
     found = platform.python_version()
-    needed = importlib.metadata.metadata("neox")["Requires-Python"]
+    needed = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"]
     if SpecifierSet(needed).contains(found, prereleases=True):
         return Finding(f"{found} (needs {needed})")
     return Finding(f"{found} (needs {needed})", f"install Python {needed} and neox in it", broken=True)
+
+
+def _owner() -> Finding:
+    """Name the distributions that install a module `neox`: the index has another project of that name."""
+    owners = sorted(set(importlib.metadata.packages_distributions().get("neox", ())))
+    others = [name for name in owners if name != DISTRIBUTION]
+    if others:
+        return Finding(
+            f"installed by {', '.join(owners)}",
+            f"another distribution owns the module neox: pip uninstall {' '.join(others)}, then install {DISTRIBUTION} "
+            "again",
+        )
+    return Finding(f"installed by {DISTRIBUTION}" if owners else "not installed, run from its source")
 
 
 def _requirements(extra: str) -> dict[str, str]:
@@ -109,7 +120,7 @@ def _requirements(extra: str) -> dict[str, str]:
     from packaging.requirements import Requirement
 
     found = {}
-    for text in importlib.metadata.requires("neox") or []:
+    for text in importlib.metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
         own = "extra" in str(requirement.marker or "")
         if own == bool(extra) and (not requirement.marker or requirement.marker.evaluate({"extra": extra})):
@@ -136,13 +147,13 @@ def _package(name: str, needed: str) -> Finding:
     try:
         importlib.import_module(name.replace("-", "_"))
     except Exception as error:
-        text = f"{found} cannot be imported: {_line(error)}"
+        text = f"{found} cannot be imported: {one_line(error, named=True)}"
         return Finding(text, f"{text}; pip install --force-reinstall '{name}{needed}'", broken=True)
     return Finding(f"{found} (needs {needed})" if needed else found)
 
 
 def _extras(folder: Path) -> Iterator[Check]:
-    for extra in importlib.metadata.metadata("neox").get_all("Provides-Extra") or []:
+    for extra in importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []:
         yield Check(extra, partial(_extra, extra))
 
 
@@ -155,7 +166,7 @@ def _extra(extra: str) -> Finding:
         else:
             wrong.append(f"{name} {found} is not {needed}" if found else f"{name} is missing")
     if wrong:
-        return Finding(f"{', '.join(wrong)}: pip install 'neox[{extra}]'")
+        return Finding(f"{', '.join(wrong)}: {install_command(extra)}")
     return Finding(", ".join(there))
 
 
@@ -209,7 +220,7 @@ def _matmul(device: str, dtype: str, speeds: dict[str, float]) -> Finding:
 
 
 def _memory(folder: Path) -> Iterator[Check]:
-    yield Check("size", lambda: Finding(_gib(machine.available_ram())))
+    yield Check("size", lambda: Finding(human_gib(machine.available_ram())))
     yield Check("read", lambda: Finding(f"{machine.read_speed(SECONDS) / 1e9:,.1f} GB/s"))
     if Path("/dev/shm").is_dir():
         yield Check("/dev/shm", _shared_memory)
@@ -218,7 +229,7 @@ def _memory(folder: Path) -> Iterator[Check]:
 def _shared_memory() -> Finding:
     size = shutil.disk_usage("/dev/shm").total
     advice = "too little for several processes that share tensors; in a container: docker run --shm-size=1g"
-    return Finding(_gib(size), advice if size < SMALL_SHM else "")
+    return Finding(human_gib(size), advice if size < SMALL_SHM else "")
 
 
 # --- accelerators and processes --------------------------------------------------------------------------------------
@@ -256,7 +267,7 @@ def _cuda_device(number: int) -> Finding:
     import torch
 
     found = torch.cuda.get_device_properties(number)
-    return Finding(f"{found.name}, {_gib(found.total_memory)}, capability {found.major}.{found.minor}")
+    return Finding(f"{found.name}, {human_gib(found.total_memory)}, capability {found.major}.{found.minor}")
 
 
 def _mps() -> Finding:
@@ -302,15 +313,13 @@ def _disk(folder: Path) -> Iterator[Check]:
 
 def _free(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
-    return Finding(_gib(free), f"little for checkpoints: give out= on another disk than {folder}" * (free < SMALL_DISK))
+    return Finding(
+        human_gib(free), f"little for checkpoints: give out= on another disk than {folder}" * (free < SMALL_DISK)
+    )
 
 
 def _write(folder: Path) -> Finding:
     return Finding(f"{machine.write_speed(folder, SECONDS) / 1e6:,.0f} MB/s")
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"
 
 
 SECTIONS: dict[str, Section] = {

@@ -1,24 +1,14 @@
-"""Files that are whole or absent, rows of JSON lines, and one progress bar measured in bytes."""
+"""Files that are whole or absent, locks on files, and rows of JSON lines."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 
 def cache_folder() -> Path:
@@ -27,12 +17,10 @@ def cache_folder() -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames done in `folder` survive a power cut (POSIX only; elsewhere the system orders them itself).
+    """Make the renames done in `folder` survive a power cut.
 
     Raises OSError naming `folder`: fsync() itself reports only the cause.
     """
-    if os.name != "posix":
-        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -50,6 +38,27 @@ def temporary_name(path: Path) -> Path:
 def open_own(path: Path, mode: str) -> IO[bytes]:
     """Open a file that we write ourselves, and no other one that a link of its name leads to. Raises OSError."""
     return open(path, mode, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666))
+
+
+def try_lock(file: IO[bytes] | int, shared: bool = False) -> bool:
+    """Lock an open file against other processes without waiting; False if one of them holds it.
+
+    `shared` locks exclude exclusive ones only. Closing the file releases the lock, and so does the end of the process,
+    also when it is killed. Advisory: it binds processes that ask for it.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_at(file: IO[bytes], path: Path) -> bool:
+    """True if `path` still names the open file: between opening and locking it may have been moved or removed."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def write_synced(path: Path, write: Callable[[IO[bytes]], object], named: Path | None = None) -> None:
@@ -105,18 +114,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
-
-
-def byte_progress(show: bool = True) -> Progress:
-    """A progress bar on stderr with MB, MB/s and time left, for tasks whose total is in bytes."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not show,
-    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from neox.checkpoint.steps import complete_steps, latest_valid, read_step
 from neox.config import Config, load_config
-from neox.system.files import read_rows
+from neox.system.files import read_rows, try_lock
 from neox.system.processes import Processes, launched
 
 
@@ -65,22 +65,16 @@ def only_writer(run: Path, processes: Processes) -> Iterator[None]:
 
     Of the processes of one run rank 0 holds it for all.
     """
-    import fcntl
-
     handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         with processes.rank_zero_first():
             if not processes.rank:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                if not try_lock(handle):
                     process = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
                     raise ValueError(
                         f"{run}: process {process} is writing this run: wait for it, stop it, or choose another out="
-                    ) from None
-                with contextlib.suppress(
-                    OSError
-                ):  # the number is a courtesy: on a full disk the lock holds all the same
+                    )
+                with contextlib.suppress(OSError):  # a full disk costs the number in the message, not the lock
                     os.ftruncate(handle, 0)
                     os.write(handle, f"{os.getpid()}\n".encode())
         yield

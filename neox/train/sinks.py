@@ -1,6 +1,5 @@
 """Sinks of a run's rows and samples: its own files, which are the record, the console, and trackers."""
 
-import importlib.util
 import json
 import math
 import os
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from neox.config import Config
+from neox.system.console import progress_bar
 from neox.system.files import read_rows, write_atomic
 
 Row = Mapping[str, Any]
@@ -82,9 +81,11 @@ def build_sinks(config: Config, run: Path, first_step: int, quiet: bool = False)
 
 def check_trackers(config: Config) -> None:
     """Raise ValueError for a tracker that the config asks for and that is not installed; imports none."""
+    from neox.system.optional import check_installed
+
     for key, wanted in (("tensorboard", config.log.tensorboard), ("wandb", config.log.wandb is not None)):
-        if wanted and importlib.util.find_spec(key) is None:
-            raise ValueError(f"log.{key} is set, but {key} is not installed: pip install 'neox[log]', or unset it")
+        if wanted:
+            check_installed(key, f"log.{key}", "log")
 
 
 class JsonlSink:
@@ -156,16 +157,7 @@ class ConsoleSink:
 
     def __init__(self, first_step: int, steps: int) -> None:
         self.console, self.steps = Console(stderr=True), steps
-        columns = (
-            TextColumn("train"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.bar = progress_bar("count", "status", show=self.console.is_terminal, console=self.console)
         self.bar.start()
         self.task = self.bar.add_task("train", total=steps, completed=first_step, status="")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from neox.config import Config
+from neox.system.console import one_line
 from neox.system.files import write_atomic
 
 Row = Mapping[str, Any]
@@ -62,8 +63,7 @@ class Guarded:
         try:
             call()
         except Exception as error:  # of whatever kind: it comes from another program's network or disk
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            self.say(f"warning: {self.name} is disabled from here on ({reason}); metrics.jsonl has every row")
+            self.say(f"warning: {self.name} is disabled from here on ({one_line(error)}); metrics.jsonl has every row")
             failed, self.tracker = self.tracker, None
             if failed:
                 with suppress(Exception):

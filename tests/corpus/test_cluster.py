@@ -10,7 +10,7 @@ import pytest
 from neox.corpus import prepare
 from neox.tokenizer import Tokenizer, train_bpe
 
-pytest.importorskip("datatrove", reason="needs datatrove: pip install 'neox[cluster]'")
+pytest.importorskip("datatrove", reason="needs datatrove: pip install 'neox-lm[cluster]'")
 from neox.corpus.cluster import TokenizeShards, begin
 
 ROOT = Path(__file__).resolve().parents[2]

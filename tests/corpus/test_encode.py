@@ -19,7 +19,7 @@ from neox.corpus.encode import HARD, SAMPLED, Difference, Encoder
 from neox.data import TokenFile
 from neox.tokenizer import Tokenizer, train_bpe
 
-pytest.importorskip("gigatoken", reason="the data extra is not installed: pip install 'neox[data]'")
+pytest.importorskip("gigatoken", reason="the data extra is not installed: pip install 'neox-lm[data]'")
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT.parent / "shared" / "data" / "20B_tokenizer.json"
 PIECES = ["<|endoftext|>", "<|padding|>", "<|endof", "|>", " " * 3, " " * 25, "\n\n", "\r\n", "\t", "'s", "'LL"]
@@ -173,7 +173,7 @@ def test_without_gigatoken_the_reference_encodes(tmp_path: Path, monkeypatch: py
     tokenizer = train_bpe(["the cat sat on the mat"] * 9, 300, progress=False)
     encoder = Encoder(tokenizer)
     assert encoder.backend == "tokenizers"
-    assert "pip install 'neox[data]'" in encoder.why
+    assert "pip install 'neox-lm[data]'" in encoder.why
     (tmp_path / "a.txt").write_text("the cat")
     assert prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer, progress=False).documents == 1
     with pytest.raises(ValueError, match="data.backend=gigatoken: it is not installed"):

@@ -15,7 +15,7 @@ from neox.generate import Sampling
 from tests.evaluation.conftest import CONTEXT
 from tests.evaluation.helpers import close, write_tasks
 
-pytest.importorskip("tenacity", reason="lm-eval's API backends need it: pip install 'neox[eval]'")
+pytest.importorskip("tenacity", reason="lm-eval's API backends need it: pip install 'neox-lm[eval]'")
 
 
 def completion(engine, asked: dict) -> dict:

@@ -15,9 +15,8 @@ from lm_eval.tasks import TaskManager
 import neox
 from neox import cli
 from neox.evaluation.adapter import EngineLM
-from neox.evaluation.answers import METHODS, AnswerCache, fingerprint
+from neox.evaluation.answers import METHODS, AnswerCache
 from neox.generate.loading import load_engine
-from neox.quantization import torchao_weights
 from tests import tiny
 from tests.evaluation.helpers import ALL, close, write_tasks
 
@@ -115,23 +114,6 @@ def test_what_was_answered_is_not_asked_again(folder, tasks, tmp_path, asked):
         engine.model.layers[1].attention.dense.weight.mul_(1.01)
     neox.evaluate(engine, ["sums_choose"], tmp_path / "out", **options)
     assert asked == [48]
-
-
-def test_weights_of_torchao_are_told_apart_too():
-    """As on a GPU with weights=int8."""
-    pytest.importorskip("torchao")
-    pack = torchao_weights.packing("int8", torch.device("cpu"))
-
-    def identity(weight: torch.Tensor) -> str:
-        layer = torch.nn.Linear(64, 64, bias=False)
-        layer.weight = torch.nn.Parameter(weight.bfloat16())
-        return fingerprint(pack("a layer", layer).state_dict())
-
-    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    changed = weight.clone()
-    changed[0] *= 1.1
-    assert identity(weight) == identity(weight)
-    assert identity(weight) != identity(changed)
 
 
 def test_a_killed_run_asks_only_the_rest(folder, tasks, tmp_path, asked, monkeypatch):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from neox.generate import Engine, Sampling
 from neox.generate.batch import complete, partial_name, write_completions
-from tests.generate.conftest import random_engine
+from neox.quantization import torchao_weights
+from tests.generate.conftest import random_engine, random_model, small_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +200,24 @@ def test_disk_full_is_one_line_and_loses_nothing(engine, whole, tmp_path):
     assert len(partial_name(out).read_bytes()) == len(whole) // 2
     write_completions(engine, PROMPTS, SAMPLING, out, n=2, progress=False)
     assert out.read_bytes() == whole
+
+
+def test_torchao_weights_give_a_file_that_continues(tmp_path, monkeypatch):
+    """As on a GPU with weights=int8: torchao's tensors have no `flatten`, but a fingerprint."""
+    pytest.importorskip("torchao")
+    pack = torchao_weights.packing("int8", torch.device("cpu"))
+
+    def packed(scale: float) -> Engine:
+        model = random_model(vocab_size=2 * small_tokenizer().vocab_size, hidden_size=64).bfloat16()
+        model.layers[0].mlp.dense_h_to_4h.weight.mul_(scale)
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                setattr(parent, name, pack(name, child))
+        return Engine(model, small_tokenizer())
+
+    engine, out = packed(1.0), tmp_path / "out.jsonl"
+    interrupt(engine, out, monkeypatch, after=2)
+    with pytest.raises(ValueError, match="another model"):
+        write_completions(packed(1.1), PROMPTS, SAMPLING, out, n=2, progress=False)
+    assert write_completions(engine, PROMPTS, SAMPLING, out, n=2, progress=False) == 8
+    assert len(lines(out)) == 8

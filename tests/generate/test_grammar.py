@@ -292,7 +292,9 @@ def test_without_a_tokenizer_or_an_end_there_is_no_grammar(model):
 def test_a_missing_library_is_named(monkeypatch):
     check.cache_clear()
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ValueError, match=r"generate.regex needs the package llguidance: pip install 'neox\[grammar\]'"):
+    with pytest.raises(
+        ValueError, match=r"generate.regex: needs the package llguidance .*: pip install 'neox-lm\[grammar\]'"
+    ):
         Sampling(regex="a")
 
 

@@ -92,5 +92,7 @@ def test_a_run_learns_as_in_float32_and_its_checkpoint_needs_no_float8(tmp_path)
 
 def test_without_torchao_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(ValueError, match=r"^train\.float8=rowwise needs torchao: pip install 'neox\[gpu\]'$"):
+    with pytest.raises(
+        ValueError, match=r"^train\.float8=rowwise: needs the package torchao .*: pip install 'neox-lm\[gpu\]'$"
+    ):
         gradients("train.float8=rowwise")

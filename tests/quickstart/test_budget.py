@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neox.quickstart import budget as module
 from neox.quickstart.budget import HOUR, NIGHT, SIZES, Machine, measure_machine
 
 machines = st.builds(
@@ -61,7 +60,7 @@ def test_a_worked_example():
     assert machine.tokens_per_second(3_000_000_000, 4) == 1.0
     lines = machine.lines()
     assert lines[0] == "This machine: 2 cores, 16.0 GiB of memory, 100 GFLOP/s (fp32 matmul), 12.0 GB/s read"
-    assert "1.2M parameters in an hour, 3.5M in a night" in lines[1]
+    assert "1.22M parameters in an hour, 3.46M in a night" in lines[1]
     assert "pythia-14m takes 5.5 days" in lines[1]  # 120 * 14.07e6^2 / 5e10 s
     assert "pythia-2.8b in fp32 (at most 1.1 tokens/s), pythia-12b in int8 (at most 1 tokens/s)" in lines[2]
 
@@ -83,13 +82,6 @@ def test_lines_are_short_and_plain(machine):
         assert not {"\n", "e+", "e-0", "nan", "inf"} & {
             part for part in ("\n", "e+", "e-0", "nan", "inf") if part in line
         }
-
-
-@pytest.mark.parametrize(
-    ("n", "text"), [(7, "7"), (1500, "1.5K"), (99_700, "100K"), (1.26e6, "1.3M"), (14.2e6, "14M"), (2e9, "2.0B")]
-)
-def test_counts(n, text):
-    assert module._count(n) == text
 
 
 def test_measurement_is_about_right_and_on_time():

@@ -2,9 +2,11 @@
 
 import importlib
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,24 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "matmul_flops", lambda device, dtype, seconds: 5e10)
     monkeypatch.setattr(machine, "read_speed", lambda seconds: 1.25e10)
     monkeypatch.setattr(machine, "write_speed", lambda folder, seconds: 2.5e8)
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The metadata that pyproject.toml gives the installed distribution, whatever is installed here."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    rows = ["Metadata-Version: 2.1", f"Name: {project['name']}", f"Version: {project['version']}"]
+    rows += [f"Requires-Python: {project['requires-python']}"]
+    rows += [f"Requires-Dist: {text}" for text in project["dependencies"]]
+    for extra, texts in project["optional-dependencies"].items():
+        rows += [f"Provides-Extra: {extra}", *(f"Requires-Dist: {text}; extra == '{extra}'" for text in texts)]
+    site = tmp_path_factory.mktemp("site")
+    folder = site / f"neox_lm-{project['version']}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("\n".join(rows) + "\n\n")
+    (folder / "top_level.txt").write_text("neox\n")
+    monkeypatch.syspath_prepend(site)
+    return site
 
 
 Examine = Callable[..., tuple[int, dict[str, str], str]]
@@ -78,10 +98,10 @@ def test_a_sound_machine(examined: Examine, tmp_path: Path) -> None:
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_the_command_measures_in_fifteen_seconds() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "neox", "doctor"], capture_output=True, text=True, timeout=60, check=True
-    )
+def test_the_command_measures_in_fifteen_seconds(installed: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(installed)])}
+    command = [sys.executable, "-m", "neox", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
     for label, unit in (("matmul fp32", "FLOP/s"), ("read", "GB/s"), ("write and sync", "MB/s")):
         assert re.search(rf"^  {label} +[\d.,]+ \w*{unit}$", done.stdout, re.MULTILINE)
     assert "cannot tell" not in done.stdout
@@ -166,9 +186,9 @@ def test_a_missing_extra_is_told_and_is_not_an_error(examined: Examine, monkeypa
     versions(monkeypatch, transformers=None, pytest="1.0")
     status, lines, _ = examined()
     assert status == 0
-    assert lines["hf"] == "transformers is missing: pip install 'neox[hf]'"
+    assert lines["hf"] == "transformers is missing: pip install 'neox-lm[hf]'"
     assert lines["dev"].startswith("transformers is missing, pytest 1.0 is not >=")
-    assert lines["dev"].endswith(": pip install 'neox[dev]'")
+    assert lines["dev"].endswith(": pip install 'neox-lm[dev]'")
 
 
 def test_extras_are_read_from_the_package(examined: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +196,23 @@ def test_extras_are_read_from_the_package(examined: Examine, monkeypatch: pytest
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
     assert set(doctor._requirements("")) == {"torch"}
     assert doctor._requirements("tool") == {"absent": ">=2", "rich": ">=1"}
-    assert doctor._extra("tool") == Finding("absent is missing: pip install 'neox[tool]'")
+    assert doctor._extra("tool") == Finding("absent is missing: pip install 'neox-lm[tool]'")
+
+
+def test_another_distribution_that_owns_the_module(monkeypatch: pytest.MonkeyPatch, examined: Examine) -> None:
+    """The distribution `neox` of the package index is another project's, with a module of the same name."""
+    for owners, text, other in (
+        (["neox-lm"], "installed by neox-lm", ""),
+        ([], "not installed, run from its source", ""),
+        (["neox", "neox-lm"], "installed by neox, neox-lm", "neox"),
+        (["neox"], "installed by neox", "neox"),
+    ):
+        monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda owners=owners: {"neox": owners})
+        status, lines, rest = examined({"Software": SECTIONS["Software"]})
+        assert (status, lines["neox"]) == (0, text), owners
+        assert (f"neox: another distribution owns the module neox: pip uninstall {other}," in rest) == bool(other), (
+            owners
+        )
 
 
 @pytest.mark.parametrize("found", [None, "0.1"])
@@ -214,7 +250,7 @@ def test_run_from_source_without_an_installation(examined: Examine, monkeypatch:
         monkeypatch.setattr(importlib.metadata, function, absent)
     status, lines, _ = examined()
     assert status == 0
-    assert lines["python"] == "cannot tell: PackageNotFoundError: No package metadata was found for neox"
+    assert lines["python"] == "cannot tell: PackageNotFoundError: No package metadata was found for neox-lm"
     assert "model" in lines
 
 

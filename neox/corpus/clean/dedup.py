@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from neox.corpus.clean.shingles import Numbers, folded, shingles, words
-from neox.corpus.readers.errors import optional
 from neox.corpus.shards import batches
 from neox.system.files import write_whole
+from neox.system.optional import optional
 
 Method = Literal["exact", "minhash"]
 SHINGLE = 5  # words
@@ -60,7 +60,7 @@ def minhash_keys(texts: Sequence[str]) -> tuple[Numbers, npt.NDArray[np.bool_]]:
 
     Texts of fewer than 5 words are alike where all their words are equal, in order.
     """
-    rensa = optional("rensa", "dedup=minhash")
+    rensa = optional("rensa", "dedup=minhash", "data")
     numbers, ends = [], []
     for text in texts:
         spelled = words(text)

@@ -18,7 +18,8 @@ from neox.corpus.clean.dedup import Method, find_duplicates, write_keys
 from neox.corpus.pool import Task, run_workers, worker_loop
 from neox.corpus.readers import ErrorPolicy, OnError, read_chunk
 from neox.corpus.shards import Shard, shard_rows, shards_of
-from neox.system.files import byte_progress, write_atomic, write_synced
+from neox.system.console import progress_bar
+from neox.system.files import write_atomic, write_synced
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class DuplicateSearch:
 
         `lock` is the file that holds the folder. Raises what the readers raise.
         """
-        with byte_progress(progress) as bar:
+        with progress_bar("bytes", show=progress) as bar:
             done = _repeats(self.folder, 0).with_name("done.json")
             if done.exists() and json.loads(done.read_bytes()) == list(self.keys):
                 return

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from neox.corpus.clean.shingles import Numbers, placed, shingles, words
-from neox.corpus.readers.errors import optional
 from neox.corpus.readers.streams import COMPRESSED, FileStream
+from neox.system.console import one_line
 from neox.system.files import write_whole
+from neox.system.optional import optional
 
 RUN = 13  # words
 MARGIN = 200  # characters on each side of a match
@@ -171,7 +172,7 @@ def evaluation_texts(name: str) -> Iterator[str]:
 
 
 def _task(name: str) -> Iterator[Any]:
-    optional("lm_eval", f"decontaminate: {name} is no file, and a task")
+    optional("lm_eval", f"decontaminate: {name} is no file, and a task", "eval")
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
@@ -181,9 +182,8 @@ def _task(name: str) -> Iterator[Any]:
         for task in manager.load(name)["tasks"].values():
             yield from task.eval_docs
     except Exception as error:  # a task fetches its data with whatever it likes, and fails as that does
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"decontaminate: the data of the task {name} cannot be had ({type(error).__name__}: {reason}); "
+            f"decontaminate: the data of the task {name} cannot be had ({one_line(error, named=True)}); "
             "name a local .jsonl file of its examples"
         ) from None
 

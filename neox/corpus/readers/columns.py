@@ -10,8 +10,10 @@ from contextlib import suppress
 from typing import IO, Any
 
 from neox.corpus.readers.chunks import CHUNK_BYTES, Chunk, Document
-from neox.corpus.readers.errors import ErrorPolicy, ReadError, missing_key, one_line, optional, text_of
+from neox.corpus.readers.errors import ErrorPolicy, ReadError, missing_key, text_of
 from neox.corpus.readers.urls import is_url, open_raw, size_of
+from neox.system.console import one_line
+from neox.system.optional import optional
 
 ROWS = 1024  # decoded at a time
 READ_AHEAD = 1 << 20  # bytes; without it pyarrow reads the column of a whole row group at once
@@ -80,7 +82,7 @@ def read_parquet(chunk: Chunk, text_key: str, policy: ErrorPolicy, meta_key: str
 
 
 def _parquet(name: str) -> Any:
-    arrow, parquet = optional("pyarrow", name), optional("pyarrow.parquet", name)
+    arrow, parquet = optional("pyarrow", name, "data"), optional("pyarrow.parquet", name, "data")
     try:
         # By path pyarrow reads the file itself, without Python's lock.
         place = open_raw(name) if is_url(name) else name
@@ -134,7 +136,7 @@ def read_arrow(chunk: Chunk, text_key: str, policy: ErrorPolicy, meta_key: str |
 
 def _arrow(name: str, file: IO[bytes]) -> tuple[Any, Iterator[Any]]:
     """Schema and record batches of an open Arrow file."""
-    arrow = optional("pyarrow", name)
+    arrow = optional("pyarrow", name, "data")
     try:
         whole = file.read(6) == b"ARROW1"
         file.seek(0)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import IO, Literal
 
 from neox.data.token_file import pair
@@ -171,20 +170,3 @@ def missing_key(where: str, text_key: str, keys: Sequence[object], documents: in
         f"{where}: no key {text_key!r} (keys here: {named}{more}); set data.text_key to the key of the text",
         documents,
     )
-
-
-def optional(module: str, where: str, extra: str = "data") -> ModuleType:
-    """Import a module of an extra.
-
-    Raises ValueError that says what needs it and how to install it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ValueError(f"{where}: needs the package {package} ({error}): pip install 'neox[{extra}]'") from None
-
-
-def one_line(error: Exception) -> str:
-    """Message of a library's error on one line of limited length."""
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -11,7 +11,9 @@ from typing import Any
 
 from neox.corpus.readers.chunks import CHUNK_BYTES, Chunk, Document
 from neox.corpus.readers.columns import ROWS, check_column, column_documents
-from neox.corpus.readers.errors import ErrorPolicy, ReadError, one_line, optional
+from neox.corpus.readers.errors import ErrorPolicy, ReadError
+from neox.system.console import one_line
+from neox.system.optional import optional
 
 HUB = "hf:"
 HUB_NAME = re.compile(
@@ -29,7 +31,7 @@ class SavedDataset:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._datasets = optional("datasets", name)
+        self._datasets = optional("datasets", name, "data")
         folder = Path(name)
         if (folder / "dataset_dict.json").is_file():
             splits = sorted(state.parent for state in folder.glob("*/state.json"))
@@ -99,7 +101,7 @@ class HubDataset:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._datasets, hub = optional("datasets", name), optional("huggingface_hub", name)
+        self._datasets, hub = optional("datasets", name, "data"), optional("huggingface_hub", name, "data")
         parts = HUB_NAME.fullmatch(name)
         if not parts:
             raise ValueError(f"{name}: not a name on the hub; write hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]")

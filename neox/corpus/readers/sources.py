@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, Protocol
 
 from neox.corpus.readers.chunks import Chunk, Document
 from neox.corpus.readers.columns import check_arrow, check_parquet, read_arrow, read_parquet, split_parquet
-from neox.corpus.readers.errors import ErrorPolicy, OnError, ReadError, optional
+from neox.corpus.readers.errors import ErrorPolicy, OnError, ReadError
 from neox.corpus.readers.hub_datasets import HUB, HubDataset, SavedDataset, is_saved, read_dataset
 from neox.corpus.readers.streams import COMPRESSED
 from neox.corpus.readers.text import read_jsonl, read_txt, split_jsonl
 from neox.corpus.readers.urls import below_url, is_pattern, is_url, matching, open_raw, size_of
+from neox.system.optional import optional
 
 FileId = tuple[int, int] | str
 """Device and inode of a file, whatever its name; or the identity of a data set of the hub."""
@@ -198,7 +199,7 @@ class Files:
             raise ValueError(f"{name}: holds no file that can be read; the suffixes are {KINDS}")
         for path in self._paths:
             if package := FORMATS[_format(path)].package:
-                optional(package, path)
+                optional(package, path, "data")
         self._sizes = {path: size_of(path) for path in self._paths}
         known = [size for size in self._sizes.values() if size is not None]
         self.size: int | None = sum(known) if len(known) == len(self._sizes) else None

@@ -14,8 +14,8 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from neox.corpus.readers.chunks import CHUNK_BYTES
-from neox.corpus.readers.errors import optional
 from neox.corpus.readers.urls import open_raw
+from neox.system.optional import optional
 
 BLOCK = 1 << 17
 # One step of zstd may give 32,000 times what it is fed; so small a chunk keeps even that within memory.
@@ -120,7 +120,7 @@ def _gzip(file: IO[bytes]) -> Iterator[bytes]:
 
 def _zstd(stream: FileStream, file: IO[bytes]) -> Iterator[bytes]:
     # Frame by frame: the library's file reader takes a file that ends within a frame for a whole one.
-    zstandard = optional("zstandard", stream.name)
+    zstandard = optional("zstandard", stream.name, "data")
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
     frame = None
     given = 0
@@ -154,7 +154,7 @@ def frame_starts(name: str) -> list[int]:
     Just 0 where the first frame is longer than that: a file in one frame would have to be walked through to its end.
     What is damaged begins no frame. Source: RFC 8878, 3.1.1 (frames, blocks) and 3.1.2 (skippable frames).
     """
-    zstandard = optional("zstandard", name)
+    zstandard = optional("zstandard", name, "data")
     starts = [0]
     with open_raw(name) as file:
         place = 0

@@ -7,7 +7,8 @@ import hashlib
 from pathlib import Path
 from typing import IO, Any, cast
 
-from neox.corpus.readers.errors import one_line, optional
+from neox.system.console import one_line
+from neox.system.optional import optional
 
 SAMPLE = 1 << 16  # bytes at a file's head and tail that tell it from another version of itself
 # Whatever of these a file system states changes when the file does; the rest of what it says may change at any time.
@@ -98,7 +99,7 @@ def below_url(url: str) -> list[str]:
 
 
 def _system(url: str) -> tuple[Any, str]:
-    fsspec = optional("fsspec", url)
+    fsspec = optional("fsspec", url, "data")
     try:
         system, path = fsspec.core.url_to_fs(url)
     except Exception as error:  # an unknown protocol, or a package of one that is missing

@@ -343,7 +343,7 @@ def test_a_package_that_is_missing_is_named_at_once(
     (tmp_path / "a.parquet").touch()
     monkeypatch.setitem(sys.modules, package, None)
     source = name if ":" in name else str(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{name}: needs the package {package} .*: pip install 'neox\[data\]'"):
+    with pytest.raises(ValueError, match=rf"{name}: needs the package {package} .*: pip install 'neox-lm\[data\]'"):
         find_sources(source, on_error=on_error)  # type: ignore[arg-type]
 
 

@@ -23,7 +23,7 @@ from neox.corpus.readers import Chunk, Document, ErrorPolicy, find_sources, read
 from neox.data import TokenFile
 from neox.tokenizer import Tokenizer, train_bpe
 
-datasets = pytest.importorskip("datasets", reason="the data extra is not installed: pip install 'neox[data]'")
+datasets = pytest.importorskip("datasets", reason="the data extra is not installed: pip install 'neox-lm[data]'")
 datasets.disable_progress_bars()
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
 
