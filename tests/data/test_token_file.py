@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import neox.data.token_file as module
 from neox.data import TokenFile, TokenWriter, token_dtype
 
-ROOT = Path(__file__).resolve().parents[2]
 FORMATS = {
     "uint8": (1, "B"),
     "int8": (2, "b"),

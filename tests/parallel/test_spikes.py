@@ -51,7 +51,7 @@ def same_run(one, many, scratch) -> None:
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("parallel_dims", LAYOUTS)
+@pytest.mark.parametrize("dims", LAYOUTS)
 def test_a_document_of_repeated_rare_tokens(tmp_path, dims):
     poisoned(tmp_path / "train", range(14, 18))
     options = (*STEADY, "spike_sigma=5")
@@ -69,7 +69,7 @@ def test_a_document_of_repeated_rare_tokens(tmp_path, dims):
     same_run(tmp_path / "alone", tmp_path / "many", tmp_path)
 
 
-@pytest.mark.parametrize("parallel_dims", LAYOUTS)
+@pytest.mark.parametrize("dims", LAYOUTS)
 def test_a_weight_of_one_process_that_turns_nan(tmp_path, dims):
     poisoned(tmp_path / "train")
     alone = fit(settings(tmp_path, "alone", *STEADY), 7)
