@@ -60,12 +60,12 @@ class Tokenizer:
 
     @classmethod
     def from_str(cls, text: str) -> Tokenizer:
-        """From the content of a tokenizer.json."""
+        """Build a tokenizer from the content of a tokenizer.json."""
         return cls(text)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """From a tokenizer.json, or from a folder that holds one.
+        """Read a tokenizer.json, or the one in a folder.
 
         Raises FileNotFoundError where there is none, ValueError where it cannot be read as one.
         """
@@ -90,11 +90,11 @@ class Tokenizer:
 
     @property
     def normalizer(self) -> str:
-        """What brings a text into the form that is encoded, as the library writes it: `NFC()`, `None`, ..."""
+        """Normalizer of the text before encoding, as the library prints it: `NFC()`, `None`, ..."""
         return str(self._inner.normalizer)
 
     def normalized(self, text: str) -> str:
-        """`text` in the form that is encoded, special tokens apart, and that decoding gives back."""
+        """Normalize `text`: the form that is encoded and that decoding returns (special tokens aside)."""
         return str(self._inner.normalizer.normalize_str(text)) if self._inner.normalizer else text
 
     @cached_property
@@ -109,7 +109,7 @@ class Tokenizer:
         return -(-self.vocab_size // multiple) * multiple
 
     def encode(self, text: str, specials: bool = True) -> list[int]:
-        """Ids of one text; `specials=False` encodes a special token's spelling as ordinary text, never as its id.
+        """Encode one text to ids; `specials=False` encodes special tokens' spelling as ordinary text, not as its id.
 
         Raises ValueError on a lone surrogate, which is no character and has no UTF-8 form, and with `specials=False`
         where the tokenizer has no other ids for a special token's spelling.
@@ -117,7 +117,7 @@ class Tokenizer:
         return self.encode_batch([text], specials)[0]
 
     def encode_batch(self, texts: Sequence[str], specials: bool = True) -> list[list[int]]:
-        """Ids of many texts, on all cores; each text alone gives the same ids. Raises ValueError as `encode` does."""
+        """Encode many texts on all cores, to the same ids as each text alone. Raises ValueError as `encode` does."""
         short = [number for number, text in enumerate(texts) if not self._long(text)]
         result: list[list[int]] = [[] for _ in texts]
         for number, ids in zip(short, self._encode([texts[number] for number in short], specials), strict=True):
@@ -127,7 +127,7 @@ class Tokenizer:
         return result
 
     def encode_pieces(self, text: str, specials: bool = True) -> Iterator[list[int]]:
-        """The ids of one text, a piece at a time, so that memory stays small however long the text; on all cores."""
+        """Encode a text of any length in pieces on all cores, with little memory; yields ids of each piece."""
         pieces = self.pieces(text)
         while group := list(islice(pieces, 4)):
             yield from self._encode(group, specials)
@@ -159,7 +159,7 @@ class Tokenizer:
         return isinstance(text, str) and len(text) - start > PIECE_CHARACTERS and self._cuttable
 
     def pieces(self, text: str) -> Iterator[str]:
-        """A long text cut where neither ids nor normalisation tell: each piece encodes and decodes on its own."""
+        """Cut a long text where no token and no normalisation crosses, so that each piece encodes alone."""
         start = 0
         while self._long(text, start) and (found := CUT.search(text, start + PIECE_CHARACTERS)):
             yield text[start : found.start()]
@@ -212,7 +212,7 @@ class Tokenizer:
         return frozenset(self.special_tokens.values())
 
     def token_bytes(self, id: int, skip_special: bool = False) -> bytes:
-        """The bytes that token `id` adds to a text: a part of a character, maybe.
+        """Bytes that token `id` adds to a text, possibly a part of a character.
 
         Raises ValueError on an id that stands for no token, and where the tokenizer is not byte-level.
         """
@@ -223,7 +223,7 @@ class Tokenizer:
 
     @cached_property
     def bytes_of_tokens(self) -> list[bytes]:
-        """What each id adds to a text, nothing where it stands for no token. Raises ValueError as `token_bytes`."""
+        """Bytes that each id adds to a text, empty for unused ids. Raises ValueError as `token_bytes`."""
         if not isinstance(self._inner.decoder, decoders.ByteLevel):
             raise ValueError("the tokenizer is not byte-level (its decoder is not ByteLevel): it cannot be streamed")
         # A token with a character outside the byte alphabet, such as an added run of spaces, stands for itself.
@@ -255,7 +255,7 @@ def check_characters(text: str) -> None:
 
 
 class StreamDecoder:
-    """Decodes ids one by one into whole characters: what all calls return, joined, is `tokenizer.decode(ids)`.
+    """Decode ids one by one into whole characters; the joined results equal `tokenizer.decode(ids)`.
 
     A character whose last bytes are still to come is held back, never shown as U+FFFD. Constant time per token.
     """
@@ -270,7 +270,7 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.token_bytes(id, self._skip_special))
 
     def finish(self) -> str:
-        """What is held back: empty, or U+FFFD for a character that never came whole. Ready for a new text after."""
+        """Flush: return U+FFFD for an incomplete character, else an empty text, and start a new text."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
@@ -353,7 +353,7 @@ def train_bpe(
 
 
 def _special_tokens(extra: Sequence[str]) -> list[str]:
-    """The two of GPT-NeoX and then `extra`. Raises ValueError on one that is doubled or may be met in ordinary text."""
+    """Special tokens: GPT-NeoX's two, then `extra`. Raises ValueError on duplicates and on plausible ordinary text."""
     specials = [END_OF_TEXT, PADDING, *extra]
     for number, token in enumerate(specials):
         if token in specials[:number]:

@@ -1,4 +1,4 @@
-"""Is this machine fit for neox? Versions, speeds and traps, one line each, and the command that mends what is wrong.
+"""The checks of `neox doctor`: versions, speeds, traps, and the command that repairs each fault.
 
 A section yields checks; a check's probe returns a Finding. A probe that raises costs its own line and nothing else, and
 whatever a probe needs it imports itself: the doctor is for installations that are broken.
@@ -26,13 +26,13 @@ SMALL_DISK = 4 << 30  # bytes; a checkpoint of pythia-160m with its moments is 2
 
 @dataclass(frozen=True)
 class Finding:
-    """What a probe found."""
+    """Result of a probe."""
 
     text: str
     advice: str = ""
-    """What is wrong and what to do about it."""
+    """The fault, and how to repair it; empty if there is none."""
     broken: bool = False
-    """neox does not work so."""
+    """True if neox does not work with this fault."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,17 @@ class Check:
     label: str
     probe: Callable[[], Finding]
     needed: bool = False
-    """neox does not work where the probe raises."""
+    """True if neox does not work when the probe raises."""
 
 
 Section = Callable[[Path], Iterable[Check]]
 
 
 def examine(folder: Path, sections: dict[str, Section] | None = None) -> int:
-    """Print what is found, as it is found; `folder` is where runs are to be written. Returns the exit status: 1 where
-    something that neox needs is broken, else 0."""
+    """Print each finding as it comes; runs are to be written to `folder`.
+
+    Returns the exit status: 1 if something that neox needs is broken, else 0.
+    """
     broken, advice = [], []
     for title, section in (SECTIONS if sections is None else sections).items():
         print(title)
@@ -116,7 +118,7 @@ def _owner() -> Finding:
 
 
 def _requirements(extra: str) -> dict[str, str]:
-    """Packages and versions that neox asks for: by itself, or more of them with an extra."""
+    """Required packages and their versions: of neox itself, or those that an extra adds."""
     from packaging.requirements import Requirement
 
     found = {}
@@ -129,7 +131,7 @@ def _requirements(extra: str) -> dict[str, str]:
 
 
 def _version(name: str, needed: str) -> tuple[str, bool]:
-    """The installed version, empty where there is none, and whether it is one of those needed."""
+    """Installed version (empty if missing), and True if it satisfies `needed`."""
     from packaging.specifiers import SpecifierSet
 
     try:

@@ -1,4 +1,4 @@
-"""The computer below: cores, memory, instruction sets, speed of reading and writing. Needs no torch to import."""
+"""Probes of the machine: cores, memory, instruction sets, read and write speed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def asked_threads() -> str | None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity, and no more than its control group's quota."""
+    """Number of cores that this process may use, by its affinity and its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _first_line("/sys/fs/cgroup/cpu.max").split()
     if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit() and int(quota[1]) > 0:
@@ -49,7 +49,7 @@ def available_cores() -> int:
 
 
 def available_ram() -> int:
-    """Bytes of memory that this process may use: the machine's, and no more than its control group's limit."""
+    """Bytes of memory that this process may use, by the machine and its control group's limit."""
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         line = _first_line(limit)
@@ -59,33 +59,34 @@ def available_ram() -> int:
 
 
 def return_freed_memory() -> None:
-    """Give memory that was freed back to the system where the C library keeps it (glibc)."""
+    """Return freed memory to the system; glibc would keep it."""
     # Of tensors below 32 MB each may leave a hole that the next one does not fit into (docs/log.md).
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def processor() -> str:
-    """The processor's name, as its maker or its kernel gives it."""
+    """Name of the processor, from the kernel or the platform."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def instruction_sets() -> list[str]:
-    """Those of INSTRUCTION_SETS that the kernel reports; none where it reports nothing (not Linux)."""
+    """List the INSTRUCTION_SETS that the kernel reports; empty if it reports none (not Linux)."""
     flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
     return [name for flag, name in INSTRUCTION_SETS.items() if flag in flags]
 
 
 def nvidia_driver() -> str | None:
-    """Version of the kernel's NVIDIA driver; None where none is loaded."""
+    """Version of the loaded NVIDIA driver, or None."""
     found = re.search(r"\b\d+\.\d+(\.\d+)*\b", _first_line("/proc/driver/nvidia/version"))
     return found[0] if found else None
 
 
 def read_speed(seconds: float) -> float:
-    """Best bytes/s at which all threads read memory: by a matrix times a vector, or a sum, whichever is better.
+    """Measure the best bytes/s at which all threads read memory, in about `seconds`.
 
-    Writing a token reads weights as the former does, but there are libraries that do not reach the memory's speed so.
+    Takes the better of a matrix-vector product, which decoding resembles, and a sum: some libraries' products do not
+    reach the speed of the memory.
     """
     import torch
 
@@ -99,7 +100,7 @@ def read_speed(seconds: float) -> float:
 
 
 def write_speed(folder: Path, seconds: float) -> float:
-    """Bytes/s written to a file in `folder` and synced, as a checkpoint is. Nothing stays behind, not even if killed.
+    """Measure bytes/s written to a file in `folder` and synced, like a checkpoint. No file stays, even if killed.
 
     Takes about `seconds`, one block's time at least. Raises OSError naming the folder where it cannot be written.
     """
@@ -121,7 +122,7 @@ def write_speed(folder: Path, seconds: float) -> float:
 
 
 def _best_seconds(work: Callable[[], object], seconds: float) -> float:
-    """Shortest time of `work` over at least two calls and about `seconds` of them; the first one warms up."""
+    """Measure the shortest time of `work` in about `seconds`, over at least two calls; the first warms up."""
     end = time.perf_counter() + seconds
     best, calls = math.inf, 0
     while calls < 2 or time.perf_counter() < end:
