@@ -147,7 +147,7 @@ class Difference(Exception):
 
 def _gigatoken(tokenizer: Tokenizer) -> tuple[Callable[[bytes], Ids], Callable[[Ids], bytes]]:
     """GigaToken's `encode` and `decode` for a tokenizer."""
-    gigatoken = optional("gigatoken", "data.backend=gigatoken", "data")
+    gigatoken = optional("gigatoken", "fast encoding", "data")
     try:
         fast = gigatoken.Tokenizer.from_json(tokenizer.to_json())
     except Exception as error:  # the library's own, as the file goes

@@ -176,7 +176,7 @@ def test_without_gigatoken_the_reference_encodes(tmp_path: Path, monkeypatch: py
     assert "pip install 'neox-lm[data]'" in encoder.why
     (tmp_path / "a.txt").write_text("the cat")
     assert prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer, progress=False).documents == 1
-    with pytest.raises(ValueError, match="data.backend=gigatoken: it is not installed"):
+    with pytest.raises(ValueError, match="data.backend=gigatoken: fast encoding: needs the package gigatoken"):
         prepare(tmp_path / "a.txt", tmp_path / "two", tokenizer, progress=False, backend="gigatoken")
 
 
