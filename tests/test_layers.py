@@ -202,6 +202,15 @@ def test_what_the_trainer_imports_can_be_read():
     assert PACKAGE / "data" / "loader.py" in files, "imported by a name that neox.data resolves lazily"
 
 
+def test_the_spine_is_read_in_an_afternoon():
+    """Config with its sections and parsing, presets, decoder, cache, TP plan, trainer, engine."""
+    names = ("config/config.py", "config/options.py", "config/spelling.py", "config/presets.py", "model/decoder.py")
+    names += ("model/cache.py", "parallel/tp_plan.py", "train/trainer.py", "generate/engine.py")
+    files = [*(PACKAGE / name for name in names), *sorted((PACKAGE / "config" / "sections").glob("*.py"))]
+    listed = "\n".join(f"{lines([path]):5} {path.relative_to(PACKAGE)}" for path in files)
+    assert lines(files) <= 2_500, f"{lines(files)} lines:\n{listed}"
+
+
 def test_a_file_name_stands_for_one_file():
     counts = Counter(path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
     assert [name for name, count in counts.items() if count > 1] == []

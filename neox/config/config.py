@@ -13,6 +13,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from neox.config import presets
+from neox.config.layout_checks import check_pipeline_stages, check_splits
 from neox.config.options import SECTIONS, ConfigError, Section, parse_override, read_toml
 from neox.config.sections.data import DataConfig, TokenizerConfig
 from neox.config.sections.model import ModelConfig
@@ -69,67 +70,9 @@ class Config(Section):
         decay = self.schedule.decay_updates(horizon) if self.schedule.name == "wsd" else 0
         if warmup + decay > horizon:
             raise ValueError(f"schedule.decay: {decay:g} updates after {warmup:g} of warmup are more than {horizon}")
-        self._splits()
-        self._pipeline()
+        check_splits(self.model, self.parallel, self.data.seq_length)
+        check_pipeline_stages(self.model, self.parallel)
         return self
-
-    def _pipeline(self) -> None:
-        parallel, layers = self.parallel, self.model.num_hidden_layers
-        if parallel.pp == 1:
-            if parallel.stage_layers:
-                raise ValueError(
-                    "parallel.stage_layers: distributes layers over the stages of parallel.pp; set parallel.pp"
-                )
-            return
-        if parallel.stages > layers:
-            raise ValueError(
-                f"parallel.pp: {parallel.stages} stages of {parallel.schedule} are more than "
-                f"model.num_hidden_layers ({layers})"
-            )
-        given = parallel.stage_layers
-        if given and not (len(given) == parallel.stages and sum(given) == layers and min(given) > 0):
-            raise ValueError(
-                f"parallel.stage_layers: {list(given)} must give each of {parallel.stages} stages at least one layer, "
-                f"{layers} together"
-            )
-        if self.model.tie_word_embeddings:
-            raise ValueError(
-                "parallel.pp: the embedding and the head lie on different stages, and model.tie_word_embeddings makes "
-                "them one weight; set one of the two otherwise"
-            )
-        if parallel.zero != 1:
-            raise ValueError(
-                f"parallel.zero: {parallel.zero} would reduce or gather for each microbatch of a pipeline, which keeps "
-                "parameters and gradients whole until the last one; with parallel.pp set it to 1"
-            )
-
-    def _splits(self) -> None:
-        """Check that tensor and context parallelism split evenly."""
-        model, tp, cp = self.model, self.parallel.tp, self.parallel.cp
-        for key, size in (
-            ("num_attention_heads", model.num_attention_heads),
-            ("intermediate_size", model.ffn_size),
-            ("vocab_size", model.vocab_size),
-        ):
-            if size % tp:
-                advice = f"raise it to {-(-size // tp) * tp}" if key == "vocab_size" else "choose a tp that divides it"
-                raise ValueError(f"parallel.tp: {tp} does not divide model.{key} ({size}): {advice}")
-        # Each process of cp has a slice from the sequence's first half and one from its second.
-        pieces = 1 if cp == 1 else 2 * cp
-        if self.data.seq_length % pieces:
-            raise ValueError(
-                f"parallel.cp: {cp} cuts a sequence into {pieces} slices, which do not divide data.seq_length "
-                f"({self.data.seq_length})"
-            )
-        if not self.parallel.sequence_parallel:
-            return
-        if tp == 1:
-            raise ValueError("parallel.sequence_parallel: splits sequences over the processes of parallel.tp; set tp")
-        if self.data.seq_length // cp % tp:
-            raise ValueError(
-                f"parallel.sequence_parallel: tp={tp} does not divide the {self.data.seq_length // cp} tokens of "
-                "data.seq_length" + (" that each process of cp has" if cp > 1 else "")
-            )
 
     @property
     def microbatches(self) -> list[int]:

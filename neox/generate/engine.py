@@ -20,7 +20,7 @@ from neox.generate.text_stream import TextStream
 from neox.model.cache import BLOCK, KVCache, KVPool, Span
 from neox.model.decoder import GPTNeoX
 from neox.quantization.fused import decoder
-from neox.system import machine
+from neox.system.device import free_memory
 from neox.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -62,9 +62,7 @@ class Engine:
         one = KVPool.block_bytes(config, self.weight.dtype, model.heads)
         if cache_bytes is None:
             full = slots * -(-config.max_position_embeddings // BLOCK)
-            on_cuda = self.weight.device.type == "cuda"
-            free = torch.cuda.mem_get_info(self.weight.device)[0] if on_cuda else machine.available_ram()
-            cache_bytes = min(full * one, free // 2)
+            cache_bytes = min(full * one, free_memory(self.weight.device) // 2)
         blocks = cache_bytes // one
         if blocks < 1:
             raise ValueError(f"{BLOCK} positions of cache take {one:,} bytes: raise cache_bytes")
@@ -160,7 +158,8 @@ class Engine:
         members = []  # for each request: its scoring, and the number of its last token there
         for number, (context, continuation) in enumerate(requests):
             try:
-                scoring = self._scoring(list(context), list(continuation))
+                scoring = Scoring.checked(list(context), list(continuation), self.model.config)
+                self._scheduler.check(scoring)
             except ValueError as error:
                 raise ValueError(f"request {number}: {error}") from None
             # Requests that differ in their last token only, as in multiple choice, are one computation.
@@ -217,17 +216,6 @@ class Engine:
         request = Generation(self._submitted, tokens, limit, sampler, text, before)
         self._scheduler.check(request)
         self._submitted += 1
-        return request
-
-    def _scoring(self, context: list[int], continuation: list[int]) -> Scoring:
-        limit = self.model.config.max_position_embeddings + 1
-        if not context or not continuation:
-            raise ValueError("a context and a continuation have at least one token each")
-        if (length := len(context) + len(continuation)) > limit:
-            raise ValueError(f"{length} tokens, at most {limit} can be scored: cut the context's beginning off")
-        check_tokens(context + continuation, self.model.config.vocab_size, "it")
-        request = Scoring(context, continuation)
-        self._scheduler.check(request)
         return request
 
     def _start(self, request: Generation) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neox.config import ModelConfig
 from neox.generate.prefix import Node
 from neox.generate.sampling import Sampler
 from neox.generate.text_stream import TextStream
@@ -126,6 +127,17 @@ class Scoring(Request):
         self.logprobs: list[float] = []  # of the tokens before the last
         self.is_greedy = True  # all of them are the most likely ones
         self.results: list[tuple[float, bool]] = []  # (log-probability, is greedy) of each of `last_tokens`
+
+    @classmethod
+    def checked(cls, context: list[int], continuation: list[int], config: ModelConfig) -> "Scoring":
+        """A request that the model can score. Raises ValueError for no token, too many, or ids it does not have."""
+        limit = config.max_position_embeddings + 1
+        if not context or not continuation:
+            raise ValueError("a context and a continuation have at least one token each")
+        if (length := len(context) + len(continuation)) > limit:
+            raise ValueError(f"{length} tokens, at most {limit} can be scored: cut the context's beginning off")
+        check_tokens(context + continuation, config.vocab_size, "it")
+        return cls(context, continuation)
 
     @property
     def targets(self) -> list[list[int]]:

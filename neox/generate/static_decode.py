@@ -20,6 +20,7 @@ from neox.generate.sampling import sample_rows
 from neox.generate.static_cache import StaticCache
 from neox.model.cache import BLOCK, KVPool
 from neox.model.decoder import GPTNeoX
+from neox.system.device import free_memory
 
 SMALLEST = 128  # positions of the shortest pass; longer ones have a power of two times as many
 
@@ -159,7 +160,7 @@ class StaticDecoder:
             return False  # they are collected first
         self._rows, self._graphs, self._cache = {}, {}, None
         need = StaticCache.bytes(self.pool, self.slots, extent)
-        if self.device.type == "cuda" and need > 0.9 * torch.cuda.mem_get_info(self.device)[0]:
+        if self.device.type == "cuda" and need > 0.9 * free_memory(self.device):
             return False
         self._cache = StaticCache(self.pool, self.slots, extent, self.window)
         return True

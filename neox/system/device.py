@@ -73,6 +73,13 @@ def matmul_flops(device: torch.device, dtype: str = "fp32", seconds: float = 0.5
     return best
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device; on a CPU the machine's available memory."""
+    from neox.system import machine
+
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else machine.available_ram()
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak memory so far in bytes: allocated by torch on an accelerator, resident set size on a CPU."""
     if device.type == "cuda":

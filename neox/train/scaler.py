@@ -25,21 +25,23 @@ class LossScaler:
         self.last_overflow = -1
         self.skipped = 0  # in a row
 
-    def update(self, overflow: bool) -> None:
+    def update(self, overflow: bool, where: str = "") -> None:
         """Take a step into account, whose gradients overflowed or not.
 
-        Raises ValueError at an overflow with the scale at its minimum, and after 50 overflows in a row.
+        Raises ValueError, led by `where`, at an overflow with the scale at its minimum, and after 50 in a row.
         """
         if overflow:
             self.skipped += 1
             if self.skipped == LONGEST:
                 raise ValueError(
-                    f"fp16 gradients overflowed in {LONGEST} steps in a row: lower optim.loss_scale; {ADVICE}"
+                    f"{where}fp16 gradients overflowed in {LONGEST} steps in a row: lower optim.loss_scale; {ADVICE}"
                 )
             if self.tolerated > 1:
                 self.tolerated -= 1
             elif self.scale <= self.minimum:
-                raise ValueError(f"fp16 gradients overflow at the smallest loss scale, {self.minimum:g}: {ADVICE}")
+                raise ValueError(
+                    f"{where}fp16 gradients overflow at the smallest loss scale, {self.minimum:g}: {ADVICE}"
+                )
             else:
                 self.scale = max(self.scale / FACTOR, self.minimum)
             self.last_overflow = self.step

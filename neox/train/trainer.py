@@ -132,8 +132,7 @@ class Trainer:
 
     def _loop(self, signals: StopSignals) -> Result:
         config, steps = self.config, self.config.train.steps
-        loss = seconds = None
-        profile = None
+        loss = seconds = profile = None
         if config.train.profile_step:
             from neox.train.profile import Profile
 
@@ -240,10 +239,7 @@ class Trainer:
         overflow = state.scaler is not None and not math.isfinite(norm)
         if state.scaler:
             more["loss_scale"] = loss_scale
-            try:
-                state.scaler.update(overflow)
-            except ValueError as error:
-                raise ValueError(f"{self.run}: step {self.step + 1}: {error}") from None
+            state.scaler.update(overflow, f"{self.run}: step {self.step + 1}: ")
         factor = lr_factor(config.schedule, config.optim.lr, state.updates, config.train.steps)
         set_lr(self.optimizers, factor)
         before = copies(self.model_parts) if with_norms else []
@@ -330,8 +326,7 @@ class Trainer:
         samples = config.train.steps * config.train.global_batch_size
         if config.data.order == "megatron" and not config.data.num_samples:
             # The order depends on it: a run that is made longer keeps the one it began with.
-            data = config.data.model_copy(update={"num_samples": samples})
-            self.config = config = config.model_copy(update={"data": data})
+            self.config = config = config.replace(data=config.data.replace(num_samples=samples))
         with processes.rank_zero_first():
             if not self.resume and not processes.rank:
                 discard(config, self.run)
