@@ -6,10 +6,14 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # sums, and so bits, depend on the number of threads
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# A time limit on an example says how busy the machine is, not whether the code is right.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Folders whose tests take longest come first, so that no worker begins a long one when the others have finished.
 FIRST = ("parallel", "train", "checkpoint", "evaluation", "planning", "corpus")

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neox.checkpoint.checksums import DamagedCheckpoint
-from neox.checkpoint.retention import expired, is_due, prune
 from neox.checkpoint.step_weights import load_latest, load_tensors
 from neox.checkpoint.steps import (
     complete_steps,
+    expired,
     invalidate_after,
+    is_due,
     is_valid,
     latest_valid,
+    prune,
     read_step,
     step_folder,
     step_number,

@@ -1,4 +1,6 @@
-"""Checkpoints of a run: one fresh folder a step, independent of the layout that wrote it.
+"""Checkpoints of a run: their layout on disk, their schedule, and which are kept.
+
+One fresh folder a step, independent of the parallel layout that wrote it:
 
     RUN_DIR/step_00001000/
         __0_0.distcp ...   tensors under their full logical names: model.NAME, optim.NAME.STATE
@@ -11,6 +13,7 @@ torch.distributed.checkpoint writes the tensors (writer.py) and reads them (step
 """
 
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from neox.checkpoint.checksums import Checksums, DamagedCheckpoint
 from neox.checkpoint.weight_source import CheckpointError, read_json
-from neox.config import Config, load_config
+from neox.config import CheckpointConfig, Config, load_config
 from neox.model.decoder import GPTNeoX
 from neox.system.processes import OtherProcessFailed, Processes
 
@@ -199,3 +202,29 @@ def all_ranks_or_raise(call: Callable[[], Result], processes: Processes) -> Resu
     if first := next((e for e in errors if e), None):
         raise first
     return results[0]
+
+
+def _early(config: CheckpointConfig, step: int) -> bool:
+    return step <= config.early and config.early > 0 and step & (step - 1) == 0  # 0 and the powers of two
+
+
+def is_due(config: CheckpointConfig, step: int) -> bool:
+    """Tell that the schedule saves a step. Pythia's is early = 512, every = 1000."""
+    return _early(config, step) or (config.every > 0 and step > 0 and step % config.every == 0)
+
+
+def expired(config: CheckpointConfig, steps: Iterable[int]) -> list[int]:
+    """Saved steps that are no longer kept: never the newest `keep_last`."""
+    if not config.keep_last:
+        return []
+    older = sorted(steps)[: -config.keep_last]
+    return [s for s in older if not (_early(config, s) or (config.keep_every and s % config.keep_every == 0))]
+
+
+def prune(run: Path, config: CheckpointConfig) -> None:
+    """Remove the run's expired checkpoints."""
+    folders = {step_number(folder): folder for folder in complete_steps(run)}
+    for step in expired(config, folders):
+        # Metadata first: a folder that is half removed must not read as complete.
+        (folders[step] / ".metadata").unlink()
+        shutil.rmtree(folders[step], ignore_errors=True)

@@ -26,13 +26,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from neox.checkpoint import checksums
-from neox.checkpoint.retention import prune
 from neox.checkpoint.steps import (
     ALONE,
     FAILURES,
     FORMAT_VERSION,
     find_cause,
     named_state,
+    prune,
     reraise_interrupt,
     step_folder,
 )

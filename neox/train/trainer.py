@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neox.checkpoint.retention import is_due
 from neox.checkpoint.step_weights import load_latest
-from neox.checkpoint.steps import complete_steps, invalidate_after, step_folder, step_number
+from neox.checkpoint.steps import complete_steps, invalidate_after, is_due, step_folder, step_number
 from neox.checkpoint.writer import Saver
 from neox.config import Config
 from neox.data.datasets import check_named
