@@ -40,11 +40,11 @@ def assert_flat(found: dict[str, dict[str, float]], least_logits: float = -FLAT)
         assert found["start"][kind] == pytest.approx(-0.5 if kind == "logits" else 0.0, abs=0.1), kind
 
 
-def test_under_mup_no_output_and_no_change_depends_on_the_width():
+def test_mup_outputs_and_changes_do_not_depend_on_the_width():
     assert_flat(fitted(64))
 
 
-def test_under_the_standard_parametrisation_they_grow_with_the_width():
+def test_standard_parametrisation_outputs_grow_with_the_width():
     found = fitted(None)
     for kind in ("attention", "mlp", "block", "logits"):
         assert found["change"][kind] > 0.5, kind
@@ -58,7 +58,7 @@ def test_under_the_standard_parametrisation_they_grow_with_the_width():
     "half",
     [lambda *a: scaling(*a)._replace(lr=1.0), lambda *a: Scaling(lr=1.0 if a[1] == "embed_out.weight" else 0.25)],
 )
-def test_rates_that_do_not_follow_the_width_are_seen(half, monkeypatch):
+def test_coordinate_check_sees_learning_rates_that_do_not_follow_the_width(half, monkeypatch):
     monkeypatch.setattr(optim, "scaling", half)
     found = fitted(64, seeds=(1,))
     assert max(found["change"].values()) > 0.4
@@ -74,7 +74,7 @@ def test_rates_that_do_not_follow_the_width_are_seen(half, monkeypatch):
         {"tie_word_embeddings": True, "use_parallel_residual": False},
     ],
 )
-def test_so_it_is_for_the_relatives(flags):
+def test_mup_holds_for_gptj_and_gpt_neo(flags):
     options = [f"model.{key}={list(v) if isinstance(v, tuple) else str(v).lower()}" for key, v in flags.items()]
     options.append("optim.lr=3e-3")  # with the weights of "normal", 1e-2 is so much that no two seeds agree
     assert_flat(fitted(64, *options), least_logits=-0.5)  # the random part is still seen
@@ -82,13 +82,13 @@ def test_so_it_is_for_the_relatives(flags):
 
 
 @pytest.mark.slow
-def test_muons_updates_follow_the_width_by_themselves():
+def test_muon_updates_follow_the_width_without_mup():
     options = ("optim.name=muon", "muon_lr=0.05")
     assert_flat(fitted(64, *options, seeds=(1,)))
     assert fitted(None, *options, seeds=(1,))["change"]["logits"] > 0.4  # the head is AdamW's
 
 
-def test_sizes_are_those_of_what_transformers_computes(tmp_path):
+def test_coordinate_sizes_are_those_of_transformers_outputs(tmp_path):
     config = load_config(overrides=(*SHAPE, "train.seed=4"))
     found = coordinates(config, 128, 64, 1)
     model = GPTNeoX(at_width(config.model, 128, 64)).initialize(4)
@@ -159,7 +159,7 @@ def test_the_command_prints_slopes_and_writes_the_picture(tmp_path, capsys):
         ("nothing=1", "no such key"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(option, message, capsys, tmp_path, monkeypatch):
+def test_coordinates_errors_are_one_line(option, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["inspect", "coordinates", option]) == 1
     err = capsys.readouterr().err

@@ -56,7 +56,7 @@ def column(text, kind):
     return np.frombuffer(base64.b64decode(text), kind)
 
 
-def test_the_page_is_valid_and_loads_nothing(tmp_path):
+def test_run_page_is_valid_html_and_loads_nothing(tmp_path):
     found = page(tmp_path / "page.html", read_runs([write_run(tmp_path / "a", rows(5))]))
     tags = [tag for tag, _ in found.elements]
     assert tags[:2] == ["html", "head"]
@@ -76,7 +76,7 @@ def test_the_page_is_valid_and_loads_nothing(tmp_path):
     assert "prefers-color-scheme: dark" in text
 
 
-def test_the_data_are_the_rows(tmp_path):
+def test_run_page_data_are_the_logged_rows(tmp_path):
     """Loss and norm to the last bit (they are single precision), steps and tokens exactly, the rest to single."""
     one, two = list(rows(50, every=7, valid_every=20)), list(rows(30))
     one[2]["loss"], two[8]["loss"] = math.nan, math.inf
@@ -105,7 +105,7 @@ def test_the_data_are_the_rows(tmp_path):
 NASTY = "</script><script>alert(1)</script><!-- & \" ' \u2028 " + PLACEHOLDER
 
 
-def test_no_name_ends_the_script(tmp_path):
+def test_run_names_cannot_end_the_script(tmp_path):
     folder = write_run(tmp_path / "a", rows(3))
     text = (folder / "config.toml").read_text()
     (folder / "config.toml").write_text(text.replace('text_key = "text"', f"text_key = {json.dumps(NASTY)}"))
@@ -115,7 +115,7 @@ def test_no_name_ends_the_script(tmp_path):
     assert dict(json.loads(found.scripts[0])["differences"])["data.text_key"] == [NASTY, "text"]
 
 
-def test_a_fact_that_is_not_finite_is_said(tmp_path):
+def test_run_page_shows_facts_that_are_not_finite(tmp_path):
     content = list(rows(3))
     content[-1]["loss"] = math.nan
     found = page(tmp_path / "page.html", read_runs([write_run(tmp_path / "a", content)]))
@@ -153,7 +153,7 @@ def test_the_picture_shows_every_run_in_every_panel(two, x):
     assert figure.axes[1].get_ylim()[1] > 900
 
 
-def test_linear_and_not_smoothed(two):
+def test_picture_linear_and_not_smoothed(two):
     figure = runs_figure(read_runs(two), "steps", "linear", 0.0)
     assert {axes.get_yscale() for axes in figure.axes} == {"linear"}
 
@@ -208,7 +208,7 @@ def test_the_command_writes_a_page_or_a_picture(two, tmp_path, neox_, monkeypatc
         (("run", "absent"), 1, "absent: no such run directory"),
     ],
 )
-def test_errors_are_one_line(neox_, tmp_path, monkeypatch, arguments, status, message):
+def test_inspect_run_errors_are_one_line(neox_, tmp_path, monkeypatch, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     found, out, err = neox_("inspect", *arguments)
     assert (found, out, err.count("\n")) == (status, "", 1)
@@ -216,7 +216,7 @@ def test_errors_are_one_line(neox_, tmp_path, monkeypatch, arguments, status, me
     assert list(tmp_path.iterdir()) == []
 
 
-def test_each_topic_has_help(neox_):
+def test_each_inspect_topic_has_help(neox_):
     for topic in TOPICS:
         status, out, _ = neox_("inspect", topic, "--help")
         assert status == 0

@@ -33,7 +33,7 @@ def fit(tmp_path, name, *options, before=(), after=()):
     return tmp_path / name
 
 
-def test_training_does_not_notice(tmp_path, options):
+def test_training_with_the_sample_hook_is_bit_identical(tmp_path, options):
     """Losses, weights and optimizer state bit for bit; torch's random stream and the model's mode as they were."""
     states = []
 
@@ -52,7 +52,7 @@ def test_training_does_not_notice(tmp_path, options):
         assert before == after
 
 
-def test_the_text_is_that_of_the_engine(tmp_path, options):
+def test_sample_text_is_that_of_the_engine(tmp_path, options):
     made = []
 
     def engine(trainer, step):
@@ -76,7 +76,7 @@ def many(options, out):
 @pytest.mark.parametrize(
     "parallel", [pytest.param("parallel.zero=1", marks=pytest.mark.slow), "parallel.zero=3", "parallel.pp=2"]
 )
-def test_several_processes_write_what_one_does_and_train_on(tmp_path, options, parallel):
+def test_sample_hook_on_several_processes(tmp_path, options, parallel):
     """Also before the first step, when a sharded parameter is gathered for the first time."""
     options = (*options, "steps=4", "optim.eps=1e-3")
     alone = fit(tmp_path, "alone", *options, *SAMPLED)
@@ -87,7 +87,7 @@ def test_several_processes_write_what_one_does_and_train_on(tmp_path, options, p
     assert_same_run(tmp_path / "two", tmp_path / "plain", tmp_path)
 
 
-def test_an_empty_prompt_begins_a_document(tmp_path, options):
+def test_an_empty_sample_prompt_begins_a_document(tmp_path, options):
     run = fit(tmp_path, "run", *options, "steps=1", "log.sample_every=1", "log.sample_tokens=3")
     assert [(row["step"], row["prompt"]) for row in read_rows(run / "samples.jsonl")] == [(0, ""), (1, "")]
 
@@ -103,7 +103,7 @@ def test_a_resumed_run_has_the_samples_of_an_undisturbed_one(tmp_path, options, 
     assert [line.split(",")[0] for line in told] == [f"step {s}" for s in (0, 2, 4, 6) if s > kept or not kept]
 
 
-def test_without_a_tokenizer_or_room_it_says_so_before_the_first_step(tmp_path, options):
+def test_sample_hook_without_tokenizer_or_room_fails_before_the_first_step(tmp_path, options):
     pair = token_pair(tmp_path / "pair")
     with pytest.raises(ValueError, match=r"no tokenizer to write text with: set tokenizer.path, or log.sample_every=0"):
         fit(tmp_path, "a", *TINY, f"data.train={pair}", "steps=2", "log.sample_every=1")

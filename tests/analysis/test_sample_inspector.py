@@ -2,6 +2,7 @@
 
 import json
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def every_place(inspector, wanted: bytes, until: int) -> dict[tuple[int, int, in
     return found
 
 
-def test_the_rows_of_a_step_are_what_the_run_trained_on(folder: Path, run: Path) -> None:
+def test_inspected_rows_of_a_step_are_the_training_batch(folder: Path, run: Path) -> None:
     inspector = SampleInspector.of_run(run)
     assert inspector.last == STEPS
     assert [phase[0] for phase in inspector.dataset.schedule.phases] == [0, 2 * BATCH]
@@ -112,30 +113,27 @@ def test_the_rows_of_a_step_are_what_the_run_trained_on(folder: Path, run: Path)
         assert noted[f"epochs/{name}"] == read / windows
 
 
-@pytest.mark.parametrize("text", ["cat", "café", "night <b>", "日", "xx", "on", "cafe\u0301"])
-@pytest.mark.parametrize("chunk", [7, 1 << 20])
-@pytest.mark.parametrize("few", [0, 1 << 20])
-def test_a_search_finds_what_a_slow_one_finds(
-    run: Path, monkeypatch: pytest.MonkeyPatch, text: str, chunk: int, few: int
-) -> None:
-    monkeypatch.setattr("neox.analysis.search.CHUNK", chunk)
-    monkeypatch.setattr("neox.analysis.search.FEW", few)
-    inspector = SampleInspector.of_run(run)
-    until = 3
-    wanted = every_place(inspector, text.replace("e\u0301", "é").encode(), until)
-    assert wanted
-    looking, done = Search(inspector, text, until), []
-    found: dict[tuple[int, int, int], set[tuple[int, int]]] = {}
-    for hit in looking.hits(done.append):
-        found.setdefault(hit.span[:3], set()).update((step, row) for step, row, _ in hit.reads)
-    assert found == wanted
-    assert sum(done) == looking.size
+def test_search_finds_what_a_slow_search_finds(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inspector, until = SampleInspector.of_run(run), 3
     whole = sum(len(part.tokens) for part in inspector.dataset.sources)
-    partly = few and until * BATCH * (17 + 2 * len(looking.pattern)) < whole
-    assert looking.size < 2 * whole if partly else looking.size == 2 * whole
+    for text in ("cat", "café", "night <b>", "日", "xx", "on", "cafe\u0301"):
+        expected = every_place(inspector, text.replace("e\u0301", "é").encode(), until)
+        assert expected, text
+        for chunk, few in product((7, 1 << 20), (0, 1 << 20)):
+            monkeypatch.setattr("neox.analysis.search.CHUNK", chunk)
+            monkeypatch.setattr("neox.analysis.search.FEW", few)
+            search, done = Search(inspector, text, until), []
+            hits: dict[tuple[int, int, int], set[tuple[int, int]]] = {}
+            for hit in search.hits(done.append):
+                hits.setdefault(hit.span[:3], set()).update((step, row) for step, row, _ in hit.reads)
+            case = text, chunk, few
+            assert hits == expected, case
+            assert sum(done) == search.size, case
+            partly = few and until * BATCH * (17 + 2 * len(search.pattern)) < whole
+            assert search.size < 2 * whole if partly else search.size == 2 * whole, case
 
 
-def test_portions_are_the_labels_of_the_rows(run: Path) -> None:
+def test_component_tokens_are_the_labels_of_the_rows(run: Path) -> None:
     inspector = SampleInspector.of_run(run)
     counted: dict[tuple[str, str | None], int] = {}
     for step in (1, 2, 3):
@@ -151,7 +149,7 @@ def test_portions_are_the_labels_of_the_rows(run: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("order=megatron",), ("order=megatron", "weights=[2.0,1.0]")])
-def test_without_a_run(folder: Path, options: tuple[str, ...]) -> None:
+def test_inspect_data_of_a_config_without_a_run(folder: Path, options: tuple[str, ...]) -> None:
     inspector = SampleInspector.of_config(settings(folder, folder / "none", *options), str(folder / "tokenizer.json"))
     rows = {(step, row.row): row for step in range(1, STEPS + 1) for row in inspector.rows(step)}
     for name in ("a:3", "b:20", "a:119"):
@@ -162,7 +160,7 @@ def test_without_a_run(folder: Path, options: tuple[str, ...]) -> None:
     assert not (folder / "none").exists()
 
 
-def test_a_run_over_files_without_weights(folder: Path, tmp_path: Path, neox_) -> None:
+def test_inspect_data_of_a_run_without_blend_weights(folder: Path, tmp_path: Path, neox_) -> None:
     """In megatron's order they are a blend, which the checkpoints note, though no weights are wanted."""
     options = ("order=megatron", "steps=2")
     Trainer(settings(folder, tmp_path / "run", *options), quiet=True).fit()
@@ -171,7 +169,7 @@ def test_a_run_over_files_without_weights(folder: Path, tmp_path: Path, neox_) -
     assert neox_("inspect", "data", str(tmp_path / "run"))[0] == 0
 
 
-def test_pythias_layout(tmp_path: Path, neox_) -> None:
+def test_inspect_data_in_pythias_preshuffled_layout(tmp_path: Path, neox_) -> None:
     """Documents that are rows of seq_length + 1 tokens, without end-of-document tokens."""
     draw = np.random.default_rng(1).integers(0, 64, (8, 17))
     with TokenWriter(tmp_path / "document", np.uint16) as writer:
@@ -204,7 +202,7 @@ class Texts(HTMLParser):
             self.found[-1] += data
 
 
-def test_the_page_holds_the_text(run: Path, tmp_path: Path, neox_) -> None:
+def test_step_page_holds_the_text(run: Path, tmp_path: Path, neox_) -> None:
     page = tmp_path / "step.html"
     steps = {
         n: [passage.text for row in SampleInspector.of_run(run).rows(n) for passage in row.passages]
@@ -218,7 +216,7 @@ def test_the_page_holds_the_text(run: Path, tmp_path: Path, neox_) -> None:
     assert parser.tags == {"meta", "title", "style", "h1", "section", "h2", "a", "small", "pre"}  # none from the text
 
 
-def test_what_the_verb_prints(run: Path, tmp_path: Path, neox_) -> None:
+def test_inspect_data_output(run: Path, tmp_path: Path, neox_) -> None:
     inspector = SampleInspector.of_run(run)
     status, out, _ = neox_("inspect", "data", str(run), "step=3")
     lines = out.splitlines()
@@ -258,13 +256,13 @@ def test_what_the_verb_prints(run: Path, tmp_path: Path, neox_) -> None:
         (("steps=3",), 2, "steps=3: a run keeps its config"),
     ],
 )
-def test_errors(run: Path, neox_, options, status, message) -> None:
+def test_inspect_data_errors(run: Path, neox_, options, status, message) -> None:
     found, out, err = neox_("inspect", "data", str(run), *options)
     assert (found, out, err.count("\n")) == (status, "", 1)
     assert message in err
 
 
-def test_a_run_whose_text_is_another_now(folder: Path, tmp_path: Path, neox_) -> None:
+def test_inspect_data_refuses_changed_token_files(folder: Path, tmp_path: Path, neox_) -> None:
     for name in "ab":
         with TokenWriter(tmp_path / name, np.uint16) as writer:
             writer.add_document(np.arange(200))

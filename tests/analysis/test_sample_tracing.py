@@ -78,13 +78,13 @@ def test_trace_and_seen_follow_every_token(
 
 @settings(deadline=None, max_examples=40)
 @given(windows=st.integers(1, 300), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 9))
-def test_the_permutation_is_undone(windows: int, seed: int, epoch: int) -> None:
+def test_inverse_of_the_permuted_order(windows: int, seed: int, epoch: int) -> None:
     order = PermutedOrder(windows, seed)
     samples = epoch * windows + np.arange(windows)
     assert order.inverse(order(samples), epoch).tolist() == samples.tolist()
 
 
-def test_the_permutation_is_undone_at_the_size_of_the_pile() -> None:
+def test_inverse_of_the_permuted_order_at_the_size_of_the_pile() -> None:
     order = PermutedOrder(146_484_375, 1234)  # 300 billion tokens in windows of 2048
     samples = 3 * order.num_windows + np.random.default_rng(0).integers(0, order.num_windows, 1000)
     assert order.inverse(order(samples), 3).tolist() == samples.tolist()
@@ -96,7 +96,7 @@ def test_the_permutation_is_undone_at_the_size_of_the_pile() -> None:
     weights=st.lists(st.tuples(*[st.floats(0.05, 5)] * 3), min_size=4, max_size=4),
     data=st.data(),
 )
-def test_weights_that_change(changes, weights, data) -> None:
+def test_blend_weights_that_change(changes, weights, data) -> None:
     """Each phase follows the greedy rule from nothing, and every dataset goes on where it stood."""
     starts, count = [0, *changes], 120
     given_so_far, owners, indices = [0, 0, 0], [], []
@@ -122,7 +122,7 @@ def test_weights_that_change(changes, weights, data) -> None:
     batch=st.integers(1, 7),
     ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=4),
 )
-def test_the_step_that_reads_a_sample(batch, ranges) -> None:
+def test_loader_finds_the_step_that_reads_a_sample(batch, ranges) -> None:
     loader = Loader(None, batch, [(first, first + size) for first, size in ranges])
     where = {int(n): [step, row] for step in range(100) for row, n in enumerate(loader.samples(step))}
     numbers = np.arange(100)
@@ -148,7 +148,7 @@ def test_preshuffled_documents_are_the_samples(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["blended", "megatron blended"])
 @pytest.mark.parametrize("ranks", [1, 3, 5])
-def test_changed_weights_on_any_number_of_ranks(tmp_path: Path, case: str, ranks: int) -> None:
+def test_changed_blend_weights_on_any_number_of_ranks(tmp_path: Path, case: str, ranks: int) -> None:
     sizes = [[9, 0, 7, 12, 30], [3, 3, 20, 8]]
     files = [write_pair(tmp_path / f"f{n}", own, 1000 * n) for n, own in enumerate(sizes)]
     config = DataConfig(train=tuple(map(str, files)), seq_length=4, **CASES[case])

@@ -48,7 +48,9 @@ def table(report: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("piece", [3, 1 << 20])
-def test_the_figures_are_those_of_plain_counting(folder: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+def test_tokenizer_report_figures_are_those_of_plain_counting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
     monkeypatch.setattr("neox.tokenizer.PIECE_CHARACTERS", piece)
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 100)
     sources = [str(folder / "c.txt"), str(folder / "d.jsonl")]
@@ -96,7 +98,7 @@ def test_longest_tokens_are_words_of_the_text(folder: Path) -> None:
     assert module._shown("x" * 100) == "'" + "x" * 35 + "...'"
 
 
-def test_what_is_lost_is_said(folder: Path) -> None:
+def test_tokenizer_report_shows_lossy_round_trips(folder: Path) -> None:
     inner = tokenizers.Tokenizer.from_file(str(folder / "a.json"))
     inner.normalizer = tokenizers.normalizers.Lowercase()
     inner.save(str(folder / "lower.json"))
@@ -113,7 +115,7 @@ def test_a_tokenizer_that_is_not_byte_level(folder: Path) -> None:
     assert (rows[1]["tokens"], rows[1]["split"], rows[1]["round trip"]) == ("6", "-", "1 changed")
 
 
-def test_errors(folder: Path) -> None:
+def test_tokenizer_report_errors(folder: Path) -> None:
     (folder / "empty.txt").write_text("")
     a, c = folder / "a.json", folder / "c.txt"
     for tokenizers_, sources, error, message in (
@@ -127,7 +129,7 @@ def test_errors(folder: Path) -> None:
             tokenizer_report(tokenizers_, sources, progress=False)
 
 
-def test_the_bar_is_on_stderr_and_the_key_is_heard(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tokenizer_report_progress_bar_and_text_key(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     report = tokenizer_report([folder / "a.json"], [folder / "d.jsonl"], text_key="body")
     assert report == tokenizer_report([folder / "a.json"], [folder / "d.jsonl"], progress=False)
     out, err = capfd.readouterr()

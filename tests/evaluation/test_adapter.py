@@ -40,13 +40,13 @@ PAIRS = [
 ]
 
 
-def test_choices_contexts_and_lengths(ours, theirs):
+def test_loglikelihood_of_choices_contexts_and_lengths(ours, theirs):
     assert_alike(ours, theirs, PAIRS)
     assert ours.loglikelihood([]) == []
 
 
 @pytest.mark.parametrize("kind", ["gptj", "gpt_neo"])
-def test_the_relatives(kind, tokenizer, tmp_path):
+def test_loglikelihood_of_gptj_and_gpt_neo(kind, tokenizer, tmp_path):
     save_model(tmp_path, tokenizer, kind)
     assert_alike(EngineLM(load_engine(tmp_path, "cpu"), progress=False), hf_backend(tmp_path), PAIRS)
 
@@ -57,7 +57,7 @@ def test_weights_stored_in_16_bits_are_multiplied_in_float32(dtype, tokenizer, t
     assert_alike(EngineLM(load_engine(tmp_path, "cpu"), progress=False), hf_backend(tmp_path), PAIRS)
 
 
-def test_continuations_that_are_greedy(ours, theirs):
+def test_greedy_flags(ours, theirs):
     """Random texts are never the most likely ones: here some are, up to their last token, or all."""
     arguments = []
     for context in ("The", "12 + 7 =", "東京"):
@@ -76,7 +76,7 @@ texts = st.text(
 
 @settings(max_examples=60, deadline=None)
 @given(arguments=st.lists(st.tuples(st.one_of(st.just(""), texts, st.just(LONG)), texts), min_size=1, max_size=4))
-def test_any_text(ours, theirs, arguments):
+def test_loglikelihood_of_any_text(ours, theirs, arguments):
     """Contexts and continuations of any characters; those that have no token of their own are refused by both.
 
     lm-eval's backend takes no context of white space alone: ours takes it for an empty one.
@@ -94,7 +94,7 @@ def test_any_text(ours, theirs, arguments):
             model.loglikelihood(requests)
 
 
-def test_rolling(ours, theirs):
+def test_rolling_loglikelihood(ours, theirs):
     requests = asked(
         "loglikelihood_rolling", [(text,) for text in (LONG, "fox", "", TEXT, LONG[:300], "<|endoftext|>a")]
     )
@@ -113,7 +113,7 @@ def test_rolling(ours, theirs):
         {"max_gen_toks": 8},
     ],
 )
-def test_generation(ours, theirs, options):
+def test_generate_until(ours, theirs, options):
     # One by one: lm-eval's backend generates on while a neighbour in its batch does, and may then cut elsewhere.
     contexts = ["The", "12 + 7 =", "Where is the naïve café? ", LONG, "東京 🙂", "<|endoftext|>"]
     requests = asked("generate_until", [(context, dict(options)) for context in contexts])
@@ -124,7 +124,7 @@ def test_generation(ours, theirs, options):
     assert ours.generate_until([]) == []
 
 
-def test_a_draw_does_not_depend_on_what_is_greedy_beside_it(ours):
+def test_sampled_answers_do_not_depend_on_greedy_requests(ours):
     """Of several processes each has other greedy requests; of a run that goes on some are answered."""
     drawn = [(context, {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}) for context in ("The", "12 +")]
     greedy = ("The fox", {"max_gen_toks": 4})
@@ -132,7 +132,7 @@ def test_a_draw_does_not_depend_on_what_is_greedy_beside_it(ours):
     assert ours.generate_until(asked("generate_until", [greedy, *drawn]))[1:] == alone
 
 
-def test_the_prefix_tree_is_used_and_changes_nothing(folder):
+def test_prefix_cache_is_used_and_changes_no_bit(folder):
     """To the bit: each request by an engine that has nothing in its cache."""
     shots = TEXT[:90]
     arguments = [
@@ -147,7 +147,7 @@ def test_the_prefix_tree_is_used_and_changes_nothing(folder):
         assert alone.engine.stats.hits == 0
 
 
-def test_answers_are_handed_on_as_they_come(ours, monkeypatch):
+def test_cache_hook_gets_answers_one_by_one(ours, monkeypatch):
     seen = []
 
     class Hook:
@@ -167,7 +167,7 @@ def test_answers_are_handed_on_as_they_come(ours, monkeypatch):
     ]
 
 
-def test_prompts_that_lose_their_beginning_are_counted(ours, caplog):
+def test_truncated_prompts_are_counted(ours, caplog):
     ours.loglikelihood(asked("loglikelihood", [(LONG, " yes"), ("The", " yes"), (LONG, " no")]))
     assert caplog.messages == ["2 of 3 prompts lose their beginning: the context is 64"]
     caplog.clear()
@@ -175,7 +175,7 @@ def test_prompts_that_lose_their_beginning_are_counted(ours, caplog):
     assert caplog.messages == ["1 of 2 prompts lose their beginning: the context is 64"]
 
 
-def test_what_cannot_be_asked_is_said(ours, folder):
+def test_unsupported_requests_are_errors(ours, folder):
     for options, message in (
         ({"num_beams": 4}, "num_beams is not supported"),
         ({"typical_p": 0.4}, "typical_p is not supported"),

@@ -118,7 +118,7 @@ def test_an_api_scores_and_writes_as_the_model_behind_it(ours, command, tmp_path
     assert [one["resps"] for one in written] == [one["resps"] for one in alone["samples"]["sums_write"]]
 
 
-def test_one_that_dies_leaves_what_it_answered(ours, command, tmp_path, capsys):
+def test_an_api_that_fails_leaves_its_answers_cached(ours, command, tmp_path, capsys):
     out = tmp_path / "out"
     with serving(ours.engine, patience := [7]) as (address, answered):
         asked = ["eval", *command(address), "tasks=sums_choose", f"out={out}"]

@@ -72,7 +72,7 @@ def test_the_windows_are_those_of_lm_eval_where_the_last_one_is_full(tokenizer: 
     assert score(prefix_model, tokenizer, [("a", text)], WINDOW)["a"].loglikelihood == pytest.approx(expected, rel=1e-6)
 
 
-def test_files_are_scored_and_reported(tokenizer: Tokenizer, tmp_path: Path):
+def test_bits_per_byte_of_files(tokenizer: Tokenizer, tmp_path: Path):
     """A model that knows nothing needs log2(V) bits a token."""
     file = tmp_path / "test.jsonl"
     lines = [json.dumps({"text": text, "meta": {"pile_set_name": name}}) for name, text in DOCUMENTS]
@@ -97,7 +97,7 @@ def test_files_are_scored_and_reported(tokenizer: Tokenizer, tmp_path: Path):
         score_files(uniform, tokenizer, "uniform", str(file), tmp_path, WINDOW, progress=False)
 
 
-def test_the_command_scores_a_saved_model(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bits_per_byte_command(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = tiny.ours(vocab_size=320)
     neox.save(model, tmp_path / "model", tokenizer)
     file = tmp_path / "test.jsonl"

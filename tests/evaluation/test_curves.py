@@ -98,7 +98,7 @@ def test_the_picture_shows_the_points(run):
     assert len(curves.figure({f"{n} acc": points[:2] for n in range(4)}).axes) == 4
 
 
-def test_a_run_is_watched_to_its_end(run, tmp_path):
+def test_watch_follows_checkpoints_to_the_end_of_the_run(run, tmp_path):
     """Checkpoints that come while one looks, the newest first; what was overtaken is not looked for."""
     live = tmp_path / "live"
     live.mkdir()
@@ -122,7 +122,7 @@ def test_a_run_is_watched_to_its_end(run, tmp_path):
     assert len(steps) == len(set(steps))
 
 
-def test_a_damaged_checkpoint_is_passed_over(run, tasks, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped(run, tasks, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     (shard,) = (copy / "step_00000001").glob("*.distcp")
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, tasks, tmp_path, capsys):
     assert "step 1 is skipped" in capsys.readouterr().err
 
 
-def test_which_checkpoints(run, tmp_path):
+def test_selection_of_checkpoints(run, tmp_path):
     assert [step for step, _ in curves.checkpoints(str(run), None)] == list(STEPS)
     assert curves.checkpoints("A/b", [3, 1, 3]) == [(1, "A/b@step1"), (3, "A/b@step3")]
     with pytest.raises(ValueError, match="has no step 3; it has 0, 1, 2, 4"):
@@ -156,7 +156,7 @@ def test_which_checkpoints(run, tmp_path):
         ("watch=true steps=all", "not both"),
     ],
 )
-def test_wrong_commands(wrong, said, capsys):
+def test_eval_steps_wrong_commands(wrong, said, capsys):
     assert cli.main(["eval", "runs/x", "tasks=sums", *wrong.split()]) == 2
     assert said in capsys.readouterr().err
 

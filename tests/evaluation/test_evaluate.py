@@ -93,7 +93,7 @@ def test_a_command_prints_and_writes_tables(folder, tasks, tmp_path, capsys, mon
     assert [re.findall(r"<td>(.*?)</td>", line) for line in page.splitlines() if "<td>" in line] == cells[2:]
 
 
-def test_what_was_answered_is_not_asked_again(folder, tasks, tmp_path, asked):
+def test_answer_cache_is_reused(folder, tasks, tmp_path, asked):
     """A run that a crash cut in its last line asks one request; a finished one none; another model all."""
     options = {"include_path": str(tasks), "progress": False}
     whole = neox.evaluate(folder, ALL, tmp_path / "out", **options)
@@ -116,7 +116,7 @@ def test_what_was_answered_is_not_asked_again(folder, tasks, tmp_path, asked):
     assert asked == [48]
 
 
-def test_a_killed_run_asks_only_the_rest(folder, tasks, tmp_path, asked, monkeypatch):
+def test_answer_cache_after_a_kill(folder, tasks, tmp_path, asked, monkeypatch):
     out, keep = tmp_path / "out", AnswerCache.add_partial
 
     def add_and_die(self, *answer):
@@ -138,7 +138,7 @@ def test_a_killed_run_asks_only_the_rest(folder, tasks, tmp_path, asked, monkeyp
     assert results["results"] == run()["results"]
 
 
-def test_an_interrupted_command_says_how_to_go_on(folder, tasks, tmp_path, capsys, asked, monkeypatch):
+def test_an_interrupted_eval_says_how_to_continue(folder, tasks, tmp_path, capsys, asked, monkeypatch):
     keep = AnswerCache.add_partial
 
     def add_and_interrupt(self, *answer):
@@ -156,7 +156,7 @@ def test_an_interrupted_command_says_how_to_go_on(folder, tasks, tmp_path, capsy
     assert asked == [48 - 5]
 
 
-def test_what_is_drawn_at_random_is_not_kept(tmp_path):
+def test_sampled_answers_are_not_cached(tmp_path):
     with AnswerCache(tmp_path / "answers.jsonl", "someone") as answers:
         for options in ({"do_sample": True}, {"temperature": 0.5}):
             answers.add_partial("generate_until", ("context", options), "drawn")
@@ -164,7 +164,7 @@ def test_what_is_drawn_at_random_is_not_kept(tmp_path):
     assert answers.path.read_text().count("\n") == 1
 
 
-def test_any_model_of_transformers_to_compare_with(folder, tasks, tmp_path, capsys):
+def test_hf_backend_for_comparison(folder, tasks, tmp_path, capsys):
     command = ["tasks=sums_choose", f"include_path={tasks}", "limit=6", "device=cpu"]
     assert cli.main(["eval", f"hf:{folder}", *command, "dtype=fp32", f"out={tmp_path / 'hf'}"]) == 0
     assert cli.main(["eval", str(folder), *command, f"out={tmp_path / 'ours'}"]) == 0
@@ -179,7 +179,7 @@ def said(capsys, *arguments: str) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_what_is_wrong_is_said_in_one_line(folder, tasks, tmp_path, capsys, monkeypatch):
+def test_eval_errors_are_one_line(folder, tasks, tmp_path, capsys, monkeypatch):
     import datasets
     import huggingface_hub
 
@@ -203,7 +203,7 @@ def test_what_is_wrong_is_said_in_one_line(folder, tasks, tmp_path, capsys, monk
     assert f"{bare}: evaluation needs a tokenizer" in said(capsys, bare, "tasks=sums_read", own)
 
 
-def test_groups_and_files(folder, tasks, tmp_path, monkeypatch):
+def test_task_groups_and_yaml_files(folder, tasks, tmp_path, monkeypatch):
     monkeypatch.setattr("neox.evaluation.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     neox.evaluate(folder, "sums", tmp_path, include_path=str(tasks), limit=3, progress=False)
     results = json.loads((tmp_path / "results.json").read_text())

@@ -35,7 +35,7 @@ def lambada(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("limit", "count"), [pytest.param(60, 60, id="60"), pytest.param(None, 5153, id="all", marks=pytest.mark.slow)]
 )
-def test_lambada(lambada, tmp_path, limit, count):
+def test_lambada_scores(lambada, tmp_path, limit, count):
     folder, tasks = lambada
     out = tmp_path / "out"
     ours = neox.evaluate(folder, "lambada", out, include_path=str(tasks), limit=limit, log_samples=True, progress=False)

@@ -20,7 +20,7 @@ TEXTS = st.lists(st.text("ab", max_size=40), max_size=30)
 
 
 @given(TEXTS, st.integers(1, 5))
-def test_each_text_is_of_one_process_and_stretches_follow_the_alphabet(texts, world):
+def test_requests_are_split_into_sorted_disjoint_parts(texts, world):
     parts = split_requests(texts, world)
     assert len(parts) == world
     whole = [number for part in parts for number in part]
@@ -29,7 +29,7 @@ def test_each_text_is_of_one_process_and_stretches_follow_the_alphabet(texts, wo
 
 
 @given(TEXTS, st.integers(1, 5))
-def test_no_process_has_more_than_its_part_and_one_text(texts, world):
+def test_request_parts_are_balanced(texts, world):
     """In characters that a prefix tree without a bound would compute, counted by a set of all beginnings."""
 
     def cost(numbers):
@@ -42,7 +42,7 @@ def test_no_process_has_more_than_its_part_and_one_text(texts, world):
     assert all(cost(part) <= most + 1e-6 for part in parts)
 
 
-def test_a_common_beginning_stays_together():
+def test_requests_with_a_common_prefix_stay_together():
     first, second = "x" * 500, "y" * 500
     texts = [beginning + str(number) for number in range(40) for beginning in (first, second)]
     parts = split_requests(texts, 2)
@@ -75,7 +75,7 @@ def evaluated(folder, tasks, out):
     return results["results"], answers, sum(asked)
 
 
-def test_two_processes_give_what_one_gives(folder, tmp_path, monkeypatch):
+def test_eval_on_two_processes_equals_one(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", None)  # it is put back
     monkeypatch.setenv("LOCAL_RANK", "0")
     tasks = write_tasks(tmp_path / "tasks")

@@ -38,7 +38,7 @@ def scored(run):
     return {row["step"]: row[key] for row in read_rows(run / "metrics.jsonl") if key in row}
 
 
-def test_training_does_not_notice_and_scores_are_those_of_the_saved_steps(tmp_path, asked):
+def test_training_with_the_task_hook_is_bit_identical(tmp_path, asked):
     states = []
 
     def look(trainer, step):
@@ -66,7 +66,7 @@ def test_training_does_not_notice_and_scores_are_those_of_the_saved_steps(tmp_pa
     assert json.loads((run / "evals" / "curves.json").read_text())["sums_choose acc"]["step"] == [0, 2, 4]
 
 
-def test_the_command_evaluates_and_a_resumed_run_does_not_repeat(tmp_path, asked, capsys):
+def test_task_hook_of_a_resumed_run_does_not_repeat(tmp_path, asked, capsys):
     text = options(tmp_path)
     out = f"out={tmp_path / 'run'}"
     assert cli.main(["train", *text, *asked, out, "steps=2"]) == 0
@@ -84,7 +84,7 @@ filter_list:
 """
 
 
-def test_each_filter_of_a_task_has_a_score_of_its_own(tmp_path, asked):
+def test_task_hook_logs_a_score_per_filter(tmp_path, asked):
     task = (tmp_path / "tasks" / "write.yaml").read_text()
     (tmp_path / "tasks" / "filtered.yaml").write_text(task.replace("sums_write", "sums_filtered") + FILTERS)
     only = ("eval.tasks=sums_filtered", "eval.tasks_every=4", f"out={tmp_path / 'run'}")
@@ -103,7 +103,7 @@ def many(overrides):
 
 
 @pytest.mark.slow
-def test_several_processes_wait_for_the_first(tmp_path, asked):
+def test_task_hook_on_several_processes(tmp_path, asked):
     text = [*options(tmp_path), *asked, "eval.tasks_every=4"]
     many([*text, f"out={tmp_path / 'one'}"])
     together(2, tmp_path / "ranks", many, [*text, f"out={tmp_path / 'two'}", "parallel.dp_shard=2"])
@@ -111,7 +111,7 @@ def test_several_processes_wait_for_the_first(tmp_path, asked):
     assert scored(tmp_path / "two")[0] == scored(tmp_path / "one")[0]
 
 
-def test_what_cannot_be_evaluated_is_one_clear_line(tmp_path, asked):
+def test_task_hook_errors_are_one_line(tmp_path, asked):
     config = load_config(overrides=["eval.tasks_every=2"])
     with pytest.raises(ValueError, match="there are no tasks: name them"):
         TaskHook(config)

@@ -80,19 +80,15 @@ shapes = st.builds(
 # --- parameters ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_totals(name):
-    counted = flops.parameters(load_config(name).model)
-    assert (counted.total, counted.non_embedding) == PUBLISHED[name]
-
-
-def test_175b_total():
+def test_parameter_counts_are_the_published_totals():
+    for name, totals in PUBLISHED.items():
+        counted = flops.parameters(load_config(name).model)
+        assert (counted.total, counted.non_embedding) == totals, name
     assert flops.parameters(load_config("neox-175b").model).total == 175_197_806_592
 
 
-@pytest.mark.parametrize("name", presets.names())
-def test_components_are_those_of_hugging_face(name):
-    model = load_config(name).model
+def hugging_face_parameters(model):
+    """Parameters by component, counted tensor by tensor."""
     counted = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     for key, weight in hugging_face(model).named_parameters():
         if "lm_head" in key or "embed_out" in key:
@@ -104,9 +100,15 @@ def test_components_are_those_of_hugging_face(name):
         else:
             part = "mlp" if ".mlp." in key else "attention"
         counted[part] += weight.numel()
-    ours = flops.parameters(model)
-    assert {part: getattr(ours, part) for part in counted} == counted
-    assert ours.total == sum(counted.values())
+    return counted
+
+
+def test_parameters_of_every_preset_are_those_of_hugging_face():
+    for name in presets.names():
+        model = load_config(name).model
+        counted, ours = hugging_face_parameters(model), flops.parameters(model)
+        assert {part: getattr(ours, part) for part in counted} == counted, name
+        assert ours.total == sum(counted.values()), name
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def test_training_flops_follow_the_published_formulas():
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_20b_memory_to_run():
+def test_memory_to_run_the_20b_model():
     model = load_config("neox-20b").model
     # The released slim fp16 files take 41,112,854,242 bytes, container overhead included.
     assert 0 < 41_112_854_242 - planning.weight_bytes(model, "fp16") < 5e6
@@ -175,27 +177,32 @@ def test_20b_memory_to_run():
     assert planning.kv_bytes_per_token(model, 4) == 2 * 44 * 6144 * 4
 
 
-@pytest.mark.parametrize("name", ["pythia-70m", "gpt-j-6b", "gpt-neo-125m", "neox-125m"])
-def test_weight_bytes_of_every_kind_tensor_by_tensor(name):
-    model = load_config(name).model
-    parameters = list(hugging_face(model).named_parameters())
-    for kind in KINDS:
-        expected = 0
-        for key, weight in parameters:
-            head = "lm_head" in key or "embed_out" in key
-            linear = weight.ndim == 2 and not any(part in key for part in ("embed_in", ".wte.", ".wpe."))
-            if not kind.startswith("int"):
-                expected += weight.numel() * (4 if kind == "fp32" else 2)
-            elif not linear:
-                expected += 2 * weight.numel()
-            elif kind == "int8" or head:
-                expected += weight.numel() + 4 * weight.shape[0]
-            else:
-                expected += weight.numel() // 2 + 2 * weight.shape[0] * math.ceil(weight.shape[1] / 128)
-        assert planning.weight_bytes(model, kind) == expected, kind
+def stored_bytes(parameters, kind):
+    """Bytes of Hugging Face's tensors, one by one."""
+    expected = 0
+    for key, weight in parameters:
+        head = "lm_head" in key or "embed_out" in key
+        linear = weight.ndim == 2 and not any(part in key for part in ("embed_in", ".wte.", ".wpe."))
+        if not kind.startswith("int"):
+            expected += weight.numel() * (4 if kind == "fp32" else 2)
+        elif not linear:
+            expected += 2 * weight.numel()
+        elif kind == "int8" or head:
+            expected += weight.numel() + 4 * weight.shape[0]
+        else:
+            expected += weight.numel() // 2 + 2 * weight.shape[0] * math.ceil(weight.shape[1] / 128)
+    return expected
 
 
-def test_training_holds_16_bytes_a_parameter():
+def test_weight_bytes_of_every_kind_tensor_by_tensor():
+    for name in ("pythia-70m", "gpt-j-6b", "gpt-neo-125m", "neox-125m"):
+        model = load_config(name).model
+        parameters = list(hugging_face(model).named_parameters())
+        for kind in KINDS:
+            assert planning.weight_bytes(model, kind) == stored_bytes(parameters, kind), (name, kind)
+
+
+def test_training_memory_is_16_bytes_per_parameter():
     config = load_config("pythia-160m")
     memory = one_device(config)
     assert sum(memory[kind] for kind in STATE) == 16 * PUBLISHED["pythia-160m"][0]
@@ -212,7 +219,7 @@ def test_training_holds_16_bytes_a_parameter():
 
 
 @pytest.mark.parametrize("parallel", [True, False])
-def test_activations_are_near_what_autograd_keeps(parallel, monkeypatch):
+def test_activation_memory_is_near_what_autograd_keeps(parallel, monkeypatch):
     """Within 10 % of the storage that our model holds for its backward pass, and less than transformers' holds."""
     torch = pytest.importorskip("torch")
     from neox.model.decoder import GPTNeoX
@@ -253,15 +260,15 @@ def test_activations_are_near_what_autograd_keeps(parallel, monkeypatch):
 # --- show ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", presets.names())
-def test_show_holds_config_costs_and_notes(name):
-    config = load_config(name)
-    text = planning.show(config)
-    assert max(map(len, text.splitlines())) <= 100
-    assert f"{flops.parameters(config.model).total:,}" in text
-    flat = " ".join(text.split())
-    assert all(" ".join(note.split()) in flat for note in presets.notes(name))
-    assert f"lr={config.optim.lr}" in text
+def test_show_prints_config_costs_and_notes_of_every_preset():
+    for name in presets.names():
+        config = load_config(name)
+        text = planning.show(config)
+        assert max(map(len, text.splitlines())) <= 100, name
+        assert f"{flops.parameters(config.model).total:,}" in text, name
+        flat = " ".join(text.split())
+        assert all(" ".join(note.split()) in flat for note in presets.notes(name)), name
+        assert f"lr={config.optim.lr}" in text, name
 
 
 def test_table_lists_every_preset_with_its_size():

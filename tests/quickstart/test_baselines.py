@@ -74,12 +74,12 @@ def test_incompressible_bytes_cost_eight_bits_and_a_constant(data):
         assert 8 * (1 - 64 / 20_000) <= found[name] <= 8 * (1 + 100 / 20_000), name
 
 
-def test_nothing_held_out_is_an_error():
+def test_baselines_without_held_out_text_are_an_error():
     with pytest.raises(ValueError, match="no held-out text"):
         compressor_baselines(b"abc", b"")
 
 
-def test_in_the_background(texts, monkeypatch):
+def test_baselines_in_the_background(texts, monkeypatch):
     train, heldout = texts[0][:50_000], texts[1][:10_000]
     assert start_baselines(train, heldout).result(60) == compressor_baselines(train, heldout)
     with pytest.raises(ValueError, match="no held-out text"):

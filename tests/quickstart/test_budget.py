@@ -39,7 +39,7 @@ def test_sizes_are_the_closed_form():
 
 
 @given(machines, st.floats(60, 1e7))
-def test_what_is_trainable_takes_the_time_or_the_memory(machine, seconds):
+def test_trainable_size_is_bound_by_time_or_memory(machine, seconds):
     n = machine.trainable(seconds)
     flops = 6 * n * (20 * n)
     by_time = flops / (0.5 * machine.matmul_flops)
@@ -51,7 +51,7 @@ def test_what_is_trainable_takes_the_time_or_the_memory(machine, seconds):
     assert machine.training_seconds(n) == pytest.approx(by_time)
 
 
-def test_a_worked_example():
+def test_machine_budget_worked_example():
     # 100 GFLOP/s, 12 GB/s, 16 GiB: sqrt(5e10 * 3600 / 120) = 1.22 M parameters in an hour.
     machine = Machine(2, 16 * 2**30, 1e11, 12e9)
     assert machine.trainable(HOUR) == int(math.sqrt(1.5e12)) == 1_224_744

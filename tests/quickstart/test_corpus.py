@@ -74,7 +74,7 @@ def test_manifest_agrees_with_what_pip_recorded():
         assert (sha[: len(prefix)], str(size)) == (prefix, recorded_size), path
 
 
-def test_sizes(corpus):
+def test_corpus_sizes(corpus):
     assert 10e6 < len(corpus.train_bytes) < 15e6
     assert 400e3 < len(corpus.heldout_bytes) < 500e3
     assert sum(corpus.package_bytes.values()) == len(corpus.train_bytes) + len(corpus.heldout_bytes)
@@ -171,9 +171,8 @@ def test_building_imports_none_of_the_packages():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    ("source", "literals"),
-    [
+def test_docstring_bytes():
+    for source, literals in (
         ("x = 1\n", []),
         ('"""Module."""\n', ['"""Module."""']),
         ("def f():\n    'é'\n    'not one'\n", ["'é'"]),
@@ -182,10 +181,8 @@ def test_building_imports_none_of_the_packages():
         ("x = 1\n'no docstring, it is not first'\n", []),
         ("def f():\n    f'{1}'\n", []),
         ("'a' 'b'\n", ["'a' 'b'"]),
-    ],
-)
-def test_docstring_bytes(source, literals):
-    assert docstring_bytes(source) == sum(len(literal.encode()) for literal in literals)
+    ):
+        assert docstring_bytes(source) == sum(len(literal.encode()) for literal in literals), source
 
 
 def test_readable_is_a_third_of_docstrings_and_at_most_a_quarter_of_digits():

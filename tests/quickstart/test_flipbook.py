@@ -68,7 +68,7 @@ anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.j
 
 
 @given(st.lists(anything, min_size=1, max_size=5), st.lists(anything, max_size=3), anything, anything)
-def test_data_reads_back_exactly(folder, tokens, prompts, continuation, title):
+def test_flipbook_data_reads_back_exactly(folder, tokens, prompts, continuation, title):
     pages, heldout, meta = book(tokens, prompts, continuation=continuation)
     heldout["title"] = meta["title"] = title
     meta["facts"] = {title: continuation}
@@ -101,7 +101,7 @@ def test_lone_surrogates_do_not_stop_it(tmp_path):
     assert json.loads(page.scripts[0])["pages"][0]["texts"][0] == "\ud800 0"
 
 
-def test_page_stands_alone(tmp_path):
+def test_flipbook_page_is_self_contained(tmp_path):
     path = write_flipbook(tmp_path / "page.html", *book())
     html = path.read_text(encoding="utf-8")
     page = Page(html)

@@ -37,7 +37,7 @@ def finished(tmp_path_factory, small_corpus) -> Path:
     return out
 
 
-def test_it_leaves_what_it_promises(finished, small_corpus, capsys):
+def test_quickstart_leaves_what_it_promises(finished, small_corpus, capsys):
     assert {"hf", "loss.png", "flipbook.html", "tokenizer.json", "metrics.jsonl"} <= {
         p.name for p in finished.iterdir()
     }
@@ -82,7 +82,7 @@ def test_our_model_scores_the_same(finished, small_corpus):
     )
 
 
-def test_stopped_and_called_again_it_ends_with_the_same_weights(finished, small_corpus, tmp_path, monkeypatch, capsys):
+def test_quickstart_resumed_after_ctrl_c_has_the_same_weights(finished, small_corpus, tmp_path, monkeypatch, capsys):
     step = Trainer.train_step
 
     def stopping(self):
@@ -109,7 +109,7 @@ def test_another_configuration_in_the_same_folder_is_refused(finished, small_cor
         quickstart([*TINY, "train.seed=5"], small_corpus, finished)
 
 
-def test_killed_and_called_again_it_says_that_the_steps_are_the_same(small_corpus, tmp_path, monkeypatch, capsys):
+def test_quickstart_resumed_after_a_kill_repeats_the_same_losses(small_corpus, tmp_path, monkeypatch, capsys):
     step = Trainer.train_step
 
     def dying(self):
