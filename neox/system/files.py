@@ -31,7 +31,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where the bytes of `path` live until they are whole: the same folder, so that the rename is atomic."""
+    """Temporary path of the bytes of `path` until they are whole: the same folder, so that the rename is atomic."""
     return path.with_name(path.name + ".tmp")
 
 
