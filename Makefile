@@ -14,6 +14,7 @@ $(VENV)/.hf: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.hf
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps mup==1.0.0  # a test's peer; torchvision and seaborn are for its pictures
 	touch $@
 
 quickstart: $(VENV)/.hf

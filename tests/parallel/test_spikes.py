@@ -1,7 +1,6 @@
 """Poison in the data, and a weight that turns NaN on one process: all processes leave out, and go back, alike."""
 
 import math
-import sys
 import time
 
 import pytest
@@ -82,16 +81,17 @@ def test_a_weight_of_one_process_that_turns_nan(tmp_path, dims):
 
 def fit_after_a_while(config, seconds: float):
     """Rank 0 takes so long over the text."""
-    module = sys.modules["neox.train.trainer"]
-    plain = module.token_files
+    from neox.corpus import for_training
+
+    plain = for_training.token_files
 
     def token_files(config, run, quiet):
         if not (run / "slow").exists():
             (run / "slow").touch()
             time.sleep(seconds)
-        return plain(config, run, quiet=quiet)
+        return plain(config, run, quiet)
 
-    module.token_files = token_files
+    for_training.token_files = token_files
     return Trainer(config, quiet=True).fit().step
 
 
