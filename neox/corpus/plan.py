@@ -75,7 +75,7 @@ class Plan:
 
 def changed(name: str) -> ReadError:
     """Make the error of a file that was changed after it was planned or tokenized."""
-    hint = "put it back as it was, or remove the .outputs folder beside the output to begin anew"
+    hint = "put it back as it was, or remove the .parts folder beside the output to begin anew"
     return ReadError("changed", f"{name}: has changed since this run of prepare began: {hint}", 0)
 
 
@@ -162,8 +162,30 @@ class ShardOutputs:
         return any(self.folder.glob("*.idx"))
 
     def remove(self) -> None:
-        """Remove the folder and all in it; links in it are not followed."""
+        """Remove the folder and all in it; links in it are not followed.
+
+        The plan goes last but for the lock: a removal that is killed leaves a folder that is still `ours`.
+        """
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path not in (self.plan_file, self.folder / "lock"):
+                path.unlink()
+        self.plan_file.unlink(missing_ok=True)
         shutil.rmtree(self.folder)
+
+    def remove_finished(self, plan: Plan) -> None:
+        """Remove the folder that a run of `plan`, killed after its output was complete, has left.
+
+        Parts of another plan stay, as does a folder that is not `ours`. A run that holds it removes it itself.
+        """
+        if not self.folder.is_dir() or not self.ours:
+            return
+        with suppress(ValueError):
+            if self.plan_file.exists() and Plan.read(self.plan_file).key() != plan.key():
+                return
+            with self.locked():
+                self.remove()
 
     def locked(self, shared: bool = False) -> AbstractContextManager[IO[bytes]]:
         """Hold the folder: alone, or shared by the processes of a cluster.

@@ -108,6 +108,9 @@ def prepare(
         cleaning = Cleaning.of(plan, folder, options.dedup, options.decontaminate, on_error)
         plan = replace(plan, settings={**settings, "cleaning": cleaning.settings})
     if done := _finished(out_prefix, plan, on_error):
+        ShardOutputs(out_prefix).remove_finished(plan)
+        if cleaning:
+            cleaning.remove_finished()
         return _report(out_prefix, done, started, done_before=True)
     pair(out_prefix)[0].parent.mkdir(parents=True, exist_ok=True)
     count = options.workers or available_cores()

@@ -93,6 +93,43 @@ def test_a_finished_run_reads_nothing(
     assert prepare(corpus, tmp_path / "c", tokenizer, append_eod=False, progress=False, workers=1).documents == 401
 
 
+def test_what_a_kill_after_the_end_left_is_removed(
+    tmp_path: Path, corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output is complete, the working folders are there still; those of another plan stay."""
+    out, options = tmp_path / "out" / "c", {"progress": False, "workers": 1, "dedup": "exact"}
+    unlink, deleted = Path.unlink, 0
+    complete = out.with_suffix(".json")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def killed_midway(path: Path, missing_ok: bool = False) -> None:
+        nonlocal deleted
+        if path.parent.name == "c.parts" and complete.exists() and (deleted := deleted + 1) == 3:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    for name, value in {"neox.corpus.plan.ShardOutputs.remove": killed, "pathlib.Path.unlink": killed_midway}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(corpus, out, tokenizer, **options)
+        assert {"c.bin", "c.cleaning", "c.idx", "c.json", "c.parts"} <= set(listing(out.parent))
+        assert prepare(corpus, out, tokenizer, **options).done_before
+        assert listing(out.parent) == ["c.bin", "c.idx", "c.json", "c.removed.jsonl"]
+        for name in listing(out.parent):
+            unlink(out.parent / name)
+    prepare(corpus, out, tokenizer, progress=False, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("neox.corpus.preparation._Job.join", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(corpus, out, tokenizer, append_eod=False, progress=False, workers=1)
+    parts = listing(out.parent / "c.parts")
+    assert prepare(corpus, out, tokenizer, progress=False, workers=1).done_before
+    assert listing(out.parent / "c.parts") == parts
+
+
 KILLED = """
 import sys
 from neox.corpus import prepare

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -167,6 +167,12 @@ class Cleaning:
     def forget(self) -> None:
         """Remove the folder, once the output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_finished(self) -> None:
+        """Remove the folder that a run, killed after its output was complete, has left."""
+        if self.folder.is_dir() and not self.folder.is_symlink():
+            with suppress(ValueError), locked(self.folder):  # a run that holds it removes it itself
+                self.forget()
 
     def _name(self, shard: int, document: int) -> dict[str, Any]:
         """Source and numbers of a document of any shard."""
