@@ -39,7 +39,10 @@ class HuggingFaceFolder(WeightSource):
         return stored
 
     def names(self) -> Iterable[str]:
-        return sorted(self.shapes, key=lambda name: self._stored[families.their_names(self.config, name)[0]][1])
+        def place(name: str) -> tuple[bool, Path]:
+            return not name.startswith("embed_"), self._stored[families.their_names(self.config, name)[0]][1]
+
+        return sorted(self.shapes, key=place)  # file by file, so that each is opened once
 
     def read(self, name: str, shape: Sequence[int] | None = None, offsets: Sequence[int] | None = None) -> Tensor:
         whole, theirs = self.shapes[name], families.their_names(self.config, name)

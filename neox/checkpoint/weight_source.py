@@ -68,8 +68,11 @@ class WeightSource(ABC):
         """Type that the weights are stored in."""
 
     def names(self) -> Iterable[str]:
-        """Names of all parameters, in the order in which they are fastest to read."""
-        return self.shapes
+        """Names of all parameters, in the order in which to read them: embedding and head first.
+
+        These are the largest. Read last, a copy of one of them beside all other weights would be the peak of memory.
+        """
+        return sorted(self.shapes, key=lambda name: not name.startswith("embed_"))
 
     @abstractmethod
     def read(self, name: str, shape: Sequence[int] | None = None, offsets: Sequence[int] | None = None) -> Tensor:

@@ -56,6 +56,10 @@ def test_transform_gets_every_layer_once_with_its_weights(tmp_path, kind, flags)
     tied = ("embed_in", "embed_out") if model.config.tie_word_embeddings else ()
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     assert sorted(seen) == sorted(layers - set(tied))
+    # The largest layers come first: read last, a copy beside all other weights would be the peak of memory.
+    assert tied or sorted(seen[: sum(name.startswith("embed_") for name in seen)]) == sorted(
+        name for name in layers if name.startswith("embed_")
+    )
     left = {name for name, module in loaded.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     assert left == set(tied)
     if tied:
