@@ -5,7 +5,6 @@ slope of zero means that the width does not matter, so that settings which suit 
 rises breaks at some width (Yang et al. 2022, "Tensor Programs V", arXiv 2203.03466, appendix D.1).
 """
 
-import io
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -19,11 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neox.analysis.run_picture import COLOURS, GRID, INK, PAPER, SOFT
 from neox.config import Config, ModelConfig
 from neox.model.decoder import GPTNeoX
 from neox.system.device import resolve_device
-from neox.system.files import write_atomic
+from neox.system.pictures import COLOURS, INK, dress, new_figure, value_ticks, write_png
 from neox.train import build_optimizers, clip_gradients
 
 if TYPE_CHECKING:
@@ -147,37 +145,23 @@ def table(widths: Sequence[int], found: dict[str, NDArray[np.float64]]) -> str:
 
 def write_coordinates(path: Path, widths: Sequence[int], found: dict[str, NDArray[np.float64]], steps: int) -> None:
     """Write the picture of each parametrisation's sizes [widths, MOMENTS, OUTPUTS], as a PNG."""
-    picture = io.BytesIO()
-    coordinates_figure(widths, found, steps).savefig(picture, format="png")
-    write_atomic(path, picture.getvalue())
+    write_png(path, coordinates_figure(widths, found, steps))
 
 
 def coordinates_figure(widths: Sequence[int], found: dict[str, NDArray[np.float64]], steps: int) -> "Figure":
     """Draw the sizes over the width: rows are parametrisations, columns are moments, lines are kinds of output."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    figure = Figure(figsize=(12, 0.8 + 3.2 * len(found)), dpi=160, facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 0.8 + 3.2 * len(found))
     panels = figure.subplots(len(found), len(MOMENTS), sharex=True, sharey="col", squeeze=False)
     for row, (title, sizes) in zip(panels, found.items(), strict=True):
         for column, (axes, moment) in enumerate(zip(row, MOMENTS.values(), strict=True)):
             for number, kind in enumerate(OUTPUTS):
                 axes.loglog(widths, sizes[:, column, number], "o-", color=COLOURS[number], label=kind, markersize=4)
-            axes.set_title(title, loc="left", color=INK, weight="bold", fontsize=11)
-            axes.set_title(moment.format(steps), loc="right", color=SOFT, fontsize=9)
-            axes.set_facecolor(PAPER)
-            axes.xaxis.set_major_locator(FixedLocator(widths))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(lambda width, _: f"{width:.0f}")
-            axes.grid(color=GRID, linewidth=0.8)
-            axes.spines[:].set_color(GRID)
-            axes.tick_params(colors=SOFT, length=0, which="both")
+            dress(axes, title, moment.format(steps), grid="both", size=11)
+            value_ticks(axes.xaxis, widths)
     for axes in panels[-1]:
-        axes.set_xlabel("width", color=SOFT)
+        axes.set_xlabel("width")
     for row in panels:
-        row[0].set_ylabel("mean absolute value", color=SOFT)
+        row[0].set_ylabel("mean absolute value")
     lines, kinds = panels[0, 0].get_legend_handles_labels()
     figure.legend(lines, kinds, loc="outside lower center", ncols=len(kinds), frameon=False, labelcolor=INK)
     return figure

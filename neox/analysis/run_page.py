@@ -5,11 +5,9 @@ lost between the rows and the page; the page's script draws as many as there are
 """
 
 import base64
-import json
 import math
 import time
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,7 @@ import numpy as np
 
 from neox.analysis.runs import Array, Run, differences
 from neox.system.files import write_atomic
-
-PLACEHOLDER = "@@RUNS@@"
+from neox.system.pictures import template_page
 
 
 def write_page(path: Path, runs: Sequence[Run], x: str, y: str, share: float) -> None:
@@ -27,11 +24,8 @@ def write_page(path: Path, runs: Sequence[Run], x: str, y: str, share: float) ->
     x: steps, tokens or hours; y: log or linear; share: of the x axis that smoothing takes in. The reader may change
     all three.
     """
-    template = files(__package__).joinpath("run_page.html").read_text(encoding="utf-8")
-    before, after = template.split(PLACEHOLDER)
-    # Whatever a run or an option is called, it must not end the script that holds it.
-    text = json.dumps(page_data(runs, x, y, share), allow_nan=False).replace("<", "\\u003c")
-    write_atomic(path, f"{before}{text}{after}".encode())
+    page = template_page("neox.analysis", "run_page.html", page_data(runs, x, y, share))
+    write_atomic(path, page.encode())
 
 
 def page_data(runs: Sequence[Run], x: str, y: str, share: float) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Runs as one static picture, for a paper or a message: the panels of the page, through matplotlib."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,13 +7,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neox.analysis.runs import Array, Run, decimate, smooth
-from neox.system.files import write_atomic
+from neox.system.pictures import (
+    COLOURS,
+    INK,
+    PAPER,
+    SOFT,
+    dress,
+    engineering_ticks,
+    log_ticks,
+    new_figure,
+    number_ticks,
+    write_png,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, SOFT, GRID, PAPER = "#1d1a16", "#6a6156", "#e2dacd", "#fffdf9"
-COLOURS = ("#0b6e66", "#c8553d", "#4a5fb0", "#b07d12", "#8a4f8f", "#3f7d2f", "#a8456b", "#57534e")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)))
 PANELS = (
     ("loss", "Loss", "nats per token", True),
@@ -29,23 +37,23 @@ BINS = 1600  # about the columns of pixels that the widest panel has
 
 def write_picture(path: Path, runs: Sequence[Run], x: str, y: str, share: float) -> None:
     """Write a PNG of 2000 x 1360 pixels; arguments as for `page.write_page`."""
-    picture = io.BytesIO()
-    runs_figure(runs, x, y, share).savefig(picture, format="png")
-    write_atomic(path, picture.getvalue())
+    write_png(path, runs_figure(runs, x, y, share))
 
 
 def runs_figure(runs: Sequence[Run], x: str, y: str, share: float) -> "Figure":
     """Draw the runs as a matplotlib Figure, without pyplot and without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12.5, 8.5), dpi=160, facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12.5, 8.5)
     grid = figure.add_gridspec(2, 3, height_ratios=(1.35, 1))
     places = (grid[0, :], grid[1, 0], grid[1, 1], grid[1, 2])
     for place, (key, title, unit, log) in zip(places, PANELS, strict=True):
-        axes = figure.add_subplot(place, facecolor=PAPER)
-        _dress(axes, title, unit, x)
+        axes = figure.add_subplot(place)
+        axes.set_xlabel(AXES[x])
+        dress(axes, title, unit)
+        axes.margins(x=0.01)
+        number_ticks(axes.xaxis, 6, whole=x == "steps")
+        number_ticks(axes.yaxis)
+        if x == "tokens":
+            engineering_ticks(axes.xaxis)
         drawn: list[Array] = []
         for number, run in enumerate(runs):
             style: dict[str, Any] = {
@@ -63,7 +71,10 @@ def runs_figure(runs: Sequence[Run], x: str, y: str, share: float) -> "Figure":
         shown = np.concatenate(drawn) if drawn else np.empty(0)
         shown = shown[np.isfinite(shown)]
         if log and y == "log" and (shown > 0).any():
-            _log(axes, shown[shown > 0])
+            low, high = float(shown[shown > 0].min()), float(shown.max())
+            axes.set_yscale("log")
+            axes.set_ylim(low * 0.95, high * 1.05)
+            log_ticks(axes.yaxis, low, high)
         if key == "loss":
             held_out = any("valid_loss" in run.curves for run in runs)
             legend = axes.legend(
@@ -88,35 +99,3 @@ def _draw(axes: Any, x: Array, y: Array, soft: Array, style: dict[str, Any], nam
         lost, _ = decimate(lost, lost, BINS)
         edge = axes.get_xaxis_transform()
         axes.plot(lost, np.ones_like(lost), "x", color=style["color"], transform=edge, clip_on=False)
-
-
-def _dress(axes: Any, title: str, unit: str, x: str) -> None:
-    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
-
-    axes.set_title(title, loc="left", color=INK, weight="bold", fontsize=12)
-    axes.set_title(unit, loc="right", color=SOFT, fontsize=9)
-    axes.set_xlabel(AXES[x], color=SOFT)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x == "steps"))
-    if x == "tokens":
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    else:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axes.margins(x=0.01)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(colors=SOFT, length=0, which="both")
-
-
-def _log(axes: Any, shown: Array) -> None:
-    """Make the y axis logarithmic, with round tick labels even below two decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    low, high = float(shown.min()), float(shown.max())
-    axes.set_yscale("log")
-    axes.set_ylim(low * 0.95, high * 1.05)
-    decades = high / low > 30
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)) if decades else MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))

@@ -5,7 +5,6 @@ curves.png, curves.html.
 """
 
 import base64
-import io
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ from neox.config import load_config
 from neox.evaluation.evaluate import ALONE, evaluate
 from neox.evaluation.report import scores, table_page
 from neox.system.files import write_atomic
+from neox.system.pictures import COLOURS, dress, new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,6 @@ Point = tuple[int, float, float | None]  # step, value, standard error
 Curves = dict[str, list[Point]]  # "task metric": its points in order of steps
 
 COLUMNS, WIDE = 3, 64  # panels a row; last step / first step from which the axis is logarithmic
-COLOUR, INK, GRID = "#0b6e66", "#1d1a16", "#e2dacd"
 
 
 def checkpoints(source: str, steps: Sequence[int] | None) -> list[tuple[int, str]]:
@@ -114,36 +113,29 @@ def write(out: Path) -> None:
         name: dict(zip(("step", "value", "stderr"), map(list, zip(*points, strict=True)), strict=True))
         for name, points in curves.items()
     }
-    picture = io.BytesIO()
-    figure(curves).savefig(picture, format="png")
-    write_atomic(out / "curves.png", picture.getvalue())
-    write_atomic(out / "curves.html", _page(curves, picture.getvalue()).encode())
+    picture = png(figure(curves))
+    write_atomic(out / "curves.png", picture)
+    write_atomic(out / "curves.html", _page(curves, picture).encode())
     write_atomic(out / "curves.json", json.dumps(named, indent=2).encode())
 
 
 def figure(curves: Curves) -> "Figure":
     """Draw a panel for each curve; the band is one standard error on either side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns, rows = min(COLUMNS, len(curves)), -(-len(curves) // COLUMNS)
-    drawn = Figure(figsize=(4.6 * columns, 3.2 * rows), dpi=140, layout="constrained")
-    FigureCanvasAgg(drawn)
+    drawn = new_figure(4.6 * columns, 3.2 * rows)
     for number, (name, points) in enumerate(curves.items()):
         axes = drawn.add_subplot(rows, columns, number + 1)
         steps, values = [point[0] for point in points], [point[1] for point in points]
         errors = [point[2] or 0.0 for point in points]
         low = [value - error for value, error in zip(values, errors, strict=True)]
         high = [value + error for value, error in zip(values, errors, strict=True)]
-        axes.fill_between(steps, low, high, color=COLOUR, alpha=0.15, linewidth=0)
-        axes.plot(steps, values, color=COLOUR, marker="o", markersize=3.5)
+        axes.fill_between(steps, low, high, color=COLOURS[0], alpha=0.15, linewidth=0)
+        axes.plot(steps, values, color=COLOURS[0], marker="o", markersize=3.5)
         positive = [step for step in steps if step > 0]
         if positive and steps[-1] >= WIDE * positive[0]:
             axes.set_xscale("symlog", linthresh=positive[0])
-        axes.set_title(name, loc="left", color=INK, fontsize=10, parse_math=False)
         axes.set_xlabel("training step")
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        dress(axes, name, size=10)
     return drawn
 
 

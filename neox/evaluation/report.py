@@ -10,15 +10,10 @@ from lm_eval.utils import handle_non_serializable, hash_string, sanitize_list
 
 from neox.system.console import padded
 from neox.system.files import write_atomic
+from neox.system.pictures import html_page
 
 Results = dict[str, Any]
 HEADS = ("Task", "Version", "Filter", "Shots", "Metric", "Value", "Stderr")
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
-table { border-collapse: collapse } th, td { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left }
-td { white-space: pre; font-variant-numeric: tabular-nums }
-img { max-width: 100% }
-"""
 
 
 def metrics(row: Results) -> Iterator[tuple[str, str, Any, Any]]:
@@ -70,13 +65,9 @@ def page(results: Results) -> str:
 
 def table_page(title: str, above: str, heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     """Table as a self-contained HTML page; `above`, which is HTML, precedes the table."""
-    title = html.escape(title)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
     body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n'
-        f"<h1>{title}</h1>\n{above}\n<table>\n<tr>{head}</tr>\n{body}\n</table>\n</html>\n"
-    )
+    return html_page(title, f'{above}\n<div class="scroll"><table>\n<tr>{head}</tr>\n{body}\n</table></div>')
 
 
 def write(results: Results, out: Path) -> None:

@@ -1,6 +1,5 @@
 """Picture of the loss curve: training loss, validation points, compression baselines."""
 
-import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,12 +7,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neox.system.files import write_atomic
+from neox.system.pictures import BASE, COLOURS, PAPER, SOFT, dress, log_ticks, new_figure, number_ticks, write_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TRAIN, VALID, BASE, INK, SOFT, GRID, PAPER = "#0b6e66", "#c8553d", "#8a5a1c", "#1d1a16", "#6a6156", "#e2dacd", "#fffdf9"
+TRAIN, VALID = COLOURS[:2]
 
 
 def draw_loss_curve(
@@ -24,9 +23,7 @@ def draw_loss_curve(
     bytes_per_token: float | None = None,
 ) -> Path:
     """Draw a run as PNG (see `loss_figure`) and return its path; the file is the old picture or the new one, whole."""
-    picture = io.BytesIO()
-    loss_figure(rows, title, baselines, bytes_per_token).savefig(picture, format="png")
-    write_atomic(Path(path), picture.getvalue())
+    write_png(Path(path), loss_figure(rows, title, baselines, bytes_per_token))
     return Path(path)
 
 
@@ -59,14 +56,8 @@ def loss_figure(
     if not train and not valid:
         raise ValueError("no finite loss to draw: the run has logged none yet")
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-    from matplotlib.transforms import offset_copy
-
-    figure = Figure(figsize=(9, 5), dpi=160, facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=PAPER)
+    figure = new_figure(9, 5)
+    axes = figure.add_subplot()
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAIN, alpha=0.22, linewidth=0.9)
         steps = [step for step, _ in train]
@@ -79,27 +70,24 @@ def loss_figure(
     for name, value in (baselines or {}).items():
         axes.axhline(value, color=BASE, linewidth=1.1, linestyle=(0, (5, 4)), zorder=1)
         # On the left, below the steep beginning: nothing else is drawn there.
-        place = offset_copy(axes.get_yaxis_transform(), figure, y=2, units="points")
-        label = axes.text(0.005, value, f"{name} {value:.2f}", transform=place, color=BASE, ha="left", va="bottom")
-        label.set(weight="bold", parse_math=False)
+        label = axes.annotate(
+            f"{name} {value:.2f}", (0.005, value), (0, 2), axes.get_yaxis_transform(), "offset points", color=BASE
+        )
+        label.set(weight="bold", parse_math=False, ha="left", va="bottom")
     axes.set_yscale("log")
     values = [y for _, y in train + valid] + list((baselines or {}).values())
-    axes.set_ylim(min(values) * 0.92, max(values) * 1.05)
-    _label_values(axes)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    low, high = min(values) * 0.92, max(values) * 1.05
+    axes.set_ylim(low, high)
+    log_ticks(axes.yaxis, low, high, 9)
+    number_ticks(axes.xaxis, 9, whole=True)
     axes.margins(x=0.02)
-    axes.set_xlabel("training step", color=SOFT)
-    axes.set_ylabel("loss (nats per token)" if bytes_per_token is None else "loss (bits per byte)", color=SOFT)
-    axes.set_title(title, loc="left", color=INK, fontsize=14, weight="bold", pad=14, parse_math=False)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(colors=SOFT, length=0, which="both")
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (nats per token)" if bytes_per_token is None else "loss (bits per byte)")
+    dress(axes, title, size=14)
     if bytes_per_token is not None:
         right = axes.secondary_yaxis("right", functions=(lambda y: y / scale, lambda y: y * scale))  # type: ignore[operator]
         right.set_ylabel("nats per token", color=SOFT)
-        _label_values(right)
+        log_ticks(right.yaxis, low / scale, high / scale, 9)
         right.tick_params(colors=SOFT, length=0, which="both")
         right.spines["right"].set_visible(False)
     axes.legend(loc="upper right", frameon=False, labelcolor=SOFT)
@@ -123,12 +111,3 @@ def smooth(values: Sequence[float]) -> list[float]:
 def _points(rows: Iterable[Mapping[str, Any]], key: str, scale: float) -> list[tuple[int, float]]:
     values = ((row["step"], row.get(key)) for row in rows)
     return [(step, value * scale) for step, value in values if value is not None and 0 < value < math.inf]
-
-
-def _label_values(axes: Any) -> None:
-    """Label a short logarithmic axis with round numbers; matplotlib would show one or two labels."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
-
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())

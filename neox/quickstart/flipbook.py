@@ -5,17 +5,15 @@ policy that admits nothing from outside). The template is `flipbook.html`, with 
 """
 
 import codecs
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from neox.system.files import write_atomic
+from neox.system.pictures import template_page
 
-PLACEHOLDER = "@@FLIPBOOK_DATA@@"
 BITS_DECIMALS = 2
 _KEYS = ("step", "tokens_seen", "loss", "bpb", "samples", "surprise")
 
@@ -42,10 +40,8 @@ def write_flipbook(
 
     Raises ValueError where these do not fit together, OSError where `path` cannot be written.
     """
-    template = files(__package__).joinpath("flipbook.html").read_text(encoding="utf-8")
-    before, after = template.split(PLACEHOLDER)
-    data = embed_json(flipbook_data(pages, heldout, meta))
-    write_atomic(Path(path), f"{before}{data}{after}".encode())
+    page = template_page("neox.quickstart", "flipbook.html", flipbook_data(pages, heldout, meta))
+    write_atomic(Path(path), page.encode())
     return Path(path)
 
 
@@ -117,12 +113,6 @@ def merge_pieces(pieces: Iterable[bytes], bits: Iterable[float | None]) -> list[
     if tail := text + decoder.decode(b"", final=True):
         merged.append([tail, total if known else None])
     return merged
-
-
-def embed_json(data: object) -> str:
-    """JSON that is safe within a <script> element and reads back exactly: ASCII, without <, > and &."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _finite(value: float | None, decimals: int | None = None) -> float | None:

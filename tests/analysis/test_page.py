@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from neox import cli
-from neox.analysis.run_page import PLACEHOLDER, write_page
+from neox.analysis.run_page import write_page
 from neox.analysis.run_picture import runs_figure
 from neox.analysis.runs import read_runs
 from neox.cli.inspect import TOPICS
+from neox.system.pictures import DATA_PLACEHOLDER
 from tests.analysis.helpers import rows, write_run
 
 VOID = {"meta", "input", "br", "link", "hr", "img"}
@@ -102,7 +103,7 @@ def test_run_page_data_are_the_logged_rows(tmp_path):
     assert data["runs"][0]["facts"]["steps"] == 50
 
 
-NASTY = "</script><script>alert(1)</script><!-- & \" ' \u2028 " + PLACEHOLDER
+NASTY = "</script><script>alert(1)</script><!-- & \" ' \u2028 " + DATA_PLACEHOLDER
 
 
 def test_run_names_cannot_end_the_script(tmp_path):

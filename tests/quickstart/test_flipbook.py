@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neox.quickstart.flipbook import PLACEHOLDER, embed_json, flipbook_data, merge_pieces, write_flipbook
+from neox.quickstart.flipbook import flipbook_data, merge_pieces, write_flipbook
+from neox.system.pictures import DATA_PLACEHOLDER, STYLE, embed_json
 
 NASTY = (
     "</script><script>alert(1)</script><!-- <![CDATA[ ]]> -->\u2028\u2029\x00\ufffd\x1b\x7f&amp;\"'\\ \r\n\t"
-    + PLACEHOLDER
+    + DATA_PLACEHOLDER
 )
 
 
@@ -120,7 +121,7 @@ def test_flipbook_page_is_self_contained(tmp_path):
     assert not [attributes for _, attributes in page.elements if {"src", "href"} & attributes.keys()]
     policy = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"]
-    assert PLACEHOLDER not in html
+    assert DATA_PLACEHOLDER not in html
 
 
 def test_controls_have_names_and_ids_are_unique(tmp_path):
@@ -140,11 +141,12 @@ def test_controls_have_names_and_ids_are_unique(tmp_path):
 
 
 def palette():
-    css = files("neox.quickstart").joinpath("flipbook.html").read_text(encoding="utf-8")
-    light, dark = (
+    css = STYLE + files("neox.quickstart").joinpath("flipbook.html").read_text(encoding="utf-8")
+    found = [
         dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S)
-    )
-    return {"light": light, "dark": {**light, **dark}}
+    ]
+    light, dark, own_light, own_dark = found
+    return {"light": light | own_light, "dark": light | own_light | dark | own_dark}
 
 
 def contrast(one, other):
