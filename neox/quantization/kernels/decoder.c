@@ -78,28 +78,6 @@ int64_t neox_decoder_scratch(const decoder *d, int64_t rows, int64_t longest, in
     return product + 4 * divide_memory(d, rows, longest, threads, 0, &unused);
 }
 
-/* to = (x - mean) / sqrt(variance + eps) * weight + bias, of one row. */
-static void normalize(const float *x, const float *weight, const float *bias, float eps, int64_t width, float *to) {
-    floats sum = zeros(), squares = zeros();
-    for (int64_t k = 0; k < width; k += LANES) sum = add(sum, load_some(x + k, width - k));
-    const float mean = total(sum) / width;
-    for (int64_t k = 0; k < width; k += LANES) {
-        floats off = add(load_some(x + k, width - k), spread(-mean));
-        if (width - k < LANES) { /* what is beyond the row is no deviation */
-            float lanes[LANES];
-            store(lanes, off);
-            off = load_some(lanes, width - k);
-        }
-        squares = fused(off, off, squares);
-    }
-    const float inverse = 1 / sqrtf(total(squares) / width + eps);
-    for (int64_t k = 0; k < width; k += LANES) {
-        floats off = add(load_some(x + k, width - k), spread(-mean));
-        floats scaled = multiply(multiply(off, spread(inverse)), load_some(weight + k, width - k));
-        store_some(to + k, bias ? add(scaled, load_some(bias + k, width - k)) : scaled, width - k);
-    }
-}
-
 static void add_to(float *x, const float *y, int64_t count) {
     for (int64_t k = 0; k < count; k++) x[k] += y[k];
 }
@@ -171,18 +149,7 @@ INLINE void attend(const queries *a, int64_t dim, int64_t count) {
         for (int64_t s = to + 1; s < end - start; s++) scores[s] = -INFINITY;
         /* A whole number of blocks from a block's beginning on, as if the query were alone. */
         const int64_t own = from / POSITIONS * POSITIONS, stop = (to / POSITIONS + 1) * POSITIONS;
-        floats most = spread(-INFINITY), all = zeros();
-        for (int64_t s = own; s < stop; s += LANES) most = larger(most, load(scores + s));
-        float lanes[LANES], highest = -INFINITY;
-        store(lanes, most);
-        for (int k = 0; k < LANES; k++) highest = lanes[k] > highest ? lanes[k] : highest;
-        for (int64_t s = own; s < stop; s += LANES) {
-            store(scores + s, exponential(add(load(scores + s), spread(-highest))));
-            for (int64_t k = s; k < from; k++) scores[k] = 0;
-            for (int64_t k = to + 1; k < s + LANES; k++) scores[k] = 0;
-            all = add(all, load(scores + s));
-        }
-        inverse[i] = 1 / total(all);
+        inverse[i] = 1 / exponentials(scores + own, stop - own, from - own, to - own);
     }
     const int64_t common = first_seen(a, count - 1);
     for (int64_t part = 0; part < dim; part += PART) {

@@ -18,7 +18,8 @@ from neox.quantization.kernels.layout import CANDIDATES, Packed
 from neox.quantization.kinds import KINDS
 from neox.system import files, machine
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("panels.c", "decoder.c", "panels.h", "vectors.h"))
+NAMES = ("panels.c", "decoder.c", "panels.h", "functions.h", "vectors.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
 # The best first. Who has AVX-512 without VNNI is better off with AVX2: such processors slow down under AVX-512.
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")

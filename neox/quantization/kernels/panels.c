@@ -176,23 +176,6 @@ INLINE void tile(int kind, int r, const product *a, int64_t first, int64_t start
 
 /* ---- all of it --------------------------------------------------------------------------------------------------- */
 
-/* What enters a product of an MLP: v times the normal distribution's function, by erfc(z) = t e^(-z^2) P(t) for
-   t = 1 / (1 + z / 2) and P fitted within 5e-8; or that with tanh, v / (1 + e^(-2 sqrt(2 / pi) (v + 0.044715 v^3))). */
-INLINE floats activated(int function, floats v) {
-    if (function == GELU_TANH) {
-        floats cube = multiply(multiply(v, v), v), inner = fused(cube, spread(0.044715f), v);
-        return divide(v, add(spread(1), exponential(multiply(inner, spread(-1.59576912f)))));
-    }
-    static const float fit[] = {-0.0586365445f, 0.282454269f,  -0.482781866f, 0.272976035f, -0.0230881581f,
-                                0.201174647f,   0.243490698f,  0.282321328f,  0.282089551f};
-    floats z = multiply(v, spread(0.707106781f));
-    z = larger(z, multiply(z, spread(-1)));
-    floats t = divide(spread(1), fused(z, spread(0.5f), spread(1))), sum = spread(fit[0]);
-    UNROLL for (int i = 1; i < 9; i++) sum = fused(sum, t, spread(fit[i]));
-    floats tail = multiply(multiply(sum, t), multiply(spread(0.5f), exponential(multiply(z, multiply(z, spread(-1))))));
-    return multiply(v, where_negative(v, tail, add(spread(1), multiply(tail, spread(-1)))));
-}
-
 /* One group of k of one tile: x beside each other for the tile's rows, rounded where the kind asks for it. */
 static void arrange(int kind, int function, const product *a, const float *x, int64_t first, int64_t r, int64_t g) {
     int64_t from = g * GROUP, width = a->inputs - from < GROUP ? a->inputs - from : GROUP;

@@ -2,9 +2,7 @@
 
 #pragma once
 
-#include "vectors.h"
-
-enum { AS_IS, GELU, GELU_TANH }; /* what happens to x before it enters a product */
+#include "functions.h"
 
 typedef struct {
     int64_t kind, outputs, inputs;

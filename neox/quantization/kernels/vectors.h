@@ -213,19 +213,3 @@ INLINE void store_some(float *to, floats v, int64_t count) {
     store(lanes, v);
     memcpy(to, lanes, count * sizeof(float));
 }
-
-/* e^x within 2 units in the last place; x is cut to -87 .. 88. Taylor's series of e^r for |r| <= ln(2) / 2. */
-INLINE floats exponential(floats x) {
-    x = within(spread(-87), x, spread(88));
-    floats rounded = fused(x, spread(1.44269504f), spread(ROUNDER)), whole = add(rounded, spread(-ROUNDER));
-    floats r = fused(whole, spread(1.42860677e-6f), fused(whole, spread(-0.693145752f), x)); /* ln 2 in two parts */
-    floats sum = spread(1 / 5040.0f);
-    sum = fused(sum, r, spread(1 / 720.0f));
-    sum = fused(sum, r, spread(1 / 120.0f));
-    sum = fused(sum, r, spread(1 / 24.0f));
-    sum = fused(sum, r, spread(1 / 6.0f));
-    sum = fused(sum, r, spread(0.5f));
-    sum = fused(sum, r, spread(1));
-    sum = fused(sum, r, spread(1));
-    return multiply(sum, power_of_two(rounded));
-}
