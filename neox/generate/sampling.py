@@ -18,6 +18,7 @@ from neox.generate.grammar import OPTIONS, Constraint, check, read
 from neox.tokenizer import Tokenizer
 
 NOT_FINITE = "the model's logits are not finite: try dtype=fp32, or its weights are damaged"
+NO_TOKEN = "no token has a probability above 0 after penalties and filters: loosen them"
 
 
 class Sampling(SamplingConfig):
@@ -104,9 +105,12 @@ def distribution(logits: Tensor, sampling: Sampling, **past: Tensor) -> Tensor:
     """Sampling probabilities [V], float32, from logits [V]; `past` as in `apply_penalties`.
 
     After the penalties: temperature, top-k, top-p, min-p. top-k keeps ties at its border. top-p keeps a token while the
-    ones before it hold less than p. min-p applies to the tokens that top-p kept.
+    ones before it hold less than p, and always the first. min-p applies to the tokens that top-p kept.
+    Raises ValueError where the largest logit is not finite.
     """
     logits = apply_penalties(logits, sampling, **past)
+    if not -math.inf < logits.max() < math.inf:  # also false for nan
+        raise ValueError(NO_TOKEN)
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), logits.numel()).float()
     # The largest becomes 0 first and the divisor stays a normal float32, so that no temperature overflows.
@@ -117,6 +121,7 @@ def distribution(logits: Tensor, sampling: Sampling, **past: Tensor) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered
+        before[0] = -1.0  # a smaller p than float32 holds keeps it too
         probabilities[order[before >= sampling.top_p]] = 0
         probabilities /= probabilities.sum()
     if sampling.min_p > 0:
@@ -157,11 +162,12 @@ def sample_rows(logits: Tensor, settings: Tensor | None, filtered: bool) -> Tens
     if filtered:
         ordered, order = weights.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered
+        before[:, 0] = -1.0
         beyond = before >= torch.where(top_p < 1, top_p, math.inf).float()[:, None]
         weights = weights.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), 0)
         weights = weights.masked_fill(weights < min_p.float()[:, None] * weights.amax(dim=-1, keepdim=True), 0)
     tokens = torch.where(temperature == 0, best[:, 0], inverse_cdf(weights, uniform))
-    return torch.where(good, tokens, -1)
+    return torch.where(good & (weights.sum(dim=-1) > 0), tokens, -1)
 
 
 class Sampler:
@@ -212,7 +218,7 @@ class Sampler:
                 raise ValueError(NOT_FINITE)
             return token
         if self.sampling.temperature == 0:
-            token = int(apply_penalties(self._allowed(logits), self.sampling, **self._past).argmax())
+            token = int(distribution(self._allowed(logits), self.sampling, **self._past).argmax())
         else:
             probabilities = self.probabilities(logits).cpu()
             token = int(inverse_cdf(probabilities, torch.tensor(self.uniform(), dtype=torch.float64)))

@@ -340,7 +340,7 @@ def configs(draw) -> Config:
     for section, key, field in FIELDS:
         choices = typing.get_args(field.annotation)
         if kind(field):
-            value = VALUES[kind(field)]
+            value = st.floats(0.01, 100) if key == "repetition_penalty" else VALUES[kind(field)]
             if type(None) in choices:
                 value = st.none() | value
         elif key == "betas":

@@ -102,7 +102,7 @@ def test_an_interrupt_says_how_to_go_on(generate, tmp_path, monkeypatch):
         (["prompt=a", "temprature=1"], 2, "generate has no option temprature; did you mean temperature?"),
         (["prompt=a", "temperature=-1"], 1, "generate.temperature: must be greater than or equal to 0, got -1"),
         (["prompt=a", "min_p=2"], 1, "generate.min_p: must be less than or equal to 1"),
-        (["prompt=a", "repetition_penalty=0"], 1, "generate.repetition_penalty: must be greater than 0"),
+        (["prompt=a", "repetition_penalty=0"], 1, "generate.repetition_penalty: must be greater than or equal to 0.01"),
         (["prompt=a", "stop="], 1, "generate.stop: a stop text must not be empty"),
         (["prompt=a", "logprobs=-1"], 1, "generate.logprobs: must be greater than or equal to 0"),
         (["prompt=a", 'logit_bias={"the quick" = 1}'], 1, "generate.logit_bias: 'the quick' is 2 tokens ["),

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from neox.generate import Sampler, Sampling, distribution
+from neox.generate.sampling import sample_rows
 from tests.tiny import theirs
 
 options = {
@@ -235,30 +236,71 @@ def test_the_seed_decides():
     assert draws(1) != draws(2)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"temperature": -1.0},
-        {"temperature": math.nan},
-        {"max_tokens": 0},
-        {"repetition_penalty": 0.0},
-        {"repetition_penalty": math.inf},
-        {"min_p": -0.1},
-        {"min_p": 1.1},
-        {"stop": ["a", ""]},
-        {"stop": ""},
-        {"logprobs": -1},
-        {"presence_penalty": 2.1},
-        {"frequency_penalty": math.nan},
-        {"logit_bias": {3: 101}},
-        {"logit_bias": {" the": -math.inf}},
-    ],
+SENSELESS = (
+    {"top_p": 0.0},
+    {"top_p": 1.1},
+    {"temperature": -1.0},
+    {"temperature": math.nan},
+    {"max_tokens": 0},
+    {"repetition_penalty": 0.0},
+    {"repetition_penalty": 1e-40},
+    {"repetition_penalty": 1e30},
+    {"repetition_penalty": math.inf},
+    {"min_p": -0.1},
+    {"min_p": 1.1},
+    {"seed": -1},
+    {"seed": 2**63},
+    {"seed": 2**64},
+    {"stop": ["a", ""]},
+    {"stop": ""},
+    {"logprobs": -1},
+    {"presence_penalty": 2.1},
+    {"frequency_penalty": math.nan},
+    {"logit_bias": {3: 101}},
+    {"logit_bias": {" the": -math.inf}},
 )
-def test_senseless_values_are_refused(wrong):
-    with pytest.raises(ValueError, match=f"generate.{next(iter(wrong))}"):
-        Sampling(**wrong)
+
+
+def test_senseless_values_are_refused():
+    for wrong in SENSELESS:
+        with pytest.raises(ValueError, match=f"generate.{next(iter(wrong))}") as caught:
+            Sampling(**wrong)
+        assert "\n" not in str(caught.value), wrong
+
+
+def test_the_smallest_filters_keep_the_most_likely_token():
+    """top_p below the smallest float32 emptied the set, whose weights of nan drew the last token."""
+    logits = torch.tensor([0.1, 2.0, 0.3, 1.9])
+    for options in ({"top_p": 5e-324}, {"top_p": 1e-46}, {"top_p": 1e-10}, {"min_p": 1.0}, {"temperature": 5e-324}):
+        sampling = Sampling(**options)
+        assert distribution(logits, sampling).tolist() == [0, 1, 0, 0], options
+        columns = [[sampling.temperature], [sampling.top_k], [sampling.top_p], [sampling.min_p], [0.999]]
+        rows = sample_rows(logits[None], torch.tensor(columns, dtype=torch.float64), filtered=True)
+        assert rows.tolist() == [1], options
+
+
+def test_the_extreme_penalties_that_are_admitted_draw_tokens():
+    draw = torch.Generator().manual_seed(0)
+    for penalty in (0.01, 100.0):
+        for scale in (1e-30, 1.0, 1e30, 1e36):
+            logits = torch.randn(40, generator=draw) * scale
+            sampling = Sampling(repetition_penalty=penalty, presence_penalty=2, frequency_penalty=-2, temperature=1e-3)
+            past = {"seen": torch.arange(40) < 30, "counts": torch.arange(40) % 3.0}
+            weights = distribution(logits, sampling, **past)
+            assert weights.isfinite().all(), (penalty, scale)
+            assert weights.sum().item() == pytest.approx(1), (penalty, scale)
+
+
+def test_weights_without_a_token_are_an_error():
+    nothing = torch.full((4,), -math.inf)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="no token has a probability above 0"):
+            distribution(nothing, Sampling(temperature=temperature))
+        sampler = Sampler(Sampling(temperature=temperature, repetition_penalty=2.0), num_real_tokens=4)
+        with pytest.raises(ValueError, match="no token has a probability above 0"):
+            sampler(nothing)
+    settings = torch.tensor([[1.0], [0], [1.0], [0], [0.5]], dtype=torch.float64)
+    assert sample_rows(nothing[None], settings, filtered=True).tolist() == [-1]
 
 
 def test_one_stop_string_is_a_list_of_one():

@@ -32,7 +32,7 @@ class EvalTasksConfig(Section):
     """Number of documents per task, from the first on; below 1 a fraction of them; none = all."""
     num_fewshot: OptionalInt = Field(default=None, ge=0)
     """Examples before each question; none = as many as the task says."""
-    seed: OptionalInt = Field(default=None, ge=0)
+    seed: OptionalInt = Field(default=None, ge=0, lt=2**32)
     """Seed of few-shot examples and of sampling; none = lm-evaluation-harness's own seeds."""
     log_samples: bool = False
     """Write samples_TASK.jsonl too: each document with its prompts, answers and scores."""
@@ -69,8 +69,8 @@ class SamplingConfig(Section):
     """Sample from the smallest set of most likely tokens with this total probability; 1 = from all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Sample from tokens at least this fraction as likely as the most likely one; 0 = from all."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    """Factor above 1: tokens of the prompt and of the output so far become less likely; 1 = off."""
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    """Factor above 1: tokens of the prompt and of the output so far become less likely; 1 = off; 0.01 to 100."""
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     """Penalty subtracted from the logit of every token that the output already holds; -2 to 2."""
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -78,7 +78,7 @@ class SamplingConfig(Section):
     logit_bias: Biases = ()
     """Table of biases added to the logits, -100 to 100, keyed by token id or by a text that is one token:
     {" the" = -100, 262 = 5}."""
-    seed: NotNegative = 1234
+    seed: int = Field(default=1234, ge=0, lt=2**63)
     """Seed of the sampling; the same seed and prompt give the same text."""
     stop: Strings = ()
     """Texts that end the output before the first of them, also while streaming. Several: ["\\n\\n", "Q:"]."""
