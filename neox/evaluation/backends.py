@@ -7,7 +7,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.utils import simple_parse_args_string
 
-from neox.config.spelling import did_you_mean
+from neox.config.options import did_you_mean
 from neox.evaluation.adapter import EngineLM
 from neox.generate import Engine
 from neox.generate.loading import load_engine

@@ -5,6 +5,7 @@ curves.png, curves.html.
 """
 
 import base64
+import hashlib
 import json
 import math
 import sys
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neox.checkpoint import CheckpointError, complete_steps, step_number
-from neox.config import load_config
+from neox.checkpoint.checksums import NAME
+from neox.config import EvalConfig, load_config
+from neox.evaluation.asked import describe, is_answered, write_note
 from neox.evaluation.evaluate import ALONE, evaluate
 from neox.evaluation.report import scores, table_page
+from neox.evaluation.tasks import load_tasks
 from neox.system.files import write_atomic
 from neox.system.pictures import COLOURS, dress, new_figure, png
 
@@ -68,14 +72,16 @@ def follow_checkpoints(run: str, every: float = 5.0) -> Iterator[tuple[int, str]
 def evaluate_steps(models: Iterable[tuple[int, str]], out: Path, **options: Any) -> Curves:
     """Evaluate each of these checkpoints into OUT/step_NNNNNNNN, drawing the curves anew after each.
 
-    `options` are those of `evaluate`. Results that OUT holds for the same options are kept. A checkpoint that cannot
-    be loaded (damaged, or removed since) is skipped with a line on stderr.
+    `options` are those of `evaluate`. Results that OUT holds for the same weights, documents and options are kept. A
+    checkpoint that cannot be loaded (damaged, or removed since) is skipped with a line on stderr.
     """
     first, drawn = not options.get("processes", ALONE).rank, False
+    told = {key: value for key, value in options.items() if key not in ("processes", "progress", "device")}
+    tasks, _ = load_tasks(EvalConfig(tasks=options["tasks"]).tasks, options.get("include_path"))
     for step, model in models:
         folder = out / f"step_{step:08d}"
-        note, asked = folder / "asked.json", _asked(model, options)
-        if note.is_file() and note.read_text() == asked:
+        asked = describe(model, _identity(Path(model)), tasks, told)
+        if is_answered(folder, asked):
             continue
         try:
             evaluate(model, out=folder, **options)
@@ -83,7 +89,7 @@ def evaluate_steps(models: Iterable[tuple[int, str]], out: Path, **options: Any)
             print(f"neox: step {step} is skipped: {error}", file=sys.stderr)
             continue
         if first:
-            write_atomic(note, asked.encode())
+            write_note(folder, asked)
             write(out)
             drawn = True
     if first and not drawn:
@@ -91,9 +97,10 @@ def evaluate_steps(models: Iterable[tuple[int, str]], out: Path, **options: Any)
     return read(out)
 
 
-def _asked(model: str, options: dict[str, Any]) -> str:
-    told = {key: value for key, value in options.items() if key not in ("processes", "progress", "device")}
-    return json.dumps({"model": model, **told}, default=list, sort_keys=True)
+def _identity(step: Path) -> str:
+    """Hash the digests of a step's files and its run's tokenizer; "" for a model of the hub, named by its revision."""
+    files = [path for path in (step / NAME, step.parent / "tokenizer.json") if path.is_file()]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() if files else ""
 
 
 def read(out: Path) -> Curves:

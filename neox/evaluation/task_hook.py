@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from neox.config import Config
+from neox.evaluation.asked import describe, is_answered, write_note
 from neox.evaluation.curves import write
 from neox.evaluation.evaluate import evaluate
 from neox.evaluation.report import scores
 from neox.evaluation.tasks import load_tasks
 from neox.generate import Engine
 from neox.model.decoder import GPTNeoX
+from neox.system.fingerprint import fingerprint
 from neox.tokenizer import Tokenizer
 from neox.train import Trainer
 
@@ -30,7 +32,7 @@ class TaskHook:
     def __init__(self, config: Config) -> None:
         if not config.eval.tasks:
             raise ValueError("eval.tasks_every is set, but there are no tasks: name them, eval.tasks=lambada_openai")
-        load_tasks(config.eval.tasks, config.eval.include_path)
+        self.tasks, _ = load_tasks(config.eval.tasks, config.eval.include_path)
         self.config, self.begun = config, False
 
     def __call__(self, trainer: Trainer, step: int) -> None:
@@ -45,15 +47,21 @@ class TaskHook:
         if step % self.config.eval.tasks_every and step != self.config.train.steps:
             return
         folder = trainer.run / "evals" / f"step_{step:08d}"
-        if not begun and step and trainer.processes.all_reduce_max((folder / "results.json").exists()):
-            return  # a resumed run: its results up to here are kept
         with trainer.watchdog.paused():
             model = trainer.whole_model()
             if model is not None:  # on rank 0
                 with _state_restored(model):
-                    trainer.sinks.write({"step": step, **self._scores(trainer, model, folder)})
-                write(folder.parent)
+                    self._evaluate(trainer, model, step, folder, resumed=bool(step) and not begun)
             trainer.processes.all_reduce_max(0)  # the other processes wait here for rank 0
+
+    def _evaluate(self, trainer: Trainer, model: GPTNeoX, step: int, folder: Path, resumed: bool) -> None:
+        """Write results and scores; a resumed run keeps the results of these weights, documents and options."""
+        asked = describe("run", fingerprint(model.state_dict()), self.tasks, self.config.eval.asked)
+        if resumed and is_answered(folder, asked):
+            return
+        trainer.sinks.write({"step": step, **self._scores(trainer, model, folder)})
+        write_note(folder, asked)
+        write(folder.parent)
 
     def _scores(self, trainer: Trainer, model: GPTNeoX, folder: Path) -> dict[str, float]:
         engine = Engine(model, Tokenizer.from_file(trainer.run / "tokenizer.json"))

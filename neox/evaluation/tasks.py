@@ -7,7 +7,7 @@ from typing import Any
 
 from lm_eval.tasks import TaskManager
 
-from neox.config.spelling import did_you_mean
+from neox.config.options import did_you_mean
 from neox.system.console import one_line
 
 

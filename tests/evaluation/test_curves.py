@@ -87,6 +87,40 @@ def test_each_checkpoint_is_evaluated_as_by_itself_once_and_drawn(run, tasks, tm
     assert json.loads((tmp_path / "out" / "step_00000002" / "results.json").read_text())["config"]["limit"] == 3
 
 
+def test_cached_results_are_those_of_the_same_weights_and_documents(tasks, tmp_path, asked):
+    """A run deleted and trained anew at the same path, edited task data, and edited few-shot examples."""
+    own = tmp_path / "tasks"
+    shutil.copytree(tasks, own)
+    for path in own.glob("*.yaml"):
+        path.write_text(path.read_text().replace(str(tasks), str(own)))
+    said = {}
+    command = ["eval", str(tmp_path / "run"), "tasks=sums_choose", f"include_path={own}", f"out={tmp_path / 'out'}"]
+
+    def evaluated() -> list[float]:
+        assert cli.main([*command, "steps=2,4"]) == 0
+        return json.loads((tmp_path / "out" / "curves.json").read_text())["sums_choose acc"]["value"]
+
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        overrides = [*options(tmp_path), f"out={tmp_path / 'run'}", f"train.seed={seed}"]
+        assert Trainer(load_config(overrides=overrides), quiet=True).fit().finished
+        asked.clear()
+        said[seed] = evaluated()
+        assert asked == [48, 48], seed
+        evaluated()
+        assert asked == [48, 48], "asked again without a change"
+        for step in (2, 4):
+            alone = neox.evaluate(
+                tmp_path / "run" / f"step_{step:08d}", "sums_choose", include_path=str(own), progress=False
+            )
+            assert alone["results"]["sums_choose"]["acc,none"] == said[seed][[2, 4].index(step)]
+    asked.clear()
+    data = own / "sums.jsonl"
+    data.write_text(data.read_text().replace('"answer": 0', '"answer": 1'))
+    evaluated()
+    assert len(asked) == 2
+
+
 def test_the_picture_shows_the_points(run):
     points = [(0, 0.25, 0.1), (10, 0.5, 0.2), (1000, 0.75, None)]
     (axes,) = curves.figure({"a acc": points}).axes
