@@ -63,6 +63,27 @@ def is_step(folder: Path) -> bool:
     return (folder / ".metadata").exists() or folder.name.startswith("step_")
 
 
+FolderKind = Literal["absent", "empty", "step", "run", "huggingface", "other"]
+
+
+def folder_kind(path: Path) -> FolderKind:
+    """Tell what a path holds; hidden files and logs (.log, .out, .err) do not count.
+
+    A run has a lock, or what a copy without hidden files keeps: its config and its rows, or complete checkpoints.
+    """
+    if not path.is_dir():
+        return "other" if path.exists() else "absent"
+    names = {one.name for one in path.iterdir()}
+    if ".metadata" in names or (_STEP.match(path.resolve().name) and names & {"state.json", "config.toml"}):
+        return "step"
+    if ".lock" in names or {"config.toml", "metrics.jsonl"} <= names or complete_steps(path):
+        return "run"
+    if "config.json" in names or any(name.endswith(".safetensors") for name in names):
+        return "huggingface"
+    counted = [name for name in names if not name.startswith(".") and not name.endswith((".log", ".out", ".err"))]
+    return "other" if counted else "empty"
+
+
 def step_tokenizer(folder: Path) -> "Tokenizer | None":
     """Tokenizer beside a checkpoint, or that of its run; None where there is none."""
     path = next((p for p in (folder / TOKENIZER, folder.parent / TOKENIZER) if p.exists()), None)

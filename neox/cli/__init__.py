@@ -64,7 +64,7 @@ def _run(argv: list[str]) -> int:
         return 0
     name, arguments = argv[0], argv[1:]
     if name not in VERBS:
-        from neox.config.spelling import did_you_mean
+        from neox.config.options import did_you_mean
 
         raise UsageError(f"no verb {name!r}; {did_you_mean(name, VERBS)}")
     verb = _module(name)

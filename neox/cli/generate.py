@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from neox.cli.launch import launch
+from neox.cli.launch import end_with_launcher, launch
 from neox.cli.loading_options import LoadingOptions
 from neox.cli.verb import UsageError, one_model, read_all
 from neox.config import GenerateConfig, TrainConfig
@@ -79,6 +79,7 @@ def run(targets: list[str], options: list[str]) -> int | None:
     from neox.generate.prompts import read_prompts
     from neox.system.processes import is_first, is_launched
 
+    end_with_launcher()
     # Loading may take minutes: wrong files are refused before.
     sampling = Sampling.of(chosen)
     prompts = None if chosen.prompts is None else read_prompts(chosen.prompts)

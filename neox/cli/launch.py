@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 import uuid
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from neox.config import Config, TrainConfig
+
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+LAUNCHER = "NEOX_LAUNCHER"
+"""Environment variable with the number of the process that started this one."""
+
+
+def end_with_launcher() -> None:
+    """Have this process end, with a save, when the launcher that started it is killed: nobody else would stop it."""
+    launcher = os.environ.get(LAUNCHER)
+    if not launcher:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(launcher):  # it died before the call
+            os.kill(os.getpid(), signal.SIGTERM)
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(launcher):
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def processes_here(config: Config) -> int:
@@ -47,6 +74,7 @@ def launch(arguments: list[str], number: int, config: TrainConfig) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousParameters
     from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+    os.environ[LAUNCHER] = str(os.getpid())
     # Each process would take all cores. What the user has set stays.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
     name = uuid.uuid4().hex

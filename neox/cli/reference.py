@@ -19,8 +19,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 from neox.config import SECTIONS, Config, Section, presets
-from neox.config.options import section_of
-from neox.config.spelling import spell
+from neox.config.options import section_of, spell
 
 MARKED = re.compile(r"(<!-- options ([\w ]+?)(?:: ([\w. ]+))? -->\n).*?(<!-- end of options -->)", re.DOTALL)
 TOPICS = ("inspect run", "inspect tokenizer", "inspect data", "inspect coordinates")

@@ -1,7 +1,7 @@
 """Train a model on text or prepared tokens; continue a stopped run.
 
 neox train [PRESET] [FILE.toml ...] data.train=SOURCE [out=RUN_DIR] [key=value ...]
-neox train resume=RUN_DIR [key=value ...]
+neox train resume=RUN_DIR[/step_N] [key=value ...]
 neox train ... out=RUN_DIR resume=auto
 
 SOURCE is a prefix that `neox prepare` wrote, or text, which is tokenized first: everything that
@@ -47,7 +47,7 @@ class TrainOptions(Section):
     """Options of `neox train` besides those of the config."""
 
     resume: str = Field(default="", title="RUN_DIR")
-    """Run to continue, by its own config; auto = begin the run in out=, or continue it."""
+    """Run, or one of its steps, to go on from by its own config; auto = begin the run in out=, or continue it."""
 
 
 OPTIONS = (
@@ -61,13 +61,14 @@ OPTIONS = (
 def run(targets: list[str], options: list[str]) -> int:
     """Run the verb."""
     from neox.checkpoint import complete_steps, is_valid, step_number
-    from neox.cli.launch import launch, processes_here
+    from neox.cli.launch import end_with_launcher, launch, processes_here
     from neox.system.processes import OtherProcessFailed, first_of_host, is_launched
     from neox.train import Trainer
     from neox.train.run_directory import refuse_existing
 
+    end_with_launcher()
     try:
-        config, resumed = _asked(targets, options)
+        config, resumed, step = _asked(targets, options)
         hooks: list[Callable[[Trainer, int], None]] = []
         if config.log.sample_every:
             from neox.analysis.sample_hook import SampleHook
@@ -77,14 +78,15 @@ def run(targets: list[str], options: list[str]) -> int:
             from neox.evaluation.task_hook import TaskHook
 
             hooks.append(TaskHook(config))
-        trainer = Trainer(config, resume=resumed, hooks=tuple(hooks))
+        trainer = Trainer(config, resume=resumed, from_step=step, hooks=tuple(hooks))
     except (UsageError, ValueError):
         if not first_of_host():
             raise OtherProcessFailed("the first process of this host prints the error") from None
         raise
     folder, steps = Path(config.log.out), config.train.steps
     again = f"neox train resume={shlex.quote(str(folder))}"
-    if resumed and (done_steps := complete_steps(folder)):
+    done_steps = [one for one in complete_steps(folder) if step is None or step_number(one) <= step]
+    if resumed and done_steps:
         done = step_number(done_steps[-1])
         if done >= steps and is_valid(done_steps[-1]):  # a damaged checkpoint is written again
             if first_of_host():
@@ -112,23 +114,24 @@ def run(targets: list[str], options: list[str]) -> int:
     return 128 + result.signal
 
 
-def _asked(targets: list[str], options: list[str]) -> tuple[Config, bool]:
-    """The config of a command, and whether it may continue its run."""
-    from neox.checkpoint import complete_steps
-    from neox.train import run_config
+def _asked(targets: list[str], options: list[str]) -> tuple[Config, bool, int | None]:
+    """The config of a command, whether it may continue its run, and from which step if not from the newest."""
+    from neox.checkpoint.steps import folder_kind
+    from neox.train.run_directory import run_config, step_to_resume
 
     chosen, overrides = read_options(TrainOptions, options)
     if "resume" not in chosen.model_fields_set:
-        return resolve(targets, overrides), False
+        return resolve(targets, overrides), False, None
     placed = [override for override in overrides if parse_override(override)[:2] == ("log", "out")]
     if chosen.resume == "auto":
         begun = resolve(targets, overrides)
         run = Path(begun.log.out)
-        if not ((run / "config.toml").is_file() or complete_steps(run)):
-            return begun, True
-        return run_config(run, [override for override in overrides if override not in placed]), True
+        if folder_kind(run) != "run" or not (run / "config.toml").is_file():
+            return begun, True, None
+        return run_config(run, [override for override in overrides if override not in placed], begun), True, None
     if targets:
         raise UsageError(f"resume= continues the run with its own config: leave out {targets[0]}")
     if placed:
         raise UsageError("a run is resumed in its own directory: leave out out=, or set resume=auto")
-    return run_config(Path(chosen.resume), overrides), True
+    run, step = step_to_resume(Path(chosen.resume))
+    return run_config(run, overrides), True, step

@@ -62,7 +62,7 @@ def read_all(verb: str, cls: type[S], options: Sequence[str]) -> S:
 
     Raises UsageError for an unknown option, ConfigError for a wrong value.
     """
-    from neox.config.spelling import did_you_mean
+    from neox.config.options import did_you_mean
 
     own, rest = read_options(cls, options)
     if rest:

@@ -3,22 +3,37 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.steps import complete_steps, latest_valid, read_step
+from neox.checkpoint.steps import (
+    complete_steps,
+    folder_kind,
+    invalidate_after,
+    is_due,
+    latest_valid,
+    read_step,
+    step_folder,
+    step_number,
+)
 from neox.config import Config, load_config
-from neox.system.files import read_rows, try_lock
+from neox.config.options import parse_override
+from neox.system.files import read_rows, try_lock, write_atomic
 from neox.system.processes import Processes, launched
 
+CODE = ("include_path", "tasks")
+"""Options of `eval` that name task files, whose YAML may import Python functions."""
 
-def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
+
+def run_config(run: Path, overrides: Iterable[str] = (), asked: Config | None = None) -> Config:
     """Config that a resumed run continues with: its own, with the overrides on top.
 
     RUN/config.toml holds what the run was last started or resumed with; a copy without it has its newest checkpoint's.
-    Raises ValueError where the directory holds neither.
+    `asked` is the config of the command line's own recipes. Raises ValueError where the directory holds neither, and
+    where its config names task files that would be loaded, and the command does not.
     """
     kept = run / "config.toml"
     if not kept.is_file():
@@ -30,32 +45,121 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
             return step / "config.toml"
 
         kept = latest_valid(run, use)
+    overrides = list(overrides)
     config = load_config(files=[kept], overrides=overrides)
+    if config.eval.tasks_every:
+        named = {parse_override(override)[:2] for override in overrides}
+        for key in CODE:
+            value = getattr(config.eval, key)
+            files = [one for one in ([value] if key == "include_path" else value) if one and _is_file(one)]
+            if files and ("eval", key) not in named and not (asked and getattr(asked.eval, key) == value):
+                raise ValueError(
+                    f"{kept}: eval.{key} names {files[0]}, and task files may run code, which a run directory may not "
+                    f"ask for: name it again on the command line, eval.{key}=..., or set eval.tasks_every=0"
+                )
     # The run may have been moved: it is where it was found.
     return config.model_copy(update={"log": config.log.model_copy(update={"out": str(run)})})
 
 
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or Path(name).exists()
+
+
+def step_to_resume(path: Path) -> tuple[Path, int | None]:
+    """The run that `resume=PATH` names, and the step where PATH is one of its checkpoints.
+
+    Raises ValueError where PATH is neither, or an incomplete checkpoint.
+    """
+    kind = folder_kind(path)
+    if kind == "step" or _looks_like_step(path):
+        if not (path / ".metadata").is_file():
+            raise ValueError(f"{path}: is no complete checkpoint (no .metadata): resume={path.resolve().parent}")
+        return path.resolve().parent, step_number(path.resolve())
+    if kind in ("absent", "huggingface") or (kind == "other" and not (path / "config.toml").is_file()):
+        start = f"start one with `neox train ... out={path}`"
+        advice = f"train.init={path} starts one from its weights" if kind == "huggingface" else start
+        raise ValueError(f"{path}: holds no run (no config.toml): {advice}")
+    return path, None
+
+
+def _looks_like_step(path: Path) -> bool:
+    return path.is_dir() and path.resolve().name.startswith("step_")
+
+
 def refuse_existing(run: Path) -> None:
-    """Raise ValueError if the directory holds a run: a new one could not be told from it."""
+    """Raise ValueError if a new run cannot have the directory: it holds a run, or anything else of somebody's."""
+    kind = folder_kind(run)
+    if kind == "step":
+        whole = run.resolve().parent
+        raise ValueError(f"{run}: is a checkpoint of {whole}: continue with resume={run}, or choose another out=")
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run}: is a file, no run directory: choose another out=")
+    if kind in ("huggingface", "other"):
+        raise ValueError(f"{run}: holds files that are no part of a run: choose another out=, a new folder")
     if complete_steps(run) or (run / "metrics.jsonl").exists():
         raise ValueError(f"{run}: holds a run: continue it with `neox train resume={run}`, or choose another out=")
 
 
+def check_checkpoints(run: Path, quiet: bool) -> None:
+    """Raise ValueError where a run has got beyond a checkpoint that it must have saved, and has none.
+
+    A disk that is not mounted and a purge look like this; going on would begin anew and drop the rows. A run that was
+    killed before its first checkpoint begins again, with a line that says so.
+    """
+    rows = run / "metrics.jsonl"
+    if not rows.is_file() or complete_steps(run):
+        return
+    last = max((row["step"] for row in read_rows(rows) if isinstance(row.get("step"), int)), default=0)
+    kept = load_config(files=[run / "config.toml"]).checkpoint
+    due = [step for step in range(last) if is_due(kept, step)]
+    if due and not any(run.glob("step_*")):
+        raise ValueError(
+            f"{run}: metrics.jsonl goes up to step {last}, but the checkpoints are gone (step {due[-1]} was saved): "
+            "put them back (is a disk not mounted?), or begin anew with another out="
+        )
+    if last and not quiet:
+        print(f"neox: {run}: no checkpoint had been written: begins again at step 1", file=sys.stderr)
+
+
+def go_back(run: Path, step: int) -> None:
+    """Set aside what a run has beyond a step: its checkpoints, by their .metadata, and a copy of its rows."""
+    beyond = [step_number(folder) for folder in complete_steps(run) if step_number(folder) > step]
+    rows = run / "metrics.jsonl"
+    if not beyond and not any(row.get("step", 0) > step for row in (read_rows(rows) if rows.exists() else ())):
+        return
+    aside = [f"the checkpoint{'s' if len(beyond) > 1 else ''} of {', '.join(map(str, beyond))}"] if beyond else []
+    if rows.exists():
+        copy = run / f"metrics.before_step_{step:08d}.jsonl"
+        write_atomic(copy, rows.read_bytes())
+        aside.append(f"the rows, copied to {copy.name}")
+    invalidate_after(run, step_folder(run, step), "superseded")
+    print(f"neox: {run}: goes on from step {step}; set aside: {'; '.join(aside)}", file=sys.stderr)
+
+
 @contextlib.contextmanager
-def opened(run: Path, resume: bool, processes: Processes) -> Iterator[bool]:
+def opened(run: Path, resume: bool, processes: Processes, step: int | None = None) -> Iterator[bool]:
     """Inside, the run directory has this run as its only writer; yields True if the run continues.
 
-    It does on `resume`, and where the torchrun job of this process began it. Raises ValueError where another process
-    writes the directory, and where it holds a run that is not to be continued.
+    It does on `resume`, from its newest checkpoint or from `step`, and where the torchrun job of this process began
+    it. Raises ValueError where another process writes the directory, where it holds a run that is not to be continued
+    or anything else than a run, and where the checkpoints of a run are gone.
     """
+    if folder_kind(run) not in ("run", "absent", "empty"):
+        refuse_existing(run)  # before a file is written there
     run.mkdir(parents=True, exist_ok=True)
     with only_writer(run, processes):
-        resume = bool(processes.all_reduce_max(resume or begun_by_this_launch(run)))
+        begun = begun_by_this_launch(run)
+        resume = bool(processes.all_reduce_max(resume or begun))
         # Looked at under the lock: a run that another process has just finished must not be begun again.
-        if not resume:
+        if resume:
+            check_checkpoints(run, quiet=processes.rank > 0)
+        else:
             refuse_existing(run)
-        if not processes.rank:
-            note_launch(run)
+        with processes.rank_zero_first():
+            if not processes.rank:
+                if step is not None and not begun:
+                    go_back(run, step)
+                note_launch(run)
         yield resume
 
 

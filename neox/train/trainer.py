@@ -75,13 +75,14 @@ class Trainer:
         config: Config,
         *,
         resume: bool = False,
+        from_step: int | None = None,
         hooks: tuple[Callable[["Trainer", int], None], ...] = (),
         quiet: bool = False,
         tp_plan: "Plan | None" = None,
     ) -> None:
         self.config, self.hooks, self.quiet, self.tp_plan = config, hooks, quiet, tp_plan
         self.run = Path(config.log.out)
-        self.resume = resume
+        self.resume, self.from_step = resume, from_step
         check_named(config)
         check_trackers(config)
         self.state: TrainState
@@ -96,7 +97,7 @@ class Trainer:
             self.device = local_device(self.config.train.device)
             self.dims = parallel_dims(self.config.parallel, processes, self.device)
             self.quiet = self.quiet or processes.rank > 0
-            with opened(self.run, self.resume, processes) as self.resume:
+            with opened(self.run, self.resume, processes, self.from_step) as self.resume:
                 self.goodput = Goodput.of(self.run) if self.resume else Goodput()
                 with Watchdog(self.config.train, self.run, processes) as self.watchdog:
                     with self.goodput.spending("starting"):

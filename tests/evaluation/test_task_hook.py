@@ -72,7 +72,10 @@ def test_task_hook_of_a_resumed_run_does_not_repeat(tmp_path, asked, capsys):
     assert cli.main(["train", *text, *asked, out, "steps=2"]) == 0
     assert "step 2: sums_choose acc 0." in capsys.readouterr().err
     stamp = (tmp_path / "run" / "evals" / "step_00000002" / "results.json").stat().st_mtime_ns
-    assert cli.main(["train", f"resume={tmp_path / 'run'}", "steps=4"]) == 0
+    again = f"eval.include_path={tmp_path / 'tasks'}"
+    assert cli.main(["train", f"resume={tmp_path / 'run'}", "steps=4"]) == 1
+    assert "task files may run code, which a run directory may not ask for: name it" in capsys.readouterr().err
+    assert cli.main(["train", f"resume={tmp_path / 'run'}", "steps=4", again]) == 0
     assert list(scored(tmp_path / "run")) == [0, 2, 4]
     assert (tmp_path / "run" / "evals" / "step_00000002" / "results.json").stat().st_mtime_ns == stamp
 

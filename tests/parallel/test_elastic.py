@@ -276,3 +276,18 @@ def test_a_second_interrupt_reaches_them_too(tmp_path):
     assert "Traceback" not in err
     assert f"continue from the last checkpoint: neox train resume={run}" in err
     assert not any(os.path.exists(f"/proc/{process}") for process in ranks.values())
+
+
+def test_processes_end_with_a_save_when_their_launcher_is_killed(tmp_path):
+    """kill -9 of `neox train` left its processes training for hundreds of steps."""
+    run = tmp_path / "run"
+    launched = neox_train(tmp_path / "log", *arguments(tmp_path, "steps=100000", f"out={run}", "dp_shard=2"))
+    wait_for_rows(run, 3, launched)
+    ranks = launched.ranks().values()
+    launched.process.kill()
+    launched.process.communicate(timeout=HANGS)
+    ended = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < ended, "a process trains on"
+        time.sleep(0.1)
+    assert len(rows(run)) == int(complete(run)[-1].name.removeprefix("step_"))

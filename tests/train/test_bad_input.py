@@ -134,7 +134,7 @@ def test_config(tmp_path, refuse):
     refuse(data, "seq_length=5000", words=("data.seq_length: 5000 is more than",))
     refuse(data, "device=cuda", words=("device 'cuda' is not available",)) if not _cuda() else None
     (tmp_path / "file").write_text("")
-    refuse(data, f"out={tmp_path / 'file'}", words=("file: File exists",))
+    refuse(data, f"out={tmp_path / 'file'}", words=("file: is a file, no run directory",))
 
 
 def _cuda() -> bool:

@@ -209,6 +209,7 @@ def train(tmp_path, *more):
 
 def test_a_tracker_that_cannot_begin(tmp_path, capsys):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()  # a run that has begun
     (tmp_path / "run" / "tensorboard").write_text("in the way")
     assert train(tmp_path, "log.tensorboard=true") == [1, 2, 3, 4]
     err = capsys.readouterr().err
