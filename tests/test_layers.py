@@ -204,7 +204,7 @@ def test_what_the_trainer_imports_can_be_read():
 
 def test_the_spine_is_read_in_an_afternoon():
     """Config with its sections and parsing, presets, decoder, cache, TP plan, trainer, engine."""
-    names = ("config/config.py", "config/options.py", "config/spelling.py", "config/presets.py", "model/decoder.py")
+    names = ("config/config.py", "config/options.py", "config/presets.py", "model/decoder.py")
     names += ("model/cache.py", "parallel/tp_plan.py", "train/trainer.py", "generate/engine.py")
     files = [*(PACKAGE / name for name in names), *sorted((PACKAGE / "config" / "sections").glob("*.py"))]
     listed = "\n".join(f"{lines([path]):5} {path.relative_to(PACKAGE)}" for path in files)

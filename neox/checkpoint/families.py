@@ -6,6 +6,7 @@ Shapes: H heads, D head_dim, C hidden, R rotary dims.
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ _GPT_NEO = {
 ARCHITECTURES = {"gpt_neox": "GPTNeoXForCausalLM", "gptj": "GPTJForCausalLM", "gpt_neo": "GPTNeoForCausalLM"}
 
 
+ROPE_OPTIONS = frozenset(name for name in ModelConfig.model_fields if name.startswith("rope_"))
+
+
 def their_names(config: ModelConfig, name: str) -> tuple[str, ...]:
     """Stored names of our parameter `name`: one, or those of q, k and v."""
     if config.model_type == "gpt_neox":
@@ -55,9 +59,21 @@ def their_names(config: ModelConfig, name: str) -> tuple[str, ...]:
     return tuple(f"transformer.h.{layer}.{theirs}.{kind}" for theirs in table[module])
 
 
-def canonical(config: ModelConfig, stored: str) -> str:
-    """Spell a stored name in one way: GPT-NeoX's head is `embed_out`, since transformers 5 also `lm_head`."""
-    return "embed_out.weight" if config.model_type == "gpt_neox" and stored == "lm_head.weight" else stored
+def canonical(config: ModelConfig, stored: Iterable[str]) -> dict[str, str]:
+    """Spell stored names in one way: {our spelling: stored name}.
+
+    GPT-NeoX's head is `embed_out`, since transformers 5 also `lm_head`. A model without a head, such as GPTNeoXModel,
+    is saved without the prefix.
+    """
+    stored, prefix = list(stored), "gpt_neox." if config.model_type == "gpt_neox" else "transformer."
+    bare = not any(name.startswith(prefix) for name in stored)
+
+    def spelled(name: str) -> str:
+        if name.startswith(("embed_out.", "lm_head.")):
+            return "embed_out.weight" if config.model_type == "gpt_neox" and name == "lm_head.weight" else name
+        return prefix + name if bare else name
+
+    return {spelled(name): name for name in stored}
 
 
 def _half_rotation_order(config: ModelConfig) -> Tensor:
@@ -104,11 +120,7 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _read_gpt_neox(raw: dict[str, Any]) -> dict[str, Any]:
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or rope.get("rope_type") or "default"
-    if kind != "default":
-        raise ValueError(f"config.json asks for rope_type {kind!r}: neox supports the default rotary positions only")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     bias = raw.get("attention_bias", True)
     return {
         "model_type": "gpt_neox",
@@ -118,9 +130,9 @@ def _read_gpt_neox(raw: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": raw["num_attention_heads"],
         "intermediate_size": raw.get("intermediate_size"),
         "hidden_act": raw.get("hidden_act", "gelu"),
-        "max_position_embeddings": raw.get("max_position_embeddings", 2048),
         "rotary_pct": float(rope.get("partial_rotary_factor", raw.get("rotary_pct", 0.25))),
         "rotary_emb_base": float(rope.get("rope_theta", raw.get("rotary_emb_base", 10000.0))),
+        **_read_rope_scaling(rope, raw.get("max_position_embeddings", 2048)),
         "layer_norm_eps": raw.get("layer_norm_eps", 1e-5),
         "use_parallel_residual": raw.get("use_parallel_residual", True),
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
@@ -129,6 +141,55 @@ def _read_gpt_neox(raw: dict[str, Any]) -> dict[str, Any]:
         "dense_bias": bias,
         **_dropout(raw, "hidden_dropout", "attention_dropout"),
     }
+
+
+def _read_rope_scaling(rope: dict[str, Any], context: int) -> dict[str, Any]:
+    """Read context and rope scaling from the table `rope_parameters`, formerly `rope_scaling`, as transformers does."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "linear", "dynamic", "yarn"):
+        raise ValueError(f"config.json asks for rope_type {kind!r}: neox has default, linear, dynamic and yarn")
+    if kind == "default":
+        return {"max_position_embeddings": context}
+    factor = rope["factor"]
+    if kind == "linear":
+        return {"max_position_embeddings": context, "rope_scaling": kind, "rope_factor": float(factor)}
+    if kind == "dynamic":  # transformers counts the context from before the scaling
+        stretched = int(context * factor)
+        read = {"rope_scaling": kind, "rope_factor": float(factor), "rope_original_context": context}
+        return {"max_position_embeddings": stretched, **read}
+    if not rope.get("truncate", True):
+        raise ValueError("config.json asks for yarn with truncate = false, which neox does not have")
+    original = rope.get("original_max_position_embeddings") or context
+    factor = float(context / original if factor is None else factor)
+    attention = rope.get("attention_factor")
+    if attention is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        one, all_dims = (0.1 * rope[key] * math.log(factor) + 1 for key in ("mscale", "mscale_all_dim"))
+        attention = one / all_dims
+    return {
+        "max_position_embeddings": context,
+        "rope_scaling": kind,
+        "rope_factor": factor,
+        "rope_original_context": original,
+        "rope_attention_factor": attention,
+        "rope_beta_fast": float(rope.get("beta_fast") or 32),
+        "rope_beta_slow": float(rope.get("beta_slow") or 1),
+    }
+
+
+def _write_rope_scaling(config: ModelConfig) -> dict[str, Any]:
+    """Write the table `rope_parameters`: the inverse of `_read_rope_scaling`."""
+    table: dict[str, Any] = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling}
+    if config.rope_scaling != "none":
+        table["factor"] = config.rope_factor
+    if config.rope_scaling == "yarn":
+        table |= {
+            "original_max_position_embeddings": config.rope_context,
+            "beta_fast": config.rope_beta_fast,
+            "beta_slow": config.rope_beta_slow,
+        }
+        if config.rope_attention_factor is not None:
+            table["attention_factor"] = config.rope_attention_factor
+    return table | {"rope_theta": config.rotary_emb_base, "partial_rotary_factor": config.rotary_pct}
 
 
 def _dropout(raw: dict[str, Any], hidden: str, attention: str, embedding: str | None = None) -> dict[str, Any]:
@@ -223,6 +284,10 @@ def write_config(config: ModelConfig, dtype: torch.dtype, eos: int | None) -> di
         free.add("rotary_pct")  # GPT-J writes the number of dims
     if not config.rotary_dim:
         free.add("rotary_emb_base")
+    if config.rope_scaling == "none":
+        free |= ROPE_OPTIONS
+    elif config.rope_scaling == "linear" or read_back.rope_context == config.rope_context:
+        free.add("rope_original_context")
     if read_back.dropout == config.dropout:
         free.add("embedding_dropout")  # GPT-NeoX has one number for it and the branches
     for field in type(config).model_fields:
@@ -241,14 +306,12 @@ def _write_gpt_neox(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_attention_heads,
         "intermediate_size": config.ffn_size,
         "hidden_act": config.hidden_act,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": (
+            config.rope_context if config.rope_scaling == "dynamic" else config.max_position_embeddings
+        ),
         "rotary_pct": config.rotary_pct,
         "rotary_emb_base": config.rotary_emb_base,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": config.rotary_emb_base,
-            "partial_rotary_factor": config.rotary_pct,
-        },
+        "rope_parameters": _write_rope_scaling(config),
         "layer_norm_eps": config.layer_norm_eps,
         "use_parallel_residual": config.use_parallel_residual,
         "attention_bias": config.qkv_bias,

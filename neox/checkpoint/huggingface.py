@@ -14,6 +14,7 @@ from neox.config import ModelConfig
 from neox.system.console import one_line
 from neox.tokenizer import Tokenizer
 
+_FLOATING = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # of safetensors, of torch
 _OPEN_FILES = 2
 """A parameter's q, k and v may lie in two files; a .bin file of an old torch is in memory while it is open."""
 
@@ -24,10 +25,17 @@ class HuggingFaceFolder(WeightSource):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "config.json", read_config(folder))
         self.folder = folder
-        files = _weight_files(folder)
-        self._stored = {families.canonical(self.config, name): (name, file) for name, file in files.items()}
-        self._check_names()
         self._open: dict[Path, Any] = {}  # the latest used is the last
+        files = _weight_files(folder)
+        spelled = families.canonical(self.config, files)
+        self._stored = {ours: (name, files[name]) for ours, name in spelled.items()}
+        if self.config.tie_word_embeddings:
+            if self._head_differs():
+                self.reshape(self.config.replace(tie_word_embeddings=False))
+        elif all(ours != name for ours, name in spelled.items()) and self._head not in spelled:
+            self.headless = True
+            self.shapes = {name: shape for name, shape in self.shapes.items() if not name.startswith("embed_out.")}
+        self._check_names()
 
     @classmethod
     def matches(cls, folder: Path) -> bool:
@@ -76,11 +84,33 @@ class HuggingFaceFolder(WeightSource):
                     "together"
                 )
 
+    @property
+    def _head(self) -> str:
+        return families.their_names(self.config, "embed_out.weight")[0]
+
+    def _head_differs(self) -> bool:
+        """Compare a stored head with the embedding that it should share: transformers keeps both where they differ."""
+        if self._head not in self._stored:
+            return False
+        embedding = families.their_names(self.config, "embed_in.weight")[0]
+        shape = list(self.shapes["embed_in.weight"])
+        for at in range(0, shape[0], 4096):
+            rows = (slice(at, at + 4096), slice(None))
+            if not torch.equal(self._slice(self._head, rows, shape), self._slice(embedding, rows, shape)):
+                return True
+        return False
+
     def _slice(self, theirs: str, ranges: tuple[slice, ...], expected: list[int]) -> Tensor:
         name, path = self._stored[theirs]
         try:
             tensor = self._tensor(theirs)
             shape = list(tensor.shape) if isinstance(tensor, Tensor) else tensor.get_shape()
+            kind = str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, Tensor) else tensor.get_dtype()
+            if kind not in _FLOATING:
+                raise CheckpointError(
+                    f"{path}: tensor {name} is stored as {kind}, no floating-point type of 16 bits or more: quantized "
+                    "weights are not read here; take the folder that they were made from"
+                )
             if shape == expected:
                 return tensor[ranges]
         except _safetensors_error() as error:
@@ -118,11 +148,13 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:
-    """Map the name of each stored tensor to its file."""
+    """Map the name of each stored tensor to its file; a single file wins over an index, as in transformers."""
     for index, single in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
     ):
+        if (folder / single).exists():
+            return dict.fromkeys(_open_file(folder / single).keys(), folder / single)
         if (folder / index).exists():
             table = read_json(folder / index).get("weight_map")
             if not isinstance(table, dict) or not all(_plain_name(file) for file in table.values()):
@@ -133,8 +165,6 @@ def _weight_files(folder: Path) -> dict[str, Path]:
                     f"{folder}: {len(absent)} shard(s) missing, the first is {absent[0]}; fetch again"
                 )
             return {name: folder / file for name, file in table.items()}
-        if (folder / single).exists():
-            return dict.fromkeys(_open_file(folder / single).keys(), folder / single)
     raise CheckpointError(f"{folder}: no model.safetensors, its index, or pytorch_model.bin in this folder")
 
 

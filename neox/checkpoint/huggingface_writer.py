@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from neox.checkpoint import families
-from neox.checkpoint.weight_source import WeightSource
+from neox.checkpoint.weight_source import NO_HEAD, CheckpointError, WeightSource
 from neox.config import ModelConfig
 from neox.system.console import progress_bar
 from neox.system.files import sync_folder, write_error
@@ -46,6 +46,8 @@ def write_huggingface(
             raise ValueError(
                 f"{path}: holds {sorted(unrecognized)[0]!r}, which is no part of a checkpoint: choose another"
             )
+    if weights.headless:
+        raise CheckpointError(f"{weights.config_file}: {NO_HEAD}")
     tokenizer = weights.tokenizer()
     eos = tokenizer.eod_id if tokenizer else 0
     config_json = families.write_config(weights.config, dtype or weights.dtype, eos)

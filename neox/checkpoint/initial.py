@@ -7,10 +7,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from neox.checkpoint import families
 from neox.checkpoint.formats import use_weights
-from neox.checkpoint.weight_source import CheckpointError, WeightSource
+from neox.checkpoint.weight_source import NO_HEAD, CheckpointError, WeightSource
 from neox.config import ModelConfig
-from neox.config.spelling import spell
+from neox.config.options import spell
 from neox.model.decoder import GPTNeoX
 from neox.system.processes import Processes
 
@@ -47,11 +48,14 @@ def _fill(weights: WeightSource, parts: Sequence[GPTNeoX]) -> None:
 
 def _check_model(weights: WeightSource, ours: ModelConfig) -> None:
     stored = weights.config
+    if weights.headless:
+        raise CheckpointError(f"{weights.config_file}: {NO_HEAD}")
 
     def differs(key: str) -> bool:
         return bool(getattr(stored, key) != getattr(ours, key))
 
-    wrong = [key for key in type(ours).model_fields if key not in _FREE and differs(key)]
+    free = _FREE | families.ROPE_OPTIONS if stored.rope_scaling == "none" else _FREE  # a context may be stretched
+    wrong = [key for key in type(ours).model_fields if key not in free and differs(key)]
     if ours.rotary_emb_base != stored.rotary_emb_base and not ours.rotary_dim:
         wrong.remove("rotary_emb_base")
     wrong += ["rotary_pct"] if differs("rotary_dim") else []

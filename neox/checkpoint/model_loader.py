@@ -2,7 +2,7 @@
 
 import torch
 
-from neox.checkpoint.weight_source import Transform, WeightSource
+from neox.checkpoint.weight_source import NO_HEAD, Transform, WeightSource
 from neox.model.decoder import GPTNeoX
 from neox.system.console import progress_bar
 from neox.system.device import resolve_device, resolve_dtype
@@ -39,8 +39,17 @@ def load_model(
             del value
             if transform:
                 _transform_layer(model, module, transform)
+    if weights.headless:
+        model.set_submodule("embed_out", NoHead())
     model.tie()
     return model.eval()
+
+
+class NoHead(torch.nn.Module):
+    """Stand-in for the head of a model that was saved without one."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        raise ValueError(NO_HEAD)
 
 
 def _assign(model: GPTNeoX, name: str, value: torch.Tensor) -> str:

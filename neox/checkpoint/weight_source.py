@@ -25,6 +25,9 @@ Transform = Callable[[str, torch.nn.Module], torch.nn.Module]
 so that a layer can be packed before the next one is read. A tied head and embedding are left alone."""
 
 
+NO_HEAD = "the model was saved without a head (as GPTNeoXModel): it gives hidden states (head=False), no logits"
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names file, fault and remedy."""
 
@@ -52,8 +55,16 @@ class WeightSource(ABC):
     shares_memory = True
     """`read` may return memory of the file or of another model: copy it before it is kept or changed."""
 
+    headless = False
+    """The weights have no head: the model gives hidden states only."""
+
     def __init__(self, config_file: Path, config: ModelConfig) -> None:
-        self.config_file, self.config = config_file, config  # the file is for messages
+        self.config_file = config_file  # for messages
+        self.reshape(config)
+
+    def reshape(self, config: ModelConfig) -> None:
+        """Take `config` for the model's, with the shapes of its parameters."""
+        self.config = config
         with torch.device("meta"):
             self.shapes = {name: parameter.shape for name, parameter in GPTNeoX(config).named_parameters()}
 
@@ -92,7 +103,7 @@ class ModelWeights(WeightSource):
         self._tokenizer = tokenizer
         if absent := [name for name in self.shapes if name not in self._parameters]:
             raise ValueError(
-                f"{absent[0]} is not there as it was trained, but packed: save the model before quantizing it"
+                f"{absent[0]} is not there as it was trained: save a model before it is quantized, and with its head"
             )
 
     @classmethod

@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from neox.config import presets
 from neox.config.layout_checks import check_pipeline_stages, check_splits
-from neox.config.options import SECTIONS, ConfigError, Section, parse_override, read_toml
+from neox.config.options import SECTIONS, ConfigError, Section, did_you_mean, parse_override, read_toml
 from neox.config.sections.data import DataConfig, TokenizerConfig
 from neox.config.sections.model import ModelConfig
 from neox.config.sections.training import (
@@ -27,7 +27,6 @@ from neox.config.sections.training import (
 )
 from neox.config.sections.types import OptionalStr
 from neox.config.sections.usage import EvalConfig, GenerateConfig
-from neox.config.spelling import did_you_mean
 
 
 class Config(Section):

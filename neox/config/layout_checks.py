@@ -24,6 +24,10 @@ def check_splits(model: ModelConfig, parallel: ParallelConfig, seq_length: int) 
             f"parallel.cp: {cp} cuts a sequence into {pieces} slices, which do not divide data.seq_length "
             f"({seq_length})"
         )
+    if cp > 1 and model.rope_scaling == "dynamic":
+        raise ValueError(
+            "parallel.cp: a process sees a slice of the positions, but rope_scaling = dynamic needs them all"
+        )
     if not parallel.sequence_parallel:
         return
     if tp == 1:

@@ -1,19 +1,20 @@
-"""Reading of options: base of the sections, TOML, ``key=value``, one-line errors.
+"""Reading of options: base of the sections, TOML, ``key=value``, one-line errors, spelling of values.
 
 The options themselves are in `neox.config`, which enters its sections in `SECTIONS`.
 """
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
 import tomllib
+from collections.abc import Iterable
 from datetime import date, time
 from pathlib import Path
 from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-
-from neox.config.spelling import did_you_mean
 
 
 class ConfigError(ValueError):
@@ -157,3 +158,22 @@ def _one_line(cls: type[Section], error: ValidationError) -> ConfigError:
     message = re.sub(r"^\w+ should", "must", first["msg"])
     got = repr(first["input"])
     return ConfigError(f"{key}: {message}, got {got if len(got) <= 60 else got[:57] + '...'}{more}", key)
+
+
+def spell(value: object) -> str:
+    """A value as one types it after ``key=``: none, true, bare text, a JSON list."""
+    if value is None or isinstance(value, str):
+        return value or ("none" if value is None else "")
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def did_you_mean(word: str, options: Iterable[str], otherwise: str = "", nearest: int = 1) -> str:
+    """Hint for an unknown word: the nearest options, or else all of them.
+
+    `nearest` is their number, `otherwise` replaces the list of all. The last part of ``optim.lr`` counts.
+    """
+    options = list(options)
+    bare = {option.rpartition(".")[2] if "/" not in option else option: option for option in reversed(options)}
+    near = [option for option in options if option.endswith(f".{word}")]
+    near = near or [bare[name] for name in difflib.get_close_matches(word, bare, nearest)]
+    return f"did you mean {' or '.join(near)}?" if near else otherwise or f"there are {', '.join(options)}"

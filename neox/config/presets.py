@@ -9,7 +9,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-from neox.config.spelling import did_you_mean
+from neox.config.options import did_you_mean
 
 Sections = dict[str, dict[str, Any]]
 

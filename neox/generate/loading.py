@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 
 from neox.checkpoint import load, weights_dtype
+from neox.checkpoint.model_loader import NoHead
+from neox.checkpoint.weight_source import NO_HEAD
 from neox.config import Config, DataConfig, ParallelConfig
 from neox.generate.engine import Drafter, Engine
 from neox.generate.sharded import ShardedEngine, worker_loop
@@ -64,21 +66,21 @@ def _load(
     source: str | Path, device: torch.device, dtype: str | None, weights: str
 ) -> tuple[GPTNeoX, Tokenizer | None]:
     if weights == "torch" or (weights == "auto" and (device.type != "cpu" or dtype)):
-        return load(source, str(device), dtype)
+        return _load_with_head(source, str(device), dtype)
     if dtype:
         raise ValueError(f"weights={weights}: says how weights are held: leave dtype={dtype} out")
     if device.type == "cuda":
         if weights in FLOATS:
             stored = next(name for name, dtype in DTYPES.items() if dtype == FLOATS[weights])
-            return load(source, str(device), stored)
+            return _load_with_head(source, str(device), stored)
         pack = torchao_weights.packing(cast(torchao_weights.Kind, weights), device)
-        model, tokenizer = load(source, str(device), "bf16", pack)
+        model, tokenizer = _load_with_head(source, str(device), "bf16", pack)
         return torchao_weights.compile_products(model), tokenizer
     if device.type != "cpu" or weights == "float8":
         where = "CUDA" if weights == "float8" else "a CPU or CUDA"
         raise ValueError(f"weights={weights}: is for {where}, not for {device.type}")
     kind = cast(Kind | None, lossless(weights_dtype(source)) if weights == "auto" else weights)
-    model, tokenizer = load(source, str(device), None, packing(kind) if kind else None)
+    model, tokenizer = _load_with_head(source, str(device), None, packing(kind) if kind else None)
     return quantize(model, kind) if kind else model, tokenizer
 
 
@@ -130,7 +132,7 @@ def _load_share(
     parallel = ParallelConfig(tp=tp, dp_shard=1)
     mesh = parallel_dims(parallel, processes, device).axis("tp")
     assert mesh is not None
-    model, tokenizer = load(source, str(device), dtype, sharing(mesh))
+    model, tokenizer = _load_with_head(source, str(device), dtype, sharing(mesh))
     config = Config(
         model=model.config, parallel=parallel, data=DataConfig(seq_length=model.config.max_position_embeddings)
     )
@@ -141,3 +143,10 @@ def _drafter(speculate: str) -> Drafter | None:
     if speculate not in ("none", "prompt"):
         raise ValueError(f"speculate={speculate}: must be none or prompt")
     return prompt_lookup if speculate == "prompt" else None
+
+
+def _load_with_head(source: str | Path, *options: Any) -> tuple[GPTNeoX, Tokenizer | None]:
+    model, tokenizer = load(source, *options)
+    if isinstance(model.embed_out, NoHead):
+        raise ValueError(f"{source}: {NO_HEAD}")
+    return model, tokenizer

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from neox.config import GenerateConfig, load_config
-from neox.config.spelling import spell
+from neox.config.options import spell
 from neox.generate.engine import Engine
 from neox.generate.sampling import Sampling
 

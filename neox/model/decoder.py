@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from neox.config import ModelConfig
 from neox.model.cache import Cache
 from neox.model.mup import scaling
+from neox.model.rotary import rotary_angles, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -47,27 +48,6 @@ class Context(NamedTuple):
     mask: Tensor | None  # which keys each query sees; None: plain causal attention
     local_mask: Tensor | None  # the same for the layers with a local window
     cache: Cache | None
-
-
-def rotary_angles(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [3, B, 1, T, R / 2] in float32 for positions [B, T]; frequency i is base ** (-2 i / R).
-
-    The axis of 3 is q, k, v: values turn by the angle zero, so that one pass over the fused projection rotates it.
-    """
-    exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
-    angles = positions[:, None, :, None].float() / base**exponents
-    angles = torch.stack((angles, angles, torch.zeros_like(angles)))
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R dims of x [3, B, H, T, D], taken as two halves, by the given angles; the rest passes through.
-
-    Writing q, k and v into one new tensor lets the projection's own output go: a third less is kept for the backward.
-    """
-    half = cos.shape[-1]
-    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 class Attention(nn.Module):
@@ -255,7 +235,7 @@ class GPTNeoX(nn.Module):
         x = tokens if self.embed_in is None else self.embed(tokens, positions)
         rotation = None
         if config.rotary_dim:
-            cos, sin = rotary_angles(positions, config.rotary_dim, config.rotary_emb_base)
+            cos, sin = rotary_angles(config, positions, cached=cache is not None)
             rotation = cos.to(x.dtype), sin.to(x.dtype)
         mask, local_mask = (None, None) if cache else self.masks(config, positions, segments)
         context = Context(rotation, mask, local_mask, cache)

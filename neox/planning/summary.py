@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 
 from neox.config import SECTIONS, Config, ModelConfig, presets
-from neox.config.spelling import spell
+from neox.config.options import spell
 from neox.model.flops import forward_flops, parameters, train_flops_per_token
 from neox.model.training_memory import STATE, one_device
 from neox.quantization.kinds import FORMATS, KINDS, Kind

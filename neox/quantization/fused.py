@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from neox.model.cache import BLOCK, KVPool, Span
-from neox.model.decoder import Block, GPTNeoX, rotary_angles
+from neox.model.decoder import Block, GPTNeoX
+from neox.model.rotary import rotary_angles
 from neox.quantization.kernels import native
 from neox.quantization.kernels.native import Matrix, address
 from neox.quantization.packed import PackedLinear
@@ -55,9 +56,7 @@ class Decoder:
         blocks = [_block(layer, number in config.local_layers) for number, layer in enumerate(model.layers)]
         self._blocks = (_Block * len(blocks))(*blocks)
         # Of all positions at once: a vector's last lanes may be rounded otherwise than the others.
-        angles = rotary_angles(
-            torch.arange(config.max_position_embeddings)[None], config.rotary_dim, config.rotary_emb_base
-        )
+        angles = rotary_angles(config, torch.arange(config.max_position_embeddings)[None], cached=True)
         self._angles = [part[0, 0, 0].contiguous() for part in angles]  # cos, sin [positions, R / 2]
         self._norm = model.final_layer_norm
         self._head = _matrix(model.embed_out)

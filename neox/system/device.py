@@ -42,12 +42,14 @@ def readable(tensor: torch.Tensor) -> bool:
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Resolve a dtype name: fp32, bf16, fp16 or torch's own. Raises ValueError for an unknown name."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    found = DTYPES.get(dtype) or getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    """Resolve a type of weights: fp32, bf16 or fp16, or torch's own names of these and of float64.
+
+    Raises ValueError for any other: integers and booleans hold no weights, 8 bits none without scales.
+    """
+    found = DTYPES.get(dtype) or getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (*DTYPES.values(), torch.float64):
+        raise ValueError(f"dtype {str(dtype)!r} holds no weights: choose one of {', '.join(DTYPES)}")
+    assert isinstance(found, torch.dtype)
     return found
 
 

@@ -186,14 +186,14 @@ def test_an_unknown_model_type(model):
         assert "gpt_neox, gptj, gpt_neo" in message
 
 
-def test_rope_scaling_is_refused(model):
+def test_an_unknown_rope_scaling_is_refused(model):
     raw = (model / "config.json").read_bytes()
     spellings = (("rope_scaling", "type"), ("rope_scaling", "rope_type"), ("rope_parameters", "rope_type"))
-    for kind, (table, key) in product(("linear", "dynamic", "yarn", "longrope"), spellings):
+    for kind, (table, key) in product(("llama3", "longrope", "proportional"), spellings):
         (model / "config.json").write_bytes(raw)
         rewrite_config(model, **{table: {key: kind, "factor": 2.0}})
         message = refused(model)
-        assert f"rope_type {kind!r}: neox supports the default rotary positions only" in message, (table, key)
+        assert f"rope_type {kind!r}: neox has default, linear, dynamic and yarn" in message, (table, key)
 
 
 RAW = {

@@ -81,3 +81,14 @@ def test_shard_size_is_parsed(capsys, tmp_path):
             parse_bytes(text)
     assert cli.main(["convert", str(tmp_path), f"out={tmp_path / 'out'}", "shard_size=big"]) == 1
     one_line(capsys.readouterr().err, "big: is no size")
+
+
+def test_a_type_that_holds_no_weights_writes_nothing(tmp_path, capsys):
+    """int8 wrote zeros, and said that all was well."""
+    neox.save(ours(), tmp_path / "model")
+    for wrong in ("int8", "bool", "complex64", "long", "float8_e4m3fn"):
+        assert cli.main(["convert", str(tmp_path / "model"), f"out={tmp_path / 'out'}", f"dtype={wrong}"]) == 1, wrong
+        err = capsys.readouterr().err
+        assert err.startswith(f"neox: error: dtype '{wrong}' holds no weights"), wrong
+        assert err.count("\n") == 1, wrong
+        assert not (tmp_path / "out").exists(), wrong

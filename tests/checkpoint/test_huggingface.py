@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import neox
 from neox.checkpoint import families
+from neox.checkpoint.export import convert
 from neox.config import load_config
 from neox.config.presets import names
 from neox.tokenizer import Tokenizer
@@ -316,3 +318,81 @@ def test_peak_memory_of_loading_is_the_model_and_one_tensor(tmp_path, stored, lo
     peak, size, largest = map(int, done.stdout.split())
     assert size > 100e6
     assert size * 0.95 < peak < size + largest + 12e6
+
+
+# --- folders as transformers reads them ------------------------------------------------------------------------------
+
+
+def their_logits(folder, ids):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
+
+
+@torch.no_grad()
+def test_a_single_file_wins_over_an_old_index(tmp_path):
+    """A folder that was saved in shards, and then whole: its index names shards that are gone, or old weights."""
+    old, new, ids = ours(seed=1, num_hidden_layers=3), ours(seed=2, num_hidden_layers=3), tokens()
+    for gone in (True, False):
+        folder = tmp_path / f"model{gone}"
+        neox.save(old, folder, shard_bytes=20_000)
+        neox.save(new, tmp_path / "whole")
+        shutil.copy(tmp_path / "whole" / "model.safetensors", folder)
+        for shard in folder.glob("model-*.safetensors") if gone else ():
+            shard.unlink()
+        assert relative(neox.load(folder)[0](ids), new(ids)) < 1e-6, gone
+        assert relative(their_logits(folder, ids), new(ids)) < 1e-5, gone
+
+
+@torch.no_grad()
+def test_a_stored_head_that_differs_from_the_embedding_is_kept(tmp_path):
+    """tie_word_embeddings in the config, and a head of its own in the file: transformers keeps the head."""
+    untied, ids = ours(seed=1), tokens()
+    for same in (False, True):
+        if same:
+            untied.embed_out.weight.copy_(untied.embed_in.weight)
+        folder = tmp_path / f"model{same}"
+        neox.save(untied, folder)
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+        loaded, _ = neox.load(folder)
+        assert loaded.config.tie_word_embeddings is same
+        assert relative(loaded(ids), untied(ids)) < 1e-6
+        assert relative(their_logits(folder, ids), untied(ids)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gptj"])
+@torch.no_grad()
+def test_a_folder_without_a_head_loads_for_hidden_states(tmp_path, kind):
+    from transformers import AutoModel
+
+    from neox.generate.loading import load_engine
+
+    whole, ids = theirs(kind), tokens()
+    whole.base_model.save_pretrained(tmp_path / "bare")
+    loaded, _ = neox.load(tmp_path / "bare")
+    expected = AutoModel.from_pretrained(tmp_path / "bare", dtype=torch.float32).eval()(ids).last_hidden_state
+    assert relative(loaded(ids, head=False), expected) < 1e-5
+    words = "saved without a head .as GPTNeoXModel.: it gives hidden states"
+    with pytest.raises(ValueError, match=words):
+        loaded(ids)
+    for use in (load_engine, lambda folder: convert(folder, tmp_path / "out")):
+        with pytest.raises(ValueError, match=words):
+            use(tmp_path / "bare")
+    with pytest.raises(ValueError, match="embed_out.weight is not there as it was trained"):
+        neox.save(loaded, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_of_integers_are_not_weights(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    neox.save(ours(), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    plain = load_file(path)
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+    for dtype in (torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn):
+        save_file(plain | {name: plain[name].to(dtype)}, path)
+        with pytest.raises(ValueError, match=rf"{name} is stored as \w+, no floating-point type") as caught:
+            neox.load(tmp_path / "model")
+        assert "\n" not in str(caught.value), dtype

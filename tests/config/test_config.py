@@ -325,6 +325,7 @@ not_negative = st.integers(0, 10**9)
 unit = st.floats(0, 1, exclude_max=True)
 rate = st.floats(1e-12, 10)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+BOUNDED = {"repetition_penalty": st.floats(0.01, 100), "rope_factor": st.floats(1, 64)}
 VALUES = {
     int: positive,
     float: st.floats(1e-6, 0.5),
@@ -340,7 +341,7 @@ def configs(draw) -> Config:
     for section, key, field in FIELDS:
         choices = typing.get_args(field.annotation)
         if kind(field):
-            value = st.floats(0.01, 100) if key == "repetition_penalty" else VALUES[kind(field)]
+            value = BOUNDED[key] if key in BOUNDED else VALUES[kind(field)]
             if type(None) in choices:
                 value = st.none() | value
         elif key == "betas":
@@ -361,6 +362,8 @@ def configs(draw) -> Config:
     heads, layers = draw(st.integers(1, 8)), draw(st.integers(1, 12))
     model |= {"num_attention_heads": heads, "hidden_size": 8 * heads, "rotary_pct": draw(st.sampled_from([0.25, 0.5]))}
     model |= {"num_hidden_layers": layers, "shared_layer_norm": False}
+    if model["position_embedding"] == "learned" or model["rope_scaling"] == "dynamic":
+        model["rope_scaling"] = "none"
     model["local_layers"] = draw(st.lists(st.integers(0, layers - 1), unique=True))
     tp, cp = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     model |= {key: tp * draw(st.integers(1, 8)) for key in ("num_attention_heads", "vocab_size", "intermediate_size")}

@@ -15,7 +15,8 @@ import neox
 from neox.checkpoint import families
 from neox.config import ModelConfig
 from neox.model.cache import BLOCK, KVCache, KVPool, Span
-from neox.model.decoder import GPTNeoX, init_std, rotary_angles, rotate
+from neox.model.decoder import GPTNeoX, init_std
+from neox.model.rotary import rotary_angles, rotate
 from tests.tiny import (
     CONTEXT,
     GPT_J,
@@ -298,7 +299,11 @@ def test_positions_are_respected():
 )
 def test_rotation_is_multiplication_by_a_unit_complex_number(half, rest, base, position, seed):
     x = torch.randn(3, 1, 2, 1, 2 * half + rest, generator=torch.Generator().manual_seed(seed))
-    turned = rotate(x, *rotary_angles(torch.tensor([[position]]), 2 * half, base))
+    width = 2 * half + rest
+    pct = min((2 * half + 0.5) / width, 1.0)
+    config = ModelConfig(hidden_size=width, num_attention_heads=1, rotary_pct=pct, rotary_emb_base=base)
+    assert config.rotary_dim == 2 * half
+    turned = rotate(x, *rotary_angles(config, torch.tensor([[position]])))
     for which in range(3):
         turn = [complex(math.cos(a), math.sin(a)) for a in (position * base ** (-i / half) for i in range(half))]
         for head in range(2):

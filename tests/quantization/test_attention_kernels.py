@@ -7,7 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox.config import ModelConfig, presets
-from neox.model.decoder import Attention, Context, GPTNeoX, rotary_angles
+from neox.model.decoder import Attention, Context, GPTNeoX
+from neox.model.rotary import rotary_angles
 from tests.tiny import relative
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -60,7 +61,7 @@ def test_a_fused_kernel_gives_what_the_scores_written_down_give(device, dim):
     length = 300  # of no size that kernels like
     x = torch.randn(2, length, 2 * dim, device=device)
     positions = torch.arange(length, device=device).expand(2, -1)
-    context = Context(rotary_angles(positions, config.rotary_dim, 10000.0), None, None, None)
+    context = Context(rotary_angles(config, positions), None, None, None)
     found, calls = run(module, x, context, torch.float32 if device == "cpu" else torch.bfloat16)
     assert calls.causal == [True]
     (forward,) = {name for name in calls.names if "scaled_dot_product" in name and "backward" not in name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -33,6 +34,18 @@ class ModelConfig(Section):
     """Fraction of each head's dims that rotary embedding rotates."""
     rotary_emb_base: float = Field(default=10000.0, gt=0)
     """Base of the geometric sequence of rotary frequencies."""
+    rope_scaling: Literal["none", "linear", "dynamic", "yarn"] = "none"
+    """Scaling of rotary positions for a context beyond the trained one, as in transformers; dynamic = NTK-aware."""
+    rope_factor: float = Field(default=1.0, ge=1)
+    """Factor by which rope_scaling stretches the context."""
+    rope_original_context: OptionalInt = Field(default=None, gt=0)
+    """Context in tokens before rope_scaling; none = max_position_embeddings / rope_factor."""
+    rope_attention_factor: OptionalFloat = Field(default=None, gt=0)
+    """Factor on rotated queries and keys with rope_scaling = "yarn"; none = 0.1 ln(rope_factor) + 1."""
+    rope_beta_fast: float = Field(default=32.0, gt=0)
+    """Turns within the original context from which yarn keeps a rotary frequency."""
+    rope_beta_slow: float = Field(default=1.0, gt=0)
+    """Turns within the original context below which yarn divides a rotary frequency by rope_factor."""
     layer_norm_eps: float = Field(default=1e-5, gt=0)
     """Term added to the variance in every layer norm."""
     use_parallel_residual: bool = True
@@ -83,6 +96,16 @@ class ModelConfig(Section):
         return int(self.head_dim * self.rotary_pct) if self.position_embedding == "rotary" else 0
 
     @property
+    def rope_context(self) -> int:
+        """Context in tokens before rope_scaling stretched it."""
+        return self.rope_original_context or max(1, int(self.max_position_embeddings / self.rope_factor))
+
+    @property
+    def rope_attention(self) -> float:
+        """Factor on rotated queries and keys under yarn (arXiv 2309.00071, section 3.4)."""
+        return self.rope_attention_factor or 0.1 * math.log(self.rope_factor) + 1
+
+    @property
     def ffn_size(self) -> int:
         """Width inside the MLP."""
         return self.intermediate_size or 4 * self.hidden_size
@@ -112,6 +135,10 @@ class ModelConfig(Section):
                 f"rotary_pct: {self.rotary_pct} of {self.head_dim} dims per head rotates {self.rotary_dim}, "
                 "which must be even"
             )
+        if self.rope_scaling != "none" and not self.rotary_dim:
+            raise ValueError(f"rope_scaling: {self.rope_scaling!r} has no rotary positions to scale in this model")
+        if self.rope_scaling == "dynamic" and self.rotary_dim < 4:
+            raise ValueError(f"rope_scaling: dynamic needs at least 4 rotary dims per head, not {self.rotary_dim}")
         if self.shared_layer_norm and not self.use_parallel_residual:
             raise ValueError("shared_layer_norm: needs use_parallel_residual = true")
         outside = [n for n in self.local_layers if not 0 <= n < self.num_hidden_layers]
