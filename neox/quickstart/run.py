@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from neox.checkpoint import save
+from neox.checkpoint.steps import folder_kind
 from neox.config import Config, load_config
 from neox.corpus import prepare
 from neox.generate import Engine, Sampling, bits_per_byte, token_logprobs
@@ -23,7 +25,7 @@ from neox.quickstart.budget import measure_machine
 from neox.quickstart.corpus import Corpus, build_corpus
 from neox.quickstart.curve import draw_loss_curve
 from neox.quickstart.flipbook import merge_pieces, write_flipbook
-from neox.system.files import write_atomic
+from neox.system.files import try_lock, write_atomic
 from neox.tokenizer import Tokenizer, train_bpe
 from neox.train import Result, Trainer
 from neox.train.metrics import read_rows
@@ -41,6 +43,25 @@ def quickstart(overrides: Sequence[str] = (), corpus: Corpus | None = None, out:
     """
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
     config = load_config("quickstart", overrides=[f"log.out={out or Path('runs/quickstart')}", *overrides])
+    with _claimed(Path(config.log.out)):
+        return _quickstart(config, corpus, say)
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold the folder, a new one or that of an earlier quickstart. Raises ValueError before anything is written."""
+    owned = folder / ".quickstart"
+    if folder_kind(folder) not in ("absent", "empty") and not owned.exists():
+        raise ValueError(f"{folder}: holds files that quickstart did not write: choose another out=, a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with owned.open("ab") as file:
+        if not try_lock(file):
+            raise ValueError(f"{folder}: another quickstart is running here: wait for it, or choose another out=")
+        (folder / ".lock").touch()  # from now on it is a run's
+        yield
+
+
+def _quickstart(config: Config, corpus: Corpus | None, say: Callable[[str], None]) -> Result:
     folder = Path(config.log.out)
     for line in measure_machine().lines():
         say(line)

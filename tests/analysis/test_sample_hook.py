@@ -94,7 +94,8 @@ def test_an_empty_sample_prompt_begins_a_document(tmp_path, options):
 
 @pytest.mark.parametrize("kept", [0, 4])
 def test_a_resumed_run_has_the_samples_of_an_undisturbed_one(tmp_path, options, kept, capsys):
-    run = fit(tmp_path, "run", *options, "steps=6", "log.sample_every=2", "log.sample_tokens=5")
+    saves = ("checkpoint.early=0", f"checkpoint.every={kept}")  # 0: none was due when it was killed
+    run = fit(tmp_path, "run", *options, *saves, "steps=6", "log.sample_every=2", "log.sample_tokens=5")
     cut = cut_back(run, tmp_path / "cut", kept)
     assert cli.main(["train", f"resume={cut}"]) == 0
     assert (cut / "samples.jsonl").read_bytes() == (run / "samples.jsonl").read_bytes()

@@ -13,6 +13,7 @@ from neox.checkpoint import load
 from neox.generate import bits_per_byte, token_logprobs
 from neox.quickstart.corpus import Corpus, build_corpus
 from neox.quickstart.run import quickstart
+from neox.system.files import try_lock
 from neox.train import Trainer
 
 TINY = [
@@ -134,3 +135,24 @@ def test_quickstart_resumed_after_a_kill_repeats_the_same_losses(small_corpus, t
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert quickstart([*TINY], small_corpus, tmp_path / "run").finished
     assert "not bit-identically: step 7's loss differs" in capsys.readouterr().err
+
+
+def test_quickstart_writes_into_no_folder_of_others(finished, small_corpus, tmp_path):
+    """Another run, a folder with files, and a folder in which another quickstart is running."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / ".quickstart").unlink()  # as `neox train` leaves it
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("words")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for folder in (run, text, run / "step_00000004"):
+        with pytest.raises(ValueError, match="holds files that quickstart did not write: choose another out="):
+            quickstart(TINY, small_corpus, folder)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    busy = tmp_path / "busy"
+    busy.mkdir()
+    with (busy / ".quickstart").open("ab") as file:
+        assert try_lock(file)
+        with pytest.raises(ValueError, match="another quickstart is running here"):
+            quickstart(TINY, small_corpus, busy)
+    assert [path.name for path in busy.iterdir()] == [".quickstart"]
