@@ -20,6 +20,7 @@ from neox.config import Config, load_config
 from neox.corpus.for_training import named_files
 from neox.data import Datasets, Loader, build_datasets
 from neox.data.provenance import Origin, Provenance
+from neox.data.token_file import beside, pair
 from neox.data.windows import Dataset, DocumentSpan
 from neox.tokenizer import Tokenizer
 from neox.train.state import initial_weights, with_blend_schedule
@@ -159,14 +160,14 @@ def _datasets(config: Config, run: Path, began: Sequence[float], cache: Path | N
     files = []
     for kind, name, prefix in named_files(config, run):
         if kind == "train":
-            if not prefix.with_suffix(".idx").exists():
-                raise ValueError(f"{name}: no token file ({prefix}.idx); make it with `neox prepare`")
+            if not pair(prefix)[1].exists():
+                raise ValueError(f"{name}: no token file ({pair(prefix)[1]}); make it with `neox prepare`")
             files.append(prefix)
     samples = config.train.steps * config.train.global_batch_size
     return build_datasets(config.data, files, [], config.train.seed, samples, True, began, cache)
 
 
 def _tokenizer(config: Config, given: str | None) -> Tokenizer | None:
-    trained = Path(f"{config.data.train[0]}-tokenizer.json")  # the one that `neox prepare` trained
+    trained = beside(config.data.train[0], "-tokenizer.json")  # the one that `neox prepare` trained
     path = given or config.tokenizer.path or (trained if trained.exists() else None)
     return Tokenizer.from_file(path) if path else None

@@ -12,6 +12,8 @@ Examples:
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from neox.cli.verb import UsageError, one_model, read_all
@@ -27,6 +29,8 @@ class ConvertOptions(Section):
     """Type of the written weights: fp32, bf16 or fp16; fp32 by default."""
     shard_size: str = "5GB"
     """Largest size of a safetensors file, such as 500MB."""
+    overwrite: bool = False
+    """Replace a model that FOLDER holds; false refuses."""
 
 
 OPTIONS = ConvertOptions
@@ -38,5 +42,8 @@ def run(targets: list[str], options: list[str]) -> None:
     if not chosen.out:
         raise UsageError("convert needs out=FOLDER")
     from neox.checkpoint.export import convert, parse_bytes
+    from neox.checkpoint.steps import folder_kind
 
+    if folder_kind(Path(chosen.out)) not in ("absent", "empty") and not chosen.overwrite:
+        raise ValueError(f"{chosen.out}: exists already: choose another out=, or set overwrite=true to replace a model")
     print(f"{chosen.out}: {convert(model, chosen.out, chosen.dtype, parse_bytes(chosen.shard_size)):,} parameters")

@@ -13,7 +13,7 @@ Started by torchrun, processes share the requests; their number does not change 
 
 Every answer is kept in OUT/answers.jsonl as it comes: interrupted or killed, the same command
 asks the rest; finished, it asks nothing. OUT also gets results.json (lm-eval's schema),
-results.md and results.html, which the next evaluation with this out= replaces.
+results.md and results.html; those of other tasks or options are replaced with overwrite=true only.
 
 Examples:
   neox eval EleutherAI/pythia-160m tasks=lambada_openai,arc_easy
@@ -45,7 +45,9 @@ class EvalOptions(EvalTasksConfig, LoadingOptions):
     """Options of `neox eval`."""
 
     out: str = Field(default="", title="DIR")
-    """Folder of results and answers; by default evals/MODEL."""
+    """Folder of results and answers; by default evals/MODEL/TASKS."""
+    overwrite: bool = False
+    """Replace results of other tasks or options in DIR; false refuses. The answers in it are kept and reused."""
     pile: str | None = Field(default=None, title="FILE")
     """File of the Pile, such as test.jsonl.zst, in place of tasks; writes OUT/bits_per_byte.md and .json."""
     steps: Names = Field(default=(), title="STEPS")
@@ -62,8 +64,11 @@ OPTIONS = EvalOptions
 def run(targets: list[str], options: list[str]) -> None:
     """Run the verb."""
     chosen, model = read_all("eval", EvalOptions, options), one_model("eval", targets)
-    out = Path(chosen.out or Path("evals") / re.sub(r"[^\w.@-]+", "__", model.strip("./")))
+    what = "pile" if chosen.pile is not None else ",".join(chosen.tasks)
+    named = [re.sub(r"[^\w.,@-]+", "__", name.strip("./"))[:100] for name in (model, what)]
+    out = Path(chosen.out) if chosen.out else Path("evals", *named)
     loading = {key: getattr(chosen, key) for key in LoadingOptions.model_fields}
+    _check_folder(out)
     if chosen.pile is not None:
         _pile(model, chosen, loading, out)
         return
@@ -94,7 +99,7 @@ def run(targets: list[str], options: list[str]) -> None:
                 models = follow_checkpoints(model) if chosen.watch else checkpoints(model, numbers)
                 curves = evaluate_steps(models, out, **arguments)
             else:
-                results = evaluate(model, out=out, **arguments)
+                results = evaluate(model, out=out, overwrite=chosen.overwrite, **arguments)
     except KeyboardInterrupt:
         if out.is_dir():
             print(f"neox: interrupted; the same command asks what {out} does not answer yet", file=sys.stderr)
@@ -110,9 +115,18 @@ def run(targets: list[str], options: list[str]) -> None:
     print(f"{out}: results.json, results.md, results.html")
 
 
+def _check_folder(out: Path) -> None:
+    """Raise ValueError where the folder holds something else than an evaluation."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    ours = {"answers.jsonl", "results.json", "curves.json", "bits_per_byte.json"}
+    foreign = [name for name in names if not name.startswith((".", "step_"))]
+    if out.is_file() or (foreign and not names & ours):
+        raise ValueError(f"{out}: holds files that no evaluation wrote: choose another out=, a new folder")
+
+
 def _pile(source: str, chosen: EvalOptions, loading: dict[str, str], out: Path) -> None:
     """Bits per byte on a file of the Pile."""
-    if others := sorted(chosen.model_fields_set - {"pile", "limit", "out", *loading}):
+    if others := sorted(chosen.model_fields_set - {"pile", "limit", "out", "overwrite", *loading}):
         raise UsageError(
             f"pile= does not go with {', '.join(others)}; its options are limit, out, {', '.join(loading)}"
         )

@@ -43,7 +43,9 @@ class PrepareOptions(PrepareConfig, BPEConfig):
     out: str = Field(default="", title="PREFIX")
     """Prefix of the output: PREFIX.bin and PREFIX.idx, PREFIX.json beside them."""
     tokenizer: str | None = Field(default=None, title="FILE")
-    """File tokenizer.json to encode with; by default a new one, trained on the sources: PREFIX-tokenizer.json."""
+    """File tokenizer.json to encode with, copied to PREFIX-tokenizer.json; by default one is trained on the sources."""
+    overwrite: bool = False
+    """Replace an output of other text or other settings; false refuses."""
 
 
 OPTIONS = PrepareOptions
@@ -64,10 +66,12 @@ def run(targets: list[str], options: list[str]) -> None:
 
     from neox.config.pile import stand_in
     from neox.corpus.preparation import prepare
-    from neox.corpus.train_tokenizer import trained_tokenizer
+    from neox.corpus.train_tokenizer import TRAINED, keep_tokenizer, trained_tokenizer
+    from neox.data.token_file import beside
     from neox.tokenizer import Tokenizer
 
     pile = targets[0] == "pile"
+    trained_to = f"{out}/train" if pile else out
     if pile:
         from neox.corpus.pile.release import find_release, prepare_pile
 
@@ -80,13 +84,14 @@ def run(targets: list[str], options: list[str]) -> None:
     if chosen.tokenizer:
         tokenizer = Tokenizer.from_file(chosen.tokenizer)
     else:
-        trained_to = f"{out}/train" if pile else out
-        tokenizer = trained_tokenizer(sources, trained_to, training, chosen.text_key, chosen.on_error)
-        print(f"{trained_to}-tokenizer.json: {tokenizer.vocab_size} tokens")
+        tokenizer = trained_tokenizer(sources, trained_to, training, chosen.text_key, chosen.on_error, chosen.overwrite)
+        print(f"{beside(trained_to, TRAINED)}: {tokenizer.vocab_size} tokens")
     if pile:
-        reports = list(prepare_pile(targets[1], out, tokenizer, chosen).values())
+        reports = list(prepare_pile(targets[1], out, tokenizer, chosen, overwrite=chosen.overwrite).values())
     else:
-        reports = [prepare(sources, out, tokenizer, chosen)]
+        reports = [prepare(sources, out, tokenizer, chosen, overwrite=chosen.overwrite)]
+    if chosen.tokenizer:  # a run finds it there
+        keep_tokenizer(tokenizer, trained_to)
     for report in reports:
         how = "done before" if report.done_before else f"{report.seconds:.1f} s"
         print(

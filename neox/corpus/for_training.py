@@ -10,6 +10,7 @@ from neox.corpus import prepare, read_documents
 from neox.corpus.readers import Name, Source, find_sources
 from neox.data.datasets import check_named
 from neox.data.manifest import Manifest
+from neox.data.token_file import beside, pair
 from neox.tokenizer import Tokenizer, train_bpe
 
 
@@ -24,11 +25,11 @@ def _is_prefix(name: str) -> bool:
 
     Reading that half as text is not what its user meant.
     """
-    return name.endswith((".bin", ".idx")) or Path(f"{name}.idx").exists() or Path(f"{name}.bin").exists()
+    return name.endswith((".bin", ".idx")) or (bool(name) and any(path.exists() for path in pair(name)))
 
 
 def _whole(prefix: Path) -> bool:
-    return prefix.with_suffix(".idx").exists()
+    return pair(prefix)[1].exists()
 
 
 def named_files(config: Config, run: Path) -> list[tuple[str, str, Path]]:
@@ -103,11 +104,11 @@ def _tokenizer(config: Config, run: Path, train: Sequence[Name], needed: bool, q
     saved = run / "tokenizer.json"
     if saved.exists():
         return Tokenizer.from_file(saved)
-    beside = Path(f"{config.data.train[0]}-tokenizer.json")  # where `neox prepare` leaves the one it trained
+    found = beside(config.data.train[0], "-tokenizer.json")  # where `neox prepare` leaves the one it trained
     if config.tokenizer.path:
         tokenizer = Tokenizer.from_file(config.tokenizer.path)
-    elif beside.exists():
-        tokenizer = Tokenizer.from_file(beside)
+    elif found.exists():
+        tokenizer = Tokenizer.from_file(found)
     elif needed:
         if made := next((name for name in config.data.train if _is_prefix(name)), None):
             raise ValueError(

@@ -15,7 +15,7 @@ from typing import IO, Any
 from neox.corpus.readers import ErrorPolicy, ReadError, Source
 from neox.corpus.readers.urls import ends_digest, version_of
 from neox.corpus.shards import Shard, shard_rows, shards, shards_of
-from neox.data.token_file import pair, token_dtype
+from neox.data.token_file import beside, pair, token_dtype
 from neox.system.files import is_at, open_own, temporary_name, try_lock, write_atomic
 from neox.tokenizer import Tokenizer
 
@@ -88,7 +88,7 @@ class ShardOutputs:
     """
 
     def __init__(self, out_prefix: str | Path) -> None:
-        self.folder = pair(out_prefix)[0].with_suffix(".parts")
+        self.folder = beside(out_prefix, ".parts")
         if self.folder.is_symlink():
             raise ValueError(f"{self.folder}: is a link; finished parts are kept in a folder of our own: remove it")
 
@@ -133,12 +133,12 @@ class ShardOutputs:
         """
         prefix = self.prefix(plan, shard)
         bin_file, idx = pair(prefix)
-        for path in (bin_file, idx, prefix.with_suffix(".json")):
+        for path in (bin_file, idx, beside(prefix, ".json")):
             if path.is_symlink():
                 raise ValueError(f"{path}: is a link, and no part that prepare made: remove it")
         marker = None
         with suppress(OSError, ValueError):
-            marker = json.loads(prefix.with_suffix(".json").read_bytes())
+            marker = json.loads(beside(prefix, ".json").read_bytes())
         if not isinstance(marker, dict) or not idx.exists():
             return None
         size = marker["tokens"] * token_dtype(plan.settings["vocab_size"]).itemsize

@@ -20,7 +20,7 @@ from neox.corpus.readers import ErrorPolicy, Name, OnError, Skipped, Source, fin
 from neox.corpus.readers.errors import SHOWN, SkipReport
 from neox.corpus.worker import ShardCounts, Work, tokenize, write_shard
 from neox.data.manifest import Manifest, manifest_file
-from neox.data.token_file import TokenFile, TokenWriter, pair, token_dtype
+from neox.data.token_file import TokenFile, TokenWriter, beside, pair, token_dtype
 from neox.system.console import progress_bar
 from neox.system.machine import available_cores
 from neox.tokenizer import END_OF_TEXT, Tokenizer
@@ -66,6 +66,7 @@ def prepare(
     options: PrepareConfig | None = None,
     progress: bool = True,
     components: bool = False,
+    overwrite: bool = False,
     **keywords: Any,
 ) -> PrepareReport:
     """Encode the documents of `sources`, in order, into `<out_prefix>.bin`/`.idx`, plus `<out_prefix>.json`.
@@ -84,6 +85,8 @@ def prepare(
     they are the same. The files do not depend on `workers` nor on `backend`, which library encodes (see
     `neox.corpus.encode`). All of them appear at the end, or none does; files of an earlier run stay whole until then.
 
+    An output of other text or other settings is replaced with `overwrite` only.
+
     `dedup` leaves out what repeats an earlier document, `decontaminate` the text of evaluation sets (see
     `corpus.clean.cleaning`); what went and why is in `<out_prefix>.removed.jsonl`. With `components` each document's
     `meta.pile_set_name` is noted for `corpus.pile.components.count_components`.
@@ -100,11 +103,11 @@ def prepare(
     # All of them before the first is read: the tenth file's typing error should not cost an hour.
     every_source = find_sources(sources, options.text_key, on_error)
     if components:
-        settings["components"] = str(pair(out_prefix)[0].with_suffix(".components"))
+        settings["components"] = str(beside(out_prefix, ".components"))
     plan = Plan.of(every_source, settings)
     cleaning = None
     if options.dedup or options.decontaminate:
-        folder = pair(out_prefix)[0].with_suffix(".cleaning")
+        folder = beside(out_prefix, ".cleaning")
         cleaning = Cleaning.of(plan, folder, options.dedup, options.decontaminate, on_error)
         plan = replace(plan, settings={**settings, "cleaning": cleaning.settings})
     if done := _finished(out_prefix, plan, on_error):
@@ -112,6 +115,8 @@ def prepare(
         if cleaning:
             cleaning.remove_finished()
         return _report(out_prefix, done, started, done_before=True)
+    if not overwrite:
+        refuse_existing(out_prefix)
     pair(out_prefix)[0].parent.mkdir(parents=True, exist_ok=True)
     count = options.workers or available_cores()
     held = cleaning.found(count, progress) if cleaning else nullcontext()
@@ -250,7 +255,7 @@ class _Job:
         if not writer.documents:
             raise ValueError(_no_text(self.sources, self.policy.skipped))
         self.report.place()
-        removed = self.cleaning.finish(pair(self.out)[0].with_suffix(".removed.jsonl")) if self.cleaning else None
+        removed = self.cleaning.finish(beside(self.out, ".removed.jsonl")) if self.cleaning else None
         manifest = Manifest(
             sources=[source.manifest_entry for source in self.sources],
             **self.plan.settings,
@@ -297,7 +302,7 @@ def _finished(out_prefix: str | Path, plan: Plan, on_error: OnError) -> Manifest
 
 def _report(out_prefix: str | Path, manifest: Manifest, started: float, done_before: bool = False) -> PrepareReport:
     return PrepareReport(
-        str(pair(out_prefix)[0].with_suffix("")),
+        str(beside(out_prefix, "")),
         documents=manifest.documents or 0,
         bytes=manifest.bytes or 0,
         tokens=manifest.tokens or 0,
@@ -315,6 +320,20 @@ def _no_text(sources: Sequence[Source], skipped: dict[str, Skipped]) -> str:
         return f"no text in {names}: every document is empty"
     reasons = "; ".join(f"{one.documents:,} {why}, first {one.first[0]}" for why, one in skipped.items())
     return f"no text in {names}: every document is empty or was left out ({reasons})"
+
+
+def refuse_existing(out_prefix: str | Path) -> None:
+    """Raise ValueError where the output exists: it holds other text, or was made with other settings.
+
+    A pair without its `.idx` is that of a run that was killed, where its parts or its manifest are there.
+    """
+    bin_file, idx = pair(out_prefix)
+    begun = beside(out_prefix, ".parts").exists() or manifest_file(out_prefix).exists()
+    if existing := next((path for path in (idx, bin_file) if path.exists() and (path == idx or not begun)), None):
+        raise ValueError(
+            f"{existing}: exists, and not from this text with these settings: choose another out=, or set "
+            "overwrite=true to replace it"
+        )
 
 
 def _check_foreign(out_prefix: str | Path) -> None:

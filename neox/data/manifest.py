@@ -9,12 +9,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from neox.data.token_file import pair
+from neox.data.token_file import beside
 
 
 def manifest_file(prefix: str | Path) -> Path:
     """Path of the manifest of a prefix."""
-    return pair(prefix)[0].with_suffix(".json")
+    return beside(prefix, ".json")
 
 
 @dataclass(frozen=True)

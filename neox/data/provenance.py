@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neox.data.manifest import Manifest, manifest_file
-from neox.data.token_file import TokenFile
+from neox.data.token_file import TokenFile, beside
 
 BLOCK = 1 << 20  # documents looked at at once
 
@@ -56,7 +56,7 @@ class Provenance:
 
         Raises ValueError, naming the file, where one does not fit it.
         """
-        names, numbers = (file.bin.with_suffix(f".components.{end}") for end in ("json", "npy"))
+        names, numbers = (beside(file.bin, f".components.{end}") for end in ("json", "npy"))
         counts = [len(file)]
         paths: list[str | None] = [None]
         listed: list[str] = []

@@ -52,12 +52,18 @@ def pair(prefix: str | Path) -> tuple[Path, Path]:
 
     The name of either file may stand for the prefix.
     """
+    return beside(prefix, ".bin"), beside(prefix, ".idx")
+
+
+def beside(prefix: str | Path, suffix: str) -> Path:
+    """Path of a file of a prefix: its name and `suffix`, such as `.json`; dots within the name stay.
+
+    Raises ValueError where the prefix has no name.
+    """
     name = str(prefix)
     if not name or name.endswith(("/", os.sep)):
         raise ValueError(f"'{name}': a prefix is a folder and a name, such as {name}corpus")
-    if name.endswith((".bin", ".idx")):
-        name = name[:-4]
-    return Path(name + ".bin"), Path(name + ".idx")
+    return Path((name[:-4] if name.endswith((".bin", ".idx")) else name) + suffix)
 
 
 class TokenWriter:
@@ -166,7 +172,7 @@ class TokenWriter:
         sync_folder(self.bin.parent)
         if self.manifest is not None:
             content = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
-            write_atomic(self.bin.with_suffix(".json"), content.encode("utf-8"))
+            write_atomic(beside(self.bin, ".json"), content.encode("utf-8"))
         os.replace(temporary_name(self.idx), self.idx)
         sync_folder(self.bin.parent)
 
@@ -250,7 +256,7 @@ class TokenFile:
         self.bin, self.idx = pair(prefix)
         for path in (self.idx, self.bin):
             if not path.is_file():
-                hint = f"; run prepare with {self.bin.with_suffix('')} as its output"
+                hint = f"; run prepare with {str(self.bin)[:-4]} as its output"
                 raise FileNotFoundError(f"{path}: no such token file{hint}")
         found = self.idx.stat().st_size
         with self.idx.open("rb") as file:

@@ -1,5 +1,6 @@
 """Evaluate a model on tasks of lm-evaluation-harness, cache every answer, and write the results."""
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from neox.config import EvalConfig
 from neox.evaluation import report
 from neox.evaluation.adapter import EngineLM
 from neox.evaluation.answers import AnswerCache, cached_answers
+from neox.evaluation.asked import describe, is_answered, write_note
 from neox.evaluation.backends import load_model
 from neox.evaluation.sharing import distributed
 from neox.evaluation.tasks import load_tasks
@@ -34,6 +36,7 @@ def evaluate(
     weights: str = "auto",
     model_args: str = "",
     processes: Processes = ALONE,
+    overwrite: bool = True,
     **options: Any,
 ) -> report.Results:
     """Evaluate `model` on `tasks`; returns the results as `lm_eval.simple_evaluate` does.
@@ -41,6 +44,8 @@ def evaluate(
     `model`, `device`, `dtype`, `weights` and `model_args` are described at `backends.load_model`; `options` are those
     of the config's section `eval`. With `out`, a folder, every answer is cached in OUT/answers.jsonl at once and not
     computed again; at the end results.json, .md, .html and, on request, samples are written.
+
+    Results in `out` of another model, other documents or other options are replaced; without `overwrite` refused.
 
     With several `processes`, all of them call this function. Each answers its share of the requests and caches the
     answers; rank 0 writes the results, the others return {}.
@@ -55,6 +60,14 @@ def evaluate(
     backend, identity, named = load_model(model, device, dtype, weights, model_args, batch_size, progress)
     if processes.world > 1 and not isinstance(backend, EngineLM):
         raise ValueError(f"{model}: several processes share the requests of our own engine only: leave torchrun away")
+    told = {key: value for key, value in config.asked.items() if key not in ("log_samples", "batch_size")}
+    asked = describe(json.dumps(named, default=str), identity, loaded, told)
+    kept = None if out is None or overwrite else Path(out)
+    if kept and (kept / "results.json").is_file() and not is_answered(kept, asked):
+        raise ValueError(
+            f"{out}: holds results of another model, other tasks or other options: choose another out=, or set "
+            "overwrite=true to replace them"
+        )
     tracker = GeneralConfigTracker()
     tracker.log_experiment_args(named["model"], named["model_args"], None, None, True)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -88,4 +101,5 @@ def evaluate(
     results |= {"task_hashes": report.task_hashes(results.get("samples") or {}), **asdict(tracker)}
     if out is not None:
         report.write(results, Path(out))
+        write_note(Path(out), asked)
     return results

@@ -17,6 +17,7 @@ from neox.checkpoint import save
 from neox.checkpoint.steps import folder_kind
 from neox.config import Config, load_config
 from neox.corpus import prepare
+from neox.data.token_file import pair
 from neox.generate import Engine, Sampling, bits_per_byte, token_logprobs
 from neox.model.decoder import GPTNeoX
 from neox.model.flops import parameters
@@ -122,7 +123,7 @@ def _tokens(config: Config, corpus: Corpus, folder: Path) -> tuple[Config, Token
     names = {}
     for part, documents in (("train", corpus.train), ("heldout", corpus.heldout)):
         prefix = folder / "data" / part
-        if not prefix.with_suffix(".idx").exists():
+        if not pair(prefix)[1].exists():
             lines = [json.dumps({"text": text, "path": path}) for path, text in documents]
             source = folder / "data" / f"{part}.jsonl"
             write_atomic(source, ("\n".join(lines) + "\n").encode())

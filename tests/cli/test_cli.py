@@ -262,7 +262,10 @@ def test_prepare_says_what_it_left_out(neox_, tmp_path):
     assert status == 0
     assert "done before" in out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*")} == before
-    assert neox_("prepare", *options, "on_error=skip", "vocab_size=290")[0] == 0
+    other = (*options, "on_error=skip", "vocab_size=290")
+    fails(neox_("prepare", *other), 1, "exists, and was not trained on this text with these options")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*")} == before
+    assert neox_("prepare", *other, "overwrite=true")[0] == 0
     assert Path(tmp_path / "out-tokenizer.json").stat().st_mtime_ns > before[tmp_path / "out-tokenizer.json"]
 
 

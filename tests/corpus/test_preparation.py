@@ -146,7 +146,7 @@ def test_other_key(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = jsonl(tmp_path / "a.jsonl", ["the cat"], key="body")
     assert prepare([source], tmp_path / "out", tokenizer, text_key="body", progress=False).documents == 1
     with pytest.raises(ValueError, match=r"a\.jsonl:1: no key 'text'"):
-        prepare([source], tmp_path / "out", tokenizer, progress=False)
+        prepare([source], tmp_path / "out", tokenizer, progress=False, overwrite=True)
 
 
 def test_a_bad_line_late_leaves_the_earlier_output_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -156,7 +156,7 @@ def test_a_bad_line_late_leaves_the_earlier_output_whole(tmp_path: Path, tokeniz
     with source.open("a") as file:
         file.write('{"text": 3}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl:6: key 'text' holds a number"):
-        prepare([source], tmp_path / "out", tokenizer, progress=False)
+        prepare([source], tmp_path / "out", tokenizer, progress=False, overwrite=True)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p != source} == before
 
 

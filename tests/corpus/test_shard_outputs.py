@@ -88,9 +88,23 @@ def test_a_finished_run_reads_nothing(
     assert not first.done_before
     assert (again.documents, again.tokens, again.bytes) == (first.documents, first.tokens, first.bytes)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.glob("c.*")} == before
-    assert not prepare(corpus, tmp_path / "c", tokenizer, append_eod=False, progress=False, workers=1).done_before
-    (corpus / "a.jsonl").write_text('{"text": "another"}')
-    assert prepare(corpus, tmp_path / "c", tokenizer, append_eod=False, progress=False, workers=1).documents == 401
+    options = {"append_eod": False, "progress": False, "workers": 1}
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"c\.idx: exists, and not from this text with these settings: choose anoth"
+        ):
+            prepare(corpus, tmp_path / "c", tokenizer, **options)
+        assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.glob("c.*")} == before
+        (corpus / "a.jsonl").write_text('{"text": "another"}')
+    assert prepare(corpus, tmp_path / "c", tokenizer, overwrite=True, **options).documents == 401
+    assert prepare(corpus, tmp_path / "c", tokenizer, **options).done_before
+
+
+def test_a_foreign_bin_file_is_not_overwritten(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "c.bin").write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match=r"c\.bin: exists, and not from this text"):
+        prepare(corpus, tmp_path / "c", tokenizer, progress=False, workers=1)
+    assert (tmp_path / "c.bin").read_bytes() == b"somebody's"
 
 
 def test_what_a_kill_after_the_end_left_is_removed(
@@ -124,7 +138,7 @@ def test_what_a_kill_after_the_end_left_is_removed(
     with monkeypatch.context() as patch:
         patch.setattr("neox.corpus.preparation._Job.join", killed)
         with pytest.raises(KeyboardInterrupt):
-            prepare(corpus, out, tokenizer, append_eod=False, progress=False, workers=1)
+            prepare(corpus, out, tokenizer, append_eod=False, progress=False, workers=1, overwrite=True)
     parts = listing(out.parent / "c.parts")
     assert prepare(corpus, out, tokenizer, progress=False, workers=1).done_before
     assert listing(out.parent / "c.parts") == parts
@@ -276,7 +290,7 @@ def test_finished_shards_of_a_failed_run_are_kept(tmp_path: Path, corpus: Path, 
     assert prepare(corpus, out, tokenizer, progress=False, workers=1, on_error="skip").documents == 1401
     assert not (tmp_path / "c.parts").exists()
     with pytest.raises(ValueError, match=r"d\.jsonl:2: not JSON"):  # what was left out is wanted again
-        prepare(corpus, out, tokenizer, progress=False, workers=1)
+        prepare(corpus, out, tokenizer, progress=False, workers=1, overwrite=True)
 
 
 def interrupted(corpus: Path, out: Path, tokenizer: Tokenizer) -> None:

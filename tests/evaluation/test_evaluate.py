@@ -79,7 +79,7 @@ def test_a_command_prints_and_writes_tables(folder, tasks, tmp_path, capsys, mon
     command = ["eval", str(folder), "tasks=sums_choose,sums_read", f"include_path={tasks}", "limit=5"]
     assert cli.main([*command, "num_fewshot=1"]) == 0
     printed = capsys.readouterr().out
-    (out,) = (tmp_path / "evals").iterdir()
+    (out,) = (tmp_path / "evals").glob("*/sums_choose,sums_read")
     results = json.loads((out / "results.json").read_text())
     assert results["n-samples"]["sums_choose"]["effective"] == 5
     assert results["n-shot"]["sums_choose"] == 1
@@ -91,6 +91,12 @@ def test_a_command_prints_and_writes_tables(folder, tasks, tmp_path, capsys, mon
     assert expected in cells
     page = (out / "results.html").read_text()
     assert [re.findall(r"<td>(.*?)</td>", line) for line in page.splitlines() if "<td>" in line] == cells[2:]
+    assert cli.main([*command, "num_fewshot=1", "log_samples=true"]) == 0
+    before = (out / "results.json").read_bytes()
+    assert cli.main([*command, "num_fewshot=0"]) == 1
+    assert "holds results of another model, other tasks or other options" in capsys.readouterr().err
+    assert (out / "results.json").read_bytes() == before
+    assert cli.main([*command, "num_fewshot=0", "overwrite=true"]) == 0
 
 
 def test_answer_cache_is_reused(folder, tasks, tmp_path, asked):

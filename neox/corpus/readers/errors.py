@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal
 
-from neox.data.token_file import pair
+from neox.data.token_file import beside
 from neox.system.files import open_own, sync_folder, temporary_name
 
 OnError = Literal["fail", "skip"]
@@ -118,7 +118,7 @@ class SkipReport:
 
 def skip_file(out_prefix: str | Path) -> Path:
     """Path of the report of an output."""
-    return pair(out_prefix)[0].with_suffix(".skipped.jsonl")
+    return beside(out_prefix, ".skipped.jsonl")
 
 
 def text_of(value: object, where: str, text_key: str) -> str:

@@ -69,7 +69,9 @@ def test_prepare_dedup_and_decontaminate_tokens(corpus: Path, tmp_path: Path, to
     assert again.done_before
     assert again.removed == report.removed
     assert sorted(path.name for path in out.parent.iterdir()) == kept
-    assert not prepare(corpus, out, tokenizer, progress=False, workers=workers, dedup="exact").done_before
+    assert not prepare(
+        corpus, out, tokenizer, progress=False, workers=workers, dedup="exact", overwrite=True
+    ).done_before
 
 
 def test_prepare_reads_the_cleaning_once_a_process(
