@@ -15,6 +15,10 @@ _GELU_PYTHIA = (
     "(erf) and the published evaluations run that; hidden_act follows the released files. hidden_act=gelu_fast is "
     "as trained."
 )
+_SCALE = (
+    "Loss scale: gpt-neox's config leaves fp16.initial_scale_power out, so a run began at DeepSpeed's default, 2^16; "
+    "the other presets begin at 2^12, as their configs say."
+)
 _GPT_BATCH = (
     "Batch: gpt-neox's config fixes only the micro batch per GPU and leaves their number open; "
     "global_batch_size is that of one GPU, raise it to suit the run."
@@ -39,6 +43,12 @@ FAMILY_NOTES: dict[str, tuple[str, ...]] = {
         _FP16,
     ),
     "pythia": (_GELU_PYTHIA, _FLOOR, _FP16),
+    "pythia-zero0": (
+        "Loss scale: trained with ZeRO stage 0, whose fp16 loss scaler has no hysteresis: each overflow halves it.",
+        _GELU_PYTHIA,
+        _FLOOR,
+        _FP16,
+    ),
     "pythia-normal": (
         "Initialisation: normal(0.02) with scaled residual outputs. The config leaves out the small_init / wang_init "
         "of the other sizes, an acknowledged erratum (pythia issue #135); the preset keeps what was run.",
@@ -46,13 +56,19 @@ FAMILY_NOTES: dict[str, tuple[str, ...]] = {
         _FLOOR,
         _FP16,
     ),
-    "gpt": (_GPT_BATCH, _FP16),
+    "gpt": (_GPT_BATCH, _SCALE, _FP16),
+    "gpt-scale12": (_GPT_BATCH, _FP16),
     "gpt-49m": (
         "Residual: parallel with rotary_pct 0.25, unlike gpt-neox's other GPT configs (configs/49M.yml).",
         _GPT_BATCH,
         _FP16,
     ),
-    "gpt-760m": ("Betas: 0.9 and 0.999, unlike gpt-neox's other GPT configs (configs/760M.yml).", _GPT_BATCH, _FP16),
+    "gpt-760m": (
+        "Betas: 0.9 and 0.999, unlike gpt-neox's other GPT configs (configs/760M.yml).",
+        _GPT_BATCH,
+        _SCALE,
+        _FP16,
+    ),
     "gpt-j": (_NO_RECIPE,),
     "gpt-neo": (_NO_RECIPE,),
     "quickstart": ("Recipe: our own, sized so that a laptop's CPU finishes it in minutes.",),

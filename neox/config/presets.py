@@ -36,8 +36,8 @@ ROWS: tuple[Row, ...] = (
     #   name            family        layers hidden heads  vocab  lr       batch  steps
     Row("quickstart",   "quickstart",      4,   128,   2,   4096, 3e-2,       8,   1000),
     Row("neox-20b",     "20b",            44,  6144,  64,  50432, 0.97e-4, 1536, 150000),
-    Row("pythia-14m",   "pythia",          6,   128,   4,  50304, 1e-3,    1024, 143000),
-    Row("pythia-31m",   "pythia",          6,   256,   8,  50304, 1e-3,    1024, 143000),
+    Row("pythia-14m",   "pythia-zero0",    6,   128,   4,  50304, 1e-3,    1024, 143000),
+    Row("pythia-31m",   "pythia-zero0",    6,   256,   8,  50304, 1e-3,    1024, 143000),
     Row("pythia-70m",   "pythia",          6,   512,   8,  50304, 1e-3,    1024, 143000),
     Row("pythia-160m",  "pythia",         12,   768,  12,  50304, 6e-4,    1024, 143000),
     Row("pythia-410m",  "pythia",         24,  1024,  16,  50304, 3e-4,    1024, 143000),
@@ -46,12 +46,12 @@ ROWS: tuple[Row, ...] = (
     Row("pythia-2.8b",  "pythia",         32,  2560,  32,  50304, 1.6e-4,  1024, 143000),
     Row("pythia-6.9b",  "pythia-normal",  32,  4096,  32,  50432, 1.2e-4,  1024, 143000),
     Row("pythia-12b",   "pythia-normal",  36,  5120,  40,  50688, 1.2e-4,  1024, 143000),
-    Row("neox-19m",     "gpt",             6,   512,   8,  50304, 1e-3,       4, 143000),
+    Row("neox-19m",     "gpt-scale12",     6,   512,   8,  50304, 1e-3,       4, 143000),
     Row("neox-49m",     "gpt-49m",        10,   640,  10,  50304, 8e-4,      32, 143000),
     Row("neox-125m",    "gpt",            12,   768,  12,  50304, 6e-4,       4, 320000),
     Row("neox-350m",    "gpt",            24,  1024,  16,  50304, 3e-4,       4, 320000),
     Row("neox-760m",    "gpt-760m",       24,  1536,  16,  50304, 2.5e-4,     4, 320000),
-    Row("neox-800m",    "gpt",            16,  2048,   8,  50304, 2.5e-4,    16, 143000),
+    Row("neox-800m",    "gpt-scale12",    16,  2048,   8,  50304, 2.5e-4,    16, 143000),
     Row("neox-1.3b",    "gpt",            24,  2048,  16,  50304, 2e-4,       4, 320000),
     Row("neox-2.7b",    "gpt",            32,  2560,  32,  50304, 1.6e-4,     4, 320000),
     Row("neox-6.7b",    "gpt",            32,  4096,  32,  50304, 1.2e-4,     4, 320000),
@@ -71,15 +71,13 @@ _NEOX: dict[str, Any] = {
     "use_parallel_residual": True,
     "init_method": "small_init",
 }
-_ADAM: dict[str, Any] = {"name": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
 _RECIPE: Sections = {
     "model": _NEOX,
-    "optim": _ADAM,
+    "optim": {"name": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0},
     "schedule": {"name": "cosine", "warmup": 0.01},
     "checkpoint": {"every": 1000},
 }
 _TRAINED: Sections = {**_RECIPE, "schedule": {"name": "cosine_floored", "warmup": 0.01}}
-_NORMAL_INIT: dict[str, Any] = {"init_method": "normal", "initializer_range": 0.02}
 _SERIAL: dict[str, Any] = {"use_parallel_residual": False, "rotary_pct": 1.0}
 _GPT_J: dict[str, Any] = {
     "model_type": "gptj",
@@ -116,10 +114,12 @@ _FAMILIES: dict[str, Sections] = {
         eval={"every": 1000, "batches": 10},
     ),
     "pythia": _TRAINED,
-    "pythia-normal": _with(_TRAINED, model=_NORMAL_INIT),
-    "gpt": _with(_RECIPE, model=_SERIAL),
+    "pythia-zero0": _with(_TRAINED, optim={"loss_scale_hysteresis": 1}),
+    "pythia-normal": _with(_TRAINED, model={"init_method": "normal", "initializer_range": 0.02}),
+    "gpt": _with(_RECIPE, model=_SERIAL, optim={"loss_scale": 2.0**16}),
+    "gpt-scale12": _with(_RECIPE, model=_SERIAL),
     "gpt-49m": _RECIPE,
-    "gpt-760m": _with(_RECIPE, model=_SERIAL, optim={"betas": [0.9, 0.999]}),
+    "gpt-760m": _with(_RECIPE, model=_SERIAL, optim={"betas": [0.9, 0.999], "loss_scale": 2.0**16}),
     "gpt-j": {"model": _GPT_J},
     "gpt-neo": {"model": _GPT_NEO},
     "quickstart": _with(

@@ -138,7 +138,8 @@ def test_contradictions_of_the_record_are_in_the_notes():
         ("pythia-160m", ["tanh", "erf", "fp16"]),
         ("pythia-1b", ["2.5e-4", "3.0e-4", "tanh", "bf16"]),
         ("pythia-12b", ["erratum", "#135", "normal", "tanh"]),
-        ("neox-125m", ["global_batch_size"]),
+        ("neox-125m", ["global_batch_size", "2^16"]),
+        ("pythia-14m", ["stage 0", "hysteresis"]),
         ("gpt-j-6b", ["not recorded here"]),
         ("gpt-neo-2.7b", ["not recorded here"]),
     ):
@@ -151,3 +152,12 @@ def test_an_unrecorded_recipe_is_not_invented():
     for name in ("gpt-j-6b", *(f"gpt-neo-{size}" for size in GPT_NEO)):
         for section in ("train", "optim", "schedule"):
             assert getattr(load_config(name), section) == getattr(defaults, section), (name, section)
+
+
+def test_loss_scales_are_those_that_the_models_were_trained_with():
+    """2^12 where gpt-neox's configs say so, else DeepSpeed's 2^16; no hysteresis under ZeRO stage 0."""
+    for name in presets.names():
+        optim = load_config(name).optim
+        left_out = name.startswith("neox-") and name not in ("neox-20b", "neox-19m", "neox-49m", "neox-800m")
+        assert optim.loss_scale == (65536 if left_out else 4096), name
+        assert optim.loss_scale_hysteresis == (1 if name in ("pythia-14m", "pythia-31m") else 2), name
