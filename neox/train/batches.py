@@ -11,6 +11,7 @@ import torch
 from neox.config import Config
 from neox.data.datasets import Datasets, build_datasets
 from neox.data.loader import Batch, Loader
+from neox.data.windows import TokenDataset
 from neox.model import IGNORED
 from neox.parallel.mesh import ParallelDims
 from neox.system.processes import Processes
@@ -33,7 +34,7 @@ def run_datasets(
     with processes.rank_zero_first():
         files = token_files(config, run, quiet)
     with processes.rank_zero_first():  # rank 0 writes a large order down, the others map it
-        return build_datasets(
+        datasets = build_datasets(
             config.data,
             files.train,
             files.valid,
@@ -43,6 +44,21 @@ def run_datasets(
             initial_weights(steps),
             run / "order",
         )
+    if config.eval.every and datasets.valid:
+        _check_valid_labels(config, datasets.valid)
+    return datasets
+
+
+def _check_valid_labels(config: Config, valid: TokenDataset) -> None:
+    """Raise ValueError where no label of the held-out text that is evaluated counts: there is no loss to take."""
+    wanted = min(config.eval.batches * config.train.global_batch_size, valid.num_windows)
+    for batch in Loader(valid, wanted).microbatches(0, config.train.micro_batch_size):
+        if bool((batch.labels != IGNORED).any()):  # nearly always in the first
+            return
+    raise ValueError(
+        f"data.valid: no label counts in the first {wanted} windows (data.segments leaves out the last token of each "
+        "document, and each has one token): name other text, or set eval.every=0"
+    )
 
 
 class Batches:

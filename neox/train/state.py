@@ -5,6 +5,7 @@ entry were consumed.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -106,11 +107,19 @@ class TrainState:
         # All that stays of the steps that are rewound.
         self.loader, self.spikes.rewinds = loader, [*rewinds, (left, self.step)]
 
-    def check(self, loss: Tensor, norm: Tensor, processes: Processes) -> tuple[float, float, str | None]:
-        """Loss and gradient norm of a step on the host, and the reason to skip its update, if any.
+    def check(
+        self, loss: Tensor, norm: Tensor, processes: Processes, tokens: int
+    ) -> tuple[float | Tensor, float | Tensor, str | None]:
+        """Loss and gradient norm of a step, and the reason to skip its update, if any; `tokens`: labels that count.
 
-        The one place where a step waits for the device: the update depends on it, and is soon launched.
+        With `train.guard` the one place where a step waits for the device: the update depends on it, and is soon
+        launched. A step without a label has no loss (NaN), and its update is skipped.
         """
+        if not tokens:
+            self.spikes.record(math.nan, math.nan, skipped=True)
+            return math.nan, 0.0, "none of its labels counts"
+        if not self.config.train.guard:
+            return loss, norm, None
         mean, total = torch.stack((loss.float(), norm.float())).tolist()
         reason = self.spikes.check(mean, total, scaled=self.scaler is not None)
         # Rounding may differ from one process to the next, and they must all do the same.

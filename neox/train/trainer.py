@@ -225,7 +225,7 @@ class Trainer:
         tokens = self.dims.sum_over_data(valid)
         for part in self.model_parts:
             part.train()
-        mean = self.forward_backward(batches, loss_scale / tokens) / loss_scale
+        mean = self.forward_backward(batches, loss_scale / max(1, tokens)) / loss_scale
         more, self.news = self.news, {}
         with_norms = config.log.norms and self._logged(self.step + 1)
         if with_norms:
@@ -233,7 +233,7 @@ class Trainer:
 
             more |= norms(self.model_parts, loss_scale, self.dims)
         total = clip_gradients(self.model_parts, config.optim.clip, loss_scale, self.dims)
-        loss, norm, bad = state.check(mean, total, self.processes) if config.train.guard else (mean, total, None)
+        loss, norm, bad = state.check(mean, total, self.processes, tokens)
         if bad:
             more["skip_reason"] = bad
         overflow = state.scaler is not None and not math.isfinite(norm)
@@ -306,7 +306,7 @@ class Trainer:
         # One batch of as many windows as there are: a short text is not read twice.
         batches, tokens = self.batches(Loader(self.valid, min(wanted, self.valid.num_windows)), 0)
         total = self.forward_backward(batches, 1.0, backward=False)
-        return total.item() / self.dims.sum_over_data(tokens)
+        return total.item() / (self.dims.sum_over_data(tokens) or math.nan)
 
     def whole_model(self) -> GPTNeoX | None:
         """The whole model on rank 0, for a hook to run; None elsewhere. All processes call it together."""

@@ -77,7 +77,7 @@ def test_an_unlogged_step_reads_nothing_from_the_device(monkeypatch, options):
 
 
 def test_the_spike_detector_reads_in_one_place(monkeypatch):
-    monkeypatch.setattr(TrainState, "check", lambda self, loss, norm, processes: (1.0, 1.0, None))
+    monkeypatch.setattr(TrainState, "check", lambda self, loss, norm, processes, tokens: (1.0, 1.0, None))
     with FakeTensorMode(allow_non_fake_inputs=True):
         trainer = trainer_without_values(monkeypatch, "train.guard=true")
         assert trainer.train_step()[:2] == (1.0, 1.0)
