@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Datasets:
     """Blend weights of the config; none where nothing is blended."""
     fingerprint: str
     """Hash of everything that the order of the training samples depends on: 16 hex digits."""
+    check: Callable[[], None] = lambda: None
+    """Raise ValueError once the bytes of a token file are found to have changed (`check_bytes`)."""
 
 
 def check_named(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -14,7 +15,7 @@ from neox.data.loader import Batch, Loader
 from neox.data.windows import TokenDataset
 from neox.model import IGNORED
 from neox.parallel.mesh import ParallelDims
-from neox.system.processes import Processes
+from neox.system.processes import Processes, first_of_host
 from neox.train.state import initial_weights
 
 Source = TypeVar("Source")
@@ -30,9 +31,11 @@ def run_datasets(
     """
     # The one way from training to `corpus`, imported here: its modules read and clean text.
     from neox.corpus.for_training import token_files
+    from neox.data.byte_check import check_bytes
 
     with processes.rank_zero_first():
         files = token_files(config, run, quiet)
+        check = check_bytes([*files.train, *files.valid], quiet) if first_of_host() else None
     with processes.rank_zero_first():  # rank 0 writes a large order down, the others map it
         datasets = build_datasets(
             config.data,
@@ -46,7 +49,7 @@ def run_datasets(
         )
     if config.eval.every and datasets.valid:
         _check_valid_labels(config, datasets.valid)
-    return datasets
+    return replace(datasets, check=check) if check else datasets
 
 
 def _check_valid_labels(config: Config, valid: TokenDataset) -> None:
@@ -64,15 +67,20 @@ def _check_valid_labels(config: Config, valid: TokenDataset) -> None:
 class Batches:
     """Cuts what a loader has for a step into this rank's microbatches."""
 
-    def __init__(self, config: Config, dims: ParallelDims, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, dims: ParallelDims, device: torch.device, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """`check` is called before each batch, to raise what was found out about the data in the meantime."""
+        self.check = check
         self.size, self.vocab = config.train.micro_batch_size, config.model.vocab_size
         self.dims, self.device = dims, device
 
     def __call__(self, loader: Loader, step: int) -> tuple[list[Batch], int]:
         """The microbatches, on their way to the device, and how many of their tokens take part in the loss.
 
-        Raises ValueError for a token id outside the model's vocabulary.
+        Raises ValueError for a token id outside the model's vocabulary, and what `check` raises.
         """
+        self.check()
         batches = list(loader.microbatches(step, self.size, self.dims.dp_rank, self.dims.dp_size))
         for batch in batches:
             for token in (int(batch.tokens.max()), int(batch.labels.max()), int(batch.tokens.min())):

@@ -338,7 +338,7 @@ class Trainer:
         self.state = TrainState(config, datasets.train, datasets.fingerprint, self.goodput, datasets.weights)
         self.state.epochs()  # what is wrong with the notes beside the tokens is said before the first step
         self.valid = datasets.valid
-        self.batches = Batches(config, self.dims, self.device)
+        self.batches = Batches(config, self.dims, self.device, datasets.check)
         self.prefetch = Prefetch(self.batches, config.train.steps, self.device)
         self.model_parts, self.forward_backward = build(config, self.dims, self.tp_plan)
         self.optimizers = build_optimizers(self.model_parts, config.optim)
