@@ -19,11 +19,12 @@ from neox.checkpoint import complete_steps, read_step
 from neox.config import Config, load_config
 from neox.corpus.for_training import named_files
 from neox.data import Datasets, Loader, build_datasets
+from neox.data.loader import batch_sizes
 from neox.data.provenance import Origin, Provenance
 from neox.data.token_file import beside, pair
 from neox.data.windows import Dataset, DocumentSpan
 from neox.tokenizer import Tokenizer
-from neox.train.state import initial_weights, with_blend_schedule
+from neox.train.state import frozen_samples, initial_weights, with_blend_schedule
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class SampleInspector:
         if state.get("order", "") not in ("", datasets.fingerprint):
             raise ValueError(f"{run}: its token files are not those that it was trained on: put them back")
         dataset = with_blend_schedule(datasets.train, state.get("blend", []), datasets.weights, state.get("samples", 0))
-        loader = Loader(dataset, config.train.global_batch_size, map(tuple, state.get("stepped_over", [])))
+        sizes = batch_sizes(config.train, state.get("batch_sizes", ()), state.get("step", 0))
+        loader = Loader(dataset, sizes, map(tuple, state.get("stepped_over", [])))
         if tokenizer is None and (run / "tokenizer.json").exists():
             tokenizer = str(run / "tokenizer.json")
         return cls(config, loader, _tokenizer(config, tokenizer), state.get("step", 0) or config.train.steps)
@@ -89,7 +91,7 @@ class SampleInspector:
 
         Raises ValueError where the config names no token files.
         """
-        loader = Loader(_datasets(config, Path(), (), None).train, config.train.global_batch_size)
+        loader = Loader(_datasets(config, Path(), (), None).train, batch_sizes(config.train))
         return cls(config, loader, _tokenizer(config, tokenizer), config.train.steps)
 
     @property
@@ -163,7 +165,7 @@ def _datasets(config: Config, run: Path, began: Sequence[float], cache: Path | N
             if not pair(prefix)[1].exists():
                 raise ValueError(f"{name}: no token file ({pair(prefix)[1]}); make it with `neox prepare`")
             files.append(prefix)
-    samples = config.train.steps * config.train.global_batch_size
+    config, samples = frozen_samples(config, complete_steps(run))
     return build_datasets(config.data, files, [], config.train.seed, samples, True, began, cache)
 
 

@@ -61,10 +61,15 @@ def stages_of_rank(config: ParallelConfig, rank: int) -> list[int]:
 
 
 def check_pipeline(config: Config, dims: ParallelDims) -> None:
-    """Raise ValueError for a schedule that cannot run these microbatches."""
+    """Raise ValueError for a schedule that cannot run the microbatches of each size of batch."""
+    for size in (*(size for size, _ in config.train.batch_warmup), config.train.global_batch_size):
+        _check_schedule(config, dims, size)
+
+
+def _check_schedule(config: Config, dims: ParallelDims, size: int) -> None:
     parallel, train = config.parallel, config.train
     schedule, pp = parallel.schedule, parallel.pp
-    share = -(-train.global_batch_size // dims.dp_size)
+    share = -(-size // dims.dp_size)
     count = -(-share // train.micro_batch_size)
     rounds = max(1, count // pp)
     if schedule == "1f1b" and count < parallel.stages:
@@ -74,7 +79,7 @@ def check_pipeline(config: Config, dims: ParallelDims) -> None:
     else:
         return
     raise ValueError(
-        f"train.global_batch_size={train.global_batch_size} gives each data-parallel rank {count} microbatches of "
+        f"train.global_batch_size={size} gives each data-parallel rank {count} microbatches of "
         f"train.micro_batch_size={train.micro_batch_size}; parallel.schedule={schedule} with parallel.pp={pp} needs "
         f"{need}: change one of these"
     )

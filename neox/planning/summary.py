@@ -45,7 +45,12 @@ def show(config: Config) -> str:
     p, context, length = parameters(model), model.max_position_embeddings, config.data.seq_length
     tokens_per_step = train.global_batch_size * length
     full, causal = (train_flops_per_token(model, length, causal=kind) for kind in (False, True))
-    run = tokens_per_step * train.steps
+    starts = [0, *(end for _, end in train.batch_warmup)]
+    lacking = [
+        (train.global_batch_size - size) * (min(end, train.steps) - min(start, train.steps))
+        for start, (size, end) in zip(starts, train.batch_warmup, strict=False)
+    ]
+    run = (train.global_batch_size * train.steps - sum(lacking)) * length
     memory = one_device(config)
     state = sum(memory[kind] for kind in STATE)
     parts = [

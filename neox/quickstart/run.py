@@ -234,7 +234,7 @@ class _Pages:
         loss, bpb = self._spot_check(trainer.model, window)
         page = {
             "step": step,
-            "tokens_seen": step * trainer.config.train.global_batch_size * window,
+            "tokens_seen": trainer.state.loader.read(step) * window,
             "loss": loss,
             "bpb": bpb,
             "samples": [{"prompt": p, "text": c.text} for p, c in zip(PROMPTS, done, strict=True)],

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from neox.config import Config
+from neox.data.loader import Loader
 from neox.model.flops import recomputed_share, train_flops_per_token
 from neox.system.files import read_rows
 
@@ -61,7 +62,7 @@ def make_row(
     lr: float,
     seconds: float,
     elapsed: float,
-    samples: int,
+    loader: Loader,
     spent: float,
     memory: int,
     peak_flops: float,
@@ -75,7 +76,7 @@ def make_row(
         step: optimizer steps done.
         loss, norm, lr: of that step: nats per token, global gradient norm before clipping, learning rate.
         seconds, elapsed: from `Meter.take`: training time per step, and time per step with all that lies between.
-        samples: position in the data, in sequences.
+        loader: batches of the run: position in the data, tokens read, size of the step.
         spent: seconds that the run has taken so far, over all calls, starts and evaluations included.
         memory: bytes at the peak, on this rank.
         peak_flops: FLOP/s that one device can reach; world_size: how many there are.
@@ -88,7 +89,7 @@ def make_row(
     `tokens_per_second` is over all ranks; `eta` is in seconds.
     """
     length = config.data.seq_length
-    tokens = config.train.global_batch_size * length
+    tokens = loader.size(step - 1) * length
     recomputed = recomputed_share(config.model, length, config.train.activation_checkpointing)
 
     def utilisation(causal: bool = False, recomputed: float = 0.0) -> float:
@@ -100,8 +101,8 @@ def make_row(
         "loss": loss,
         "lr": lr,
         "grad_norm": norm,
-        "tokens": step * tokens,
-        "samples": samples,
+        "tokens": loader.read(step) * length,
+        "samples": loader.position(step),
         "tokens_per_second": tokens / seconds,
         "mfu": utilisation(),
         "mfu_causal": utilisation(causal=True),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neox.config import Config
 from neox.data.blend import BlendedDataset, Phase
-from neox.data.loader import Loader
+from neox.data.loader import Loader, batch_sizes
 from neox.data.provenance import Provenance
 from neox.data.windows import Dataset
 from neox.system.processes import Processes
@@ -45,7 +45,7 @@ class TrainState:
         self.updates = 0  # of them applied
         self.scaler = _loss_scaler(config, {})
         self.spikes = SpikeDetector(config.train)
-        self.loader = Loader(dataset, config.train.global_batch_size)
+        self.loader = Loader(dataset, batch_sizes(config.train))
         self.consumed = ConsumedSamples()
 
     def epochs(self) -> dict[str, float]:
@@ -58,6 +58,7 @@ class TrainState:
             "step": self.step,
             "samples": self.loader.position(self.step),
             "stepped_over": self.loader.stepped_over,
+            "batch_sizes": [phase for phase in self.loader.sizes if phase[0] < max(1, self.step)],
             "updates": self.updates,
             "loss_scaler": self.scaler.state() if self.scaler else {},
             "spikes": self.spikes.state(),
@@ -72,12 +73,13 @@ class TrainState:
 
         Raises ValueError where it cannot be read, and where the run would not go on as it began.
         """
-        run, batch = folder.parent, self.config.train.global_batch_size
+        run = folder.parent
         step, samples = state["step"], state["samples"]
         try:
             updates = int(state["updates"])
             scaler = _loss_scaler(self.config, state["loss_scaler"])
             spikes = SpikeDetector(self.config.train, state["spikes"])
+            sizes = batch_sizes(self.config.train, state["batch_sizes"], step)
             over = [(int(first), int(last)) for first, last in state["stepped_over"]]
             seconds = dict(state["seconds"])
             dataset = with_blend_schedule(self.loader.dataset, state["blend"], self.weights, samples)
@@ -87,10 +89,12 @@ class TrainState:
                 f"{folder / 'state.json'}: cannot be read ({error}): remove the folder, and the run resumes at the "
                 "step before it"
             ) from None
-        loader = Loader(dataset, batch, over)
+        loader = Loader(dataset, sizes, over)
         if loader.position(step) != samples:
-            read = samples - sum(min(last, samples) - min(first, samples) for first, last in over)
-            raise ValueError(f"{run}: took {read // step} sequences a step: a run keeps its train.global_batch_size")
+            raise ValueError(
+                f"{folder / 'state.json'}: cannot be read (batch_sizes give {loader.position(step)} samples, not "
+                f"{samples}): remove the folder, and the run resumes at the step before it"
+            )
         if state["order"] not in ("", self.order):
             raise ValueError(
                 f"{run}: its data would be read in another order than before step {step}: a run keeps "
@@ -194,6 +198,25 @@ def with_blend_schedule(
     if stored and weights and isinstance(dataset, BlendedDataset):
         return dataset.with_phases(blend_schedule(stored, weights, samples))
     return dataset
+
+
+def frozen_samples(config: Config, steps: Sequence[Path]) -> tuple[Config, int]:
+    """Samples that a run takes, and its config with the number that its order was made for.
+
+    `steps` are its complete checkpoints: sizes of batches that it has taken count as they were.
+    """
+    sizes, step = batch_sizes(config.train), 0
+    for folder in reversed(steps):
+        with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+            state = json.loads((folder / "state.json").read_bytes())
+            sizes, step = batch_sizes(config.train, state["batch_sizes"], state["step"]), state["step"]
+            break
+    ends = [*(first for first, _ in sizes[1:]), max(config.train.steps, step)]
+    samples = sum(max(0, min(end, ends[-1]) - first) * size for (first, size), end in zip(sizes, ends, strict=True))
+    if config.data.order == "megatron" and not config.data.num_samples:
+        # The order depends on it: a run that is made longer keeps the one it began with.
+        config = config.replace(data=config.data.replace(num_samples=samples))
+    return config, samples
 
 
 def initial_weights(steps: Sequence[Path]) -> tuple[float, ...]:

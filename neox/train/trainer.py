@@ -37,7 +37,7 @@ from neox.train.metrics import Meter, make_row
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
 from neox.train.run_directory import StopSignals, discard, is_evaluated, opened
 from neox.train.sinks import Sinks, build_sinks, check_trackers
-from neox.train.state import TrainState
+from neox.train.state import TrainState, frozen_samples
 from neox.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -321,12 +321,9 @@ class Trainer:
 
     def _build(self) -> None:
         """Build model, optimizers and data, at the newest complete checkpoint of the run if it is resumed."""
-        config, processes = self.config, self.processes
-        done = complete_steps(self.run) if self.resume else []
-        samples = config.train.steps * config.train.global_batch_size
-        if config.data.order == "megatron" and not config.data.num_samples:
-            # The order depends on it: a run that is made longer keeps the one it began with.
-            self.config = config = config.replace(data=config.data.replace(num_samples=samples))
+        processes, done = self.processes, complete_steps(self.run) if self.resume else []
+        self.config, samples = frozen_samples(self.config, done)
+        config = self.config
         with processes.rank_zero_first():
             if not self.resume and not processes.rank:
                 discard(config, self.run)
@@ -369,7 +366,7 @@ class Trainer:
             lr=lr,
             seconds=seconds,
             elapsed=elapsed,
-            samples=self.state.loader.position(self.step),
+            loader=self.state.loader,
             spent=self.goodput.elapsed,
             memory=peak_memory(self.device),
             peak_flops=self.peak_flops,

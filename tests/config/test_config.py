@@ -350,6 +350,8 @@ def configs(draw) -> Config:
             continue
         elif key == "logit_bias":
             value = st.dictionaries(words, st.floats(-100, 100), max_size=3)
+        elif key == "batch_warmup":
+            value = st.lists(st.tuples(positive, positive), max_size=3)
         elif key == "stop_tokens":
             value = st.lists(not_negative, max_size=3)
         elif choices[-1] is Ellipsis:

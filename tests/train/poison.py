@@ -33,8 +33,8 @@ class Without(Loader):
     """A slow re-derivation: all sample numbers in order, those of the ranges struck out."""
 
     def __init__(self, loader: Loader, *ranges: tuple[int, int]) -> None:
-        super().__init__(loader.dataset, loader.global_batch_size)
+        super().__init__(loader.dataset, loader.sizes)
         self.left = [n for n in range(100_000) if not any(first <= n < last for first, last in ranges)]
 
     def samples(self, step):
-        return np.array(self.left[step * self.global_batch_size : (step + 1) * self.global_batch_size])
+        return np.array(self.left[self.read(step) : self.read(step + 1)])

@@ -170,19 +170,6 @@ def test_resume_usage(tmp_path, capsys):
     one_line(capsys.readouterr().err, "resumed in its own directory")
 
 
-def test_resume_keeps_the_batch_size(tmp_path, capsys):
-    """The number of sequences taken is step * global_batch_size: with another size some would come twice, or never."""
-    run, data = tmp_path / "run", f"data.train={token_pair(tmp_path / 'a')}"
-    assert cli.main(["train", *TINY, data, f"out={run}", "steps=2"]) == 0
-    before = (run / "config.toml").read_bytes()
-    assert cli.main(["train", f"resume={run}", "steps=4", "global_batch_size=8"]) == 1
-    one_line(capsys.readouterr().err, "took 4 sequences a step")
-    assert (run / "config.toml").read_bytes() == before
-    # The microbatch does not change what a step is.
-    assert cli.main(["train", f"resume={run}", "steps=4", "micro_batch_size=4"]) == 0
-    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
-
-
 def test_a_run_that_was_moved_is_resumed_where_it_is(tmp_path):
     data = f"data.train={token_pair(tmp_path / 'a')}"
     assert cli.main(["train", *TINY, data, f"out={tmp_path / 'run'}", "steps=2"]) == 0

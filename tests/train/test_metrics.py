@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neox.config import ModelConfig, load_config
+from neox.data.loader import Loader, batch_sizes
 from neox.model import flops
 from neox.train.metrics import Meter, make_row
 
@@ -21,7 +22,8 @@ class Clock:
 
 
 def row(config, **changes):
-    given = {"step": 30, "loss": 2.5, "norm": 0.5, "lr": 1e-3, "seconds": 0.5, "elapsed": 0.75, "samples": 480}
+    given = {"step": 30, "loss": 2.5, "norm": 0.5, "lr": 1e-3, "seconds": 0.5, "elapsed": 0.75}
+    given["loader"] = Loader(None, batch_sizes(config.train))
     return make_row(config, **(given | {"spent": 40.0, "memory": 1 << 30, "peak_flops": 1e12, "now": 1.7e9} | changes))
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from neox.config.options import Section
-from neox.config.sections.types import Fraction, Ints, NotNegative, OptionalInt, OptionalStr, Positive, listed
+from neox.config.sections.types import Fraction, Ints, NotNegative, OptionalInt, OptionalStr, Positive, listed, pairs
 
 
 class TrainConfig(Section):
@@ -16,7 +16,9 @@ class TrainConfig(Section):
     steps: Positive = 1000
     """Number of optimizer steps."""
     global_batch_size: Positive = 16
-    """Sequences per optimizer step, over all ranks."""
+    """Sequences per optimizer step, over all ranks; it may change when a run is resumed."""
+    batch_warmup: Annotated[tuple[tuple[Positive, Positive], ...], BeforeValidator(pairs)] = ()
+    """Smaller batches at the beginning: [[256, 1000], [512, 2000]] = 256 sequences up to step 1000, 512 up to 2000."""
     micro_batch_size: Positive = 4
     """Sequences per forward pass on one rank."""
     seed: NotNegative = 1234
