@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -48,6 +48,8 @@ class InspectDataOptions(Section):
     """Document to find the steps and epochs of; FILE:I if there are several files."""
     export: str | None = Field(default=None, title="PREFIX")
     """Prefix to export the order to, as gpt-neox's PREFIX_..._{doc,sample,shuffle}_idx.npy."""
+    names: Literal["today", "v1"] = "today"
+    """Names of the exported files: those that today's gpt-neox looks for, or v1 = those of gpt-neox 1.0."""
     until: OptionalInt = None
     """Last step to consider; by default the last one that the run has done."""
     limit: NotNegative = 20
@@ -69,6 +71,8 @@ def run(targets: list[str], options: list[str]) -> None:
         raise UsageError(f"inspect data answers one question at a time, not {' and '.join(asked)}")
     if chosen.model_fields_set & {"row", "out"} and chosen.step is None:
         raise UsageError("row= and out= belong to step=N")
+    if "names" in chosen.model_fields_set and chosen.export is None:
+        raise UsageError("names= belongs to export=PREFIX")
     out = Path(chosen.out) if chosen.out else None
     if out and out.suffix not in (".html", ".npy"):
         raise ValueError(f"out={out}: must end in .html (a page) or .npy (rows of tokens)")
@@ -90,7 +94,7 @@ def run(targets: list[str], options: list[str]) -> None:
     elif chosen.document is not None:
         _document(inspector, chosen.document, until)
     elif chosen.export is not None:
-        _export(inspector, Path(chosen.export), until)
+        _export(inspector, Path(chosen.export), until, chosen.names)
     else:
         _components(inspector, until)
 
@@ -171,11 +175,11 @@ def _reads(reads: Sequence[tuple[int, int, int]]) -> list[str]:
     return [f"  step {step}, row {row}, epoch {epoch}" for step, row, epoch in reads]
 
 
-def _export(inspector: SampleInspector, out: Path, until: int) -> None:
+def _export(inspector: SampleInspector, out: Path, until: int, names: str) -> None:
     from neox.data.order_files import export_order
 
     samples = inspector.samples_before(until)
-    for path in export_order(inspector.dataset, samples, inspector.config.train.seed, out):
+    for path in export_order(inspector.dataset, samples, inspector.config.train.seed, out, names):
         print(f"{path}: written")
 
 

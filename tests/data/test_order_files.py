@@ -43,7 +43,7 @@ def test_index_files_of_one_file(tmp_path_factory: pytest.TempPathFactory, sizes
     config = DataConfig(train=(str(file),), seq_length=seq_length, order=order)
     dataset = build_datasets(config, [file], [], 7, samples).train
     paths = export_order(dataset, samples, 7, folder / "out" / "pile")
-    stem = f"pile_train_indexmap_{samples}ns_{seq_length}sl_7s"
+    stem = f"pile_train_indexmap_{samples}ns_{seq_length}sl_7s_packedpi_ac"
     assert [path.name for path in paths] == [f"{stem}_{kind}_idx.npy" for kind in ("doc", "sample", "shuffle")]
     documents = texts(sizes)
     found = [as_gpt_neox_reads(str(folder / "out" / stem), documents, sample) for sample in range(samples)]
@@ -58,7 +58,7 @@ def test_index_files_of_each_source_of_a_blend(tmp_path: Path, order: str) -> No
     dataset = build_datasets(config, files, [], 7, 30).train
     export_order(dataset, 30, 7, tmp_path / "o")
     made_for = [11, 21] if order == "megatron" else [10, 20]  # ceil(30 / 3 * 1.005), or what is taken
-    stems = [tmp_path / f"o_train_{n}_indexmap_{made_for[n]}ns_4sl_7s" for n in range(2)]
+    stems = [tmp_path / f"o_train_{n}_indexmap_{made_for[n]}ns_4sl_7s_packedpi_ac" for n in range(2)]
     documents = [texts(own, 1000 * n) for n, own in enumerate(sizes)]
     if order == "permuted":  # the parts' seeds follow each other
         assert {path.name for path in tmp_path.glob("o_*")} == {
@@ -69,6 +69,30 @@ def test_index_files_of_each_source_of_a_blend(tmp_path: Path, order: str) -> No
         for owner, index in zip(*slow([1.0, 2.0], 30), strict=True)
     ]
     assert found == dataset.sample(range(30)).tolist()
+
+
+def test_index_files_by_their_old_names(tmp_path: Path) -> None:
+    """The same bytes, under the names of gpt-neox 1.0."""
+    file = write_pair(tmp_path / "x", [9, 12])
+    dataset = build_datasets(DataConfig(train=(str(file),), seq_length=4), [file], [], 7, 10).train
+    today, old = (export_order(dataset, 10, 7, tmp_path / "o", names) for names in ("today", "v1"))
+    assert [path.name for path in old] == [
+        f"o_train_indexmap_10ns_4sl_7s_{k}_idx.npy" for k in ("doc", "sample", "shuffle")
+    ]
+    assert [path.read_bytes() for path in old] == [path.read_bytes() for path in today]
+
+
+def test_megatron_order_at_the_exact_border(tmp_path: Path) -> None:
+    """21 tokens are exactly 5 samples of 4: gpt-neox's dataset counts 4, its shuffle_idx holds the fifth."""
+    file = write_pair(tmp_path / "x", [9, 12])
+    config = DataConfig(train=(str(file),), seq_length=4, order="megatron")
+    dataset = build_datasets(config, [file], [], 7, 5).train
+    assert dataset.epochs == 1
+    assert len(dataset) == 4
+    export_order(dataset, 5, 7, tmp_path / "o")
+    stem = str(tmp_path / "o_train_indexmap_5ns_4sl_7s_packedpi_ac")
+    found = [as_gpt_neox_reads(stem, texts([9, 12]), sample) for sample in range(5)]
+    assert found == dataset.sample(range(5)).tolist()
 
 
 def test_index_files_refused_for_pooled_and_preshuffled(tmp_path: Path) -> None:
