@@ -19,6 +19,7 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from neox.config.structured import read_small
 from neox.system.console import progress_bar
 from neox.system.files import write_atomic
 
@@ -74,7 +75,7 @@ class Tokenizer:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such tokenizer; give a tokenizer.json or a folder that holds one")
         try:
-            text = file.read_bytes().decode("utf-8")
+            text = read_small(file).decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not a tokenizer.json (no UTF-8 at byte {error.start})") from error
         return cls(text, str(file))

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neox.config import Config
-from neox.config.options import read_toml, spell
+from neox.config.options import spell
+from neox.config.structured import read_toml
 from neox.system.files import read_rows
 
 Array = NDArray[np.float64]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neox.checkpoint.weight_source import CheckpointError
+from neox.config.structured import parse_json, read_small
 from neox.system.console import progress_bar
 
 NAME = "checksums.json"
@@ -59,8 +60,8 @@ class Checksums:
         self.folder = folder
         path = folder / NAME
         try:
-            content = path.read_bytes()
-            table: dict[str, Any] = json.loads(content)
+            content = read_small(path)
+            table: dict[str, Any] = parse_json(content)
             self.files: dict[str, str] = table["files"]
             pieces: dict[str, list[tuple[int, str]]] = table["pieces"]
             if render(self.files, pieces) != content:
@@ -83,9 +84,10 @@ class Checksums:
         """Check the small files whole, and the sizes of those with tensors."""
         for name, expected in self.files.items():
             try:
-                content = (self.folder / name).read_bytes()
-            except OSError as error:
-                raise DamagedCheckpoint(self.folder / name, f"cannot be read ({error.strerror})") from None
+                content = read_small(self.folder / name)
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "no regular file, or far too large"
+                raise DamagedCheckpoint(self.folder / name, f"cannot be read ({reason})") from None
             if digest(content) != expected:
                 raise _changed(self.folder / name)
         for name, size in self.sizes.items():

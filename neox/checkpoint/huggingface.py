@@ -11,6 +11,7 @@ from torch import Tensor
 from neox.checkpoint import families
 from neox.checkpoint.weight_source import CheckpointError, WeightSource, read_json, slices
 from neox.config import ModelConfig
+from neox.config.structured import check_regular
 from neox.system.console import one_line
 from neox.tokenizer import Tokenizer
 
@@ -186,6 +187,10 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 def _open_file(path: Path) -> Any:
     """Open a safetensors file, or map a .bin file: {name: tensor}."""
+    try:
+        check_regular(path, limit=None)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{one_line(error)}: fetch it again") from None
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 

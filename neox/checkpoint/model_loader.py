@@ -4,8 +4,8 @@ import torch
 
 from neox.checkpoint.weight_source import NO_HEAD, Transform, WeightSource
 from neox.model.decoder import GPTNeoX
-from neox.system.console import progress_bar
-from neox.system.device import resolve_device, resolve_dtype
+from neox.system.console import human_count, progress_bar
+from neox.system.device import check_fits, resolve_device, resolve_dtype
 from neox.system.machine import return_freed_memory
 
 SHOWN = 10**9
@@ -26,11 +26,13 @@ def load_model(
     """
     target = resolve_device(device)
     dtype = resolve_dtype(dtype or (torch.float32 if target.type == "cpu" else weights.dtype))
+    count = sum(shape.numel() for shape in weights.shapes.values())
+    size = dtype.itemsize if transform is None else 0.5  # a layer may be packed in 4 bits
+    check_fits(count * size, target, f"{weights.config_file.parent}: the model of {human_count(count)} parameters")
     with torch.device("meta"):
         model = GPTNeoX(weights.config)
-    total = sum(shape.numel() for shape in weights.shapes.values())
-    with progress_bar("bytes", show=total > SHOWN) as bar:
-        task = bar.add_task("loading weights", total=total * dtype.itemsize)
+    with progress_bar("bytes", show=count > SHOWN) as bar:
+        task = bar.add_task("loading weights", total=count * dtype.itemsize)
         for name in weights.names():
             # A copy, so that no parameter keeps a whole memory-mapped file alive.
             value = weights.read(name).to(target, dtype, copy=weights.shares_memory)

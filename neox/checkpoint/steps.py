@@ -12,6 +12,7 @@ One fresh folder a step, independent of the parallel layout that wrote it:
 torch.distributed.checkpoint writes the tensors (writer.py) and reads them (step_weights.py).
 """
 
+import os
 import re
 import shutil
 import sys
@@ -55,7 +56,8 @@ def complete_steps(run: Path) -> list[Path]:
     """Folders of complete checkpoints, oldest first."""
     if not run.is_dir():
         return []
-    return sorted(p for p in run.iterdir() if _STEP.match(p.name) and (p / ".metadata").is_file())
+    # Whatever .metadata is: what is no file is damaged, not absent.
+    return sorted(p for p in run.iterdir() if _STEP.match(p.name) and os.path.lexists(p / ".metadata"))
 
 
 def is_step(folder: Path) -> bool:
@@ -130,7 +132,7 @@ def read_step(folder: Path) -> tuple[Config, dict[str, Any]]:
     Small files are checked byte for byte, files with tensors by their sizes. Raises CheckpointError where it is
     incomplete or of another format version, and its subclass DamagedCheckpoint where its bytes have changed.
     """
-    if not (folder / ".metadata").is_file():
+    if not os.path.lexists(folder / ".metadata"):
         raise CheckpointError(f"{folder}: is not a complete checkpoint (no .metadata): use the step before it")
     Checksums(folder).check()
     try:

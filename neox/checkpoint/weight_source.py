@@ -5,7 +5,6 @@ new run and export are written against this class alone. A format that is only w
 `huggingface_writer` does.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neox.config import ModelConfig
+from neox.config import ModelConfig, structured
 from neox.model.decoder import GPTNeoX
 
 if TYPE_CHECKING:
@@ -35,13 +34,9 @@ class CheckpointError(ValueError):
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError."""
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path}: not valid JSON ({error}); it may be truncated, fetch or write it again"
-        ) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        content: dict[str, Any] = structured.read_json(path)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; fetch or write it again") from None
     return content
 
 

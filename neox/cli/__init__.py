@@ -21,6 +21,12 @@ from neox.cli.verb import UsageError
 VERBS = ("quickstart", "prepare", "train", "eval", "generate", "convert", "show", "inspect", "bench", "doctor")
 
 
+OUT_OF_MEMORY = (
+    "out of memory: take a smaller model, a shorter context, fewer sequences at a time, dtype=bf16, or packed weights "
+    "(weights=int8, weights=int4)"
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
@@ -32,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        if sys.stdout:  # None where it was closed before the start
+            sys.stdout.flush()
     except UsageError as error:
         return _fail(str(error), 2)
     except BrokenPipeError:
@@ -45,7 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return 130
+    except MemoryError:
+        return _fail(OUT_OF_MEMORY, 1)
     except RuntimeError as error:
+        from neox.system.device import is_out_of_memory
+
+        if is_out_of_memory(error):
+            asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
+            return _fail(OUT_OF_MEMORY + (f" (tried to allocate {asked[1]})" if asked else ""), 1)
         # By name: their module imports torch.
         if type(error).__name__ == "OtherProcessLost":
             return _fail(str(error), 1)
@@ -116,5 +130,7 @@ def _usage() -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"neox: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    # A file's name may hold a terminal's control sequences.
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.splitlines()))
+    print(f"neox: error: {shown}", file=sys.stderr)
     return status

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from neox.cli.verb import one_model, read_all
 from neox.config import Section
-from neox.config.sections.types import Names
+from neox.config.sections import Names
 
 
 class BenchOptions(Section):

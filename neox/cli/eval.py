@@ -37,7 +37,7 @@ from pydantic import Field
 
 from neox.cli.loading_options import LoadingOptions
 from neox.cli.verb import UsageError, one_model, read_all
-from neox.config.sections.types import Names
+from neox.config.sections import Names
 from neox.config.sections.usage import EvalTasksConfig
 
 

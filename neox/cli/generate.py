@@ -28,7 +28,7 @@ from neox.cli.launch import end_with_launcher, launch
 from neox.cli.loading_options import LoadingOptions
 from neox.cli.verb import UsageError, one_model, read_all
 from neox.config import GenerateConfig, TrainConfig
-from neox.config.sections.types import Positive
+from neox.config.sections import Positive
 
 if TYPE_CHECKING:
     from neox.generate import Engine, Sampling

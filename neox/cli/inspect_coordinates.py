@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field
 
 from neox.cli.verb import read_options, resolve
 from neox.config import Section
-from neox.config.sections.types import Positive, listed, none, separated
+from neox.config.sections import Positive, listed, none, separated
 
 
 def numbers(value: Any) -> Any:

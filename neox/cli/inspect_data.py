@@ -25,7 +25,7 @@ from pydantic import Field
 
 from neox.cli.verb import UsageError, read_options, resolve
 from neox.config import Section
-from neox.config.sections.types import NotNegative, OptionalInt
+from neox.config.sections import NotNegative, OptionalInt
 from neox.system.console import aligned
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from neox.cli.verb import UsageError, read_all
 from neox.config import Section
-from neox.config.sections.types import Strings
+from neox.config.sections import Strings
 
 
 class InspectTokenizerOptions(Section):

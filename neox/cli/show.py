@@ -24,7 +24,7 @@ from pydantic import Field
 
 from neox.cli.verb import UsageError, read_options, resolve
 from neox.config import Section
-from neox.config.sections.types import OptionalInt
+from neox.config.sections import OptionalInt
 
 
 class ShowOptions(Section):

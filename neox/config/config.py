@@ -14,7 +14,8 @@ from pydantic import model_validator
 
 from neox.config import presets
 from neox.config.layout_checks import check_pipeline_stages, check_splits
-from neox.config.options import SECTIONS, ConfigError, Section, did_you_mean, parse_override, read_toml
+from neox.config.options import SECTIONS, ConfigError, Section, did_you_mean, parse_override
+from neox.config.sections import OptionalStr
 from neox.config.sections.data import DataConfig, TokenizerConfig
 from neox.config.sections.model import ModelConfig
 from neox.config.sections.training import (
@@ -25,8 +26,8 @@ from neox.config.sections.training import (
     ScheduleConfig,
     TrainConfig,
 )
-from neox.config.sections.types import OptionalStr
 from neox.config.sections.usage import EvalConfig, GenerateConfig
+from neox.config.structured import read_toml
 
 
 class Config(Section):

@@ -11,7 +11,6 @@ import re
 import tomllib
 from collections.abc import Iterable
 from datetime import date, time
-from pathlib import Path
 from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -51,33 +50,6 @@ class Section(BaseModel):
 
 SECTIONS: dict[str, type[Section]] = {}
 """Every section by name; filled by neox.config."""
-
-
-def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a TOML file: content, and file:line of each key. Raises ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        line = re.search(r" \(at line (\d+), column \d+\)$", str(error))
-        where = f"{path}:{line[1]}" if line else str(path)
-        raise ConfigError(f"{where}: not valid TOML: {str(error)[: line.start()] if line else error}") from None
-    lines, section = {}, ""
-    for number, line_text in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([\w-]+)\s*\]", line_text):
-            section = header[1]
-            lines[section] = f"{path}:{number}"
-        elif key := re.match(r"\s*([\w.-]+)\s*=", line_text):
-            full = f"{section}.{key[1]}" if section else key[1]
-            lines.setdefault(full, f"{path}:{number}")
-            lines.setdefault(full.partition(".")[0], f"{path}:{number}")
-    for name in table:
-        lines.setdefault(name, str(path))
-    return table, lines
 
 
 def parse_override(text: str) -> tuple[str, str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from neox.config.structured import read_json
 from neox.corpus.readers import ErrorPolicy, ReadError, Source
 from neox.corpus.readers.urls import ends_digest, version_of
 from neox.corpus.shards import Shard, shard_rows, shards, shards_of
@@ -43,7 +44,7 @@ class Plan:
     def read(cls, path: Path) -> Plan:
         """Read a plan from a file. Raises ValueError naming the file where it holds none."""
         try:
-            raw = json.loads(path.read_bytes())
+            raw = read_json(path)
             return cls(raw["settings"], raw["versions"], shards_of(raw["shards"]))
         except (ValueError, KeyError, TypeError, AttributeError):
             folder = path.parent
@@ -138,7 +139,7 @@ class ShardOutputs:
                 raise ValueError(f"{path}: is a link, and no part that prepare made: remove it")
         marker = None
         with suppress(OSError, ValueError):
-            marker = json.loads(beside(prefix, ".json").read_bytes())
+            marker = read_json(beside(prefix, ".json"))
         if not isinstance(marker, dict) or not idx.exists():
             return None
         size = marker["tokens"] * token_dtype(plan.settings["vocab_size"]).itemsize

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from neox.config.structured import read_json
 from neox.corpus.plan import Plan
 from neox.corpus.readers import Name, OnError, find_sources, read_documents
 from neox.data.token_file import beside
@@ -35,7 +36,7 @@ def trained_tokenizer(
     made_from = {"options": options, "text": Plan.of(found, options).key()}
     with suppress(OSError, ValueError):
         tokenizer = Tokenizer.from_file(path)
-        if json.loads(origin.read_bytes()) == made_from | {"tokenizer_sha256": tokenizer.sha256}:
+        if read_json(origin) == made_from | {"tokenizer_sha256": tokenizer.sha256}:
             return tokenizer
     if path.exists() and not overwrite:
         raise ValueError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from neox.config.structured import read_json
 from neox.data.token_file import beside
 
 
@@ -61,11 +61,9 @@ class Manifest:
         Raises ValueError where the file is not a JSON object, OSError where it cannot be read.
         """
         try:
-            content = json.loads(manifest_file(prefix).read_bytes())
+            content = read_json(manifest_file(prefix))
         except FileNotFoundError:
             return None
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
         return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
 
     @classmethod

@@ -7,7 +7,6 @@ The manifest `PREFIX.json` has `"origins": [[path, n], ...]`: n documents from e
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from neox.config.structured import read_json
 from neox.data.manifest import Manifest, manifest_file
 from neox.data.token_file import TokenFile, beside
 
@@ -71,7 +71,7 @@ class Provenance:
                 raise ValueError(f"it tells of {sum(counts)} documents, there are {len(file)}")
             path = names
             if names.exists():
-                listed = [str(name) for name in json.loads(names.read_bytes())["names"]]
+                listed = [str(name) for name in read_json(names)["names"]]
                 path = numbers
                 places = np.load(numbers, mmap_mode="r", allow_pickle=False) if len(file) else None
                 if places is not None and places.shape != (len(file),):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from neox.checkpoint import CheckpointError, complete_steps, step_number
 from neox.checkpoint.checksums import NAME
 from neox.config import EvalConfig, load_config
+from neox.config.structured import read_json
 from neox.evaluation.asked import describe, is_answered, write_note
 from neox.evaluation.evaluate import ALONE, evaluate
 from neox.evaluation.report import scores, table_page
@@ -107,7 +108,7 @@ def read(out: Path) -> Curves:
     """Read the curves from the results in a folder."""
     curves: Curves = {}
     for file in sorted(out.glob("step_*/results.json")):
-        for name, value, error in scores(json.loads(file.read_text())):
+        for name, value, error in scores(read_json(file)):
             curves.setdefault(name, []).append((step_number(file.parent), value, error))
     return curves
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neox.config.structured import read_small
 from neox.system.optional import optional
 from neox.tokenizer import Tokenizer
 
@@ -72,7 +73,7 @@ def read(option: str, value: str) -> tuple[str, str]:
     if option == "regex" or (option == "json_schema" and value.lstrip().startswith("{")):
         return value, ""
     try:
-        return Path(value).read_text(encoding="utf-8"), value
+        return read_small(Path(value)).decode("utf-8"), value
     except OSError as error:
         hint = ", or write the schema itself, {...}" if option == "json_schema" else ""
         raise ValueError(f"generate.{option}: {value}: {error.strerror}; give a file{hint}") from None

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from neox.config import GenerateConfig, SamplingConfig
-from neox.config.sections.types import OptionalInt
+from neox.config.sections import OptionalInt
 from neox.generate.grammar import OPTIONS, Constraint, check, read
 from neox.tokenizer import Tokenizer
 

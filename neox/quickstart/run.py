@@ -16,6 +16,7 @@ from torch import Tensor
 from neox.checkpoint import save
 from neox.checkpoint.steps import folder_kind
 from neox.config import Config, load_config
+from neox.config.structured import read_json
 from neox.corpus import prepare
 from neox.data.token_file import pair
 from neox.generate import Engine, Sampling, bits_per_byte, token_logprobs
@@ -106,7 +107,7 @@ def _quickstart(config: Config, corpus: Corpus | None, say: Callable[[str], None
 def _baselines(kept: Path, corpus: Corpus) -> Callable[[], dict[str, float]]:
     """Compression baselines, from an earlier call or computed in the background."""
     if kept.exists():
-        stored: dict[str, float] = json.loads(kept.read_bytes())
+        stored: dict[str, float] = read_json(kept)
         return lambda: stored
     return start_baselines(corpus.train_bytes, corpus.heldout_bytes).result
 
@@ -171,7 +172,7 @@ class _Witness:
         if self.start < 0:
             self.start = step
             if self.kept.exists():
-                stored = json.loads(self.kept.read_bytes())
+                stored = read_json(self.kept)
                 self.same_state = stored["sha256"] == _digest(trainer) if stored["step"] == step else None
 
     def stopped(self, trainer: Trainer) -> None:
@@ -266,12 +267,12 @@ class _Pages:
     def finish(self, trainer: Trainer, bpb: float) -> None:
         """Put the final score, taken over all held-out text, on the last page."""
         path = self.folder / f"step_{trainer.step:08d}.json"
-        page = json.loads(path.read_bytes())
+        page = read_json(path)
         page["bpb"] = bpb
         write_atomic(path, json.dumps(page).encode())
 
     def all(self) -> list[dict[str, Any]]:
-        return [json.loads(path.read_bytes()) for path in sorted(self.folder.glob("step_*.json"))]
+        return [read_json(path) for path in sorted(self.folder.glob("step_*.json"))]
 
 
 def _scorer(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:

@@ -8,6 +8,8 @@ import time
 
 import torch
 
+from neox.system.console import human_bytes
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,6 +82,23 @@ def free_memory(device: torch.device) -> int:
     from neox.system import machine
 
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else machine.available_ram()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the out-of-memory errors of an accelerator, of Python and of torch's CPU allocator."""
+    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def check_fits(needed: float, device: torch.device, what: str) -> None:
+    """Raise ValueError where `what` needs more bytes than the device has in all, before anything is allocated."""
+    from neox.system import machine
+
+    cuda = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if cuda else machine.available_ram()
+    if needed > total:
+        where = "this GPU" if cuda else "this machine"
+        raise ValueError(f"{what} needs {human_bytes(needed)}, {where} has {human_bytes(total)}")
 
 
 def peak_memory(device: torch.device) -> int:

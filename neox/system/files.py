@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+
+from neox.config.structured import check_regular, parse_json
 
 
 def cache_folder() -> Path:
@@ -105,10 +106,11 @@ def write_error(error: OSError, path: Path) -> OSError:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a file of JSON lines; a last line that is being written, or that a crash cut, is left out."""
+    check_regular(path, limit=None)
     rows = []
     for line in path.read_bytes().split(b"\n"):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict):

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from neox.config import Config
+from neox.model.flops import parameters
 from neox.parallel.mesh import ParallelDims
+from neox.system.device import check_fits, is_out_of_memory
 
 EVENTS = 100_000
 """Allocations that CUDA remembers, with the Python lines that made them: some steps' worth, tens of megabytes."""
@@ -49,10 +51,10 @@ def out_of_memory_explained(config: Config, dims: ParallelDims, run: Path, step:
         raise ValueError(f"{run}: step {step} ran out of memory{seen}: {advice(config, dims, total)}") from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for the out-of-memory errors of an accelerator, of Python and of torch's CPU allocator."""
-    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+def check_weights_fit(config: Config, dims: ParallelDims) -> None:
+    """Raise ValueError where the float32 weights alone, shared by all processes, are more than a device's memory."""
+    size = parameters(config.model).total * 4 / dims.processes.world
+    check_fits(size, dims.device, "model: a process's part of the float32 weights alone")
 
 
 def state_bytes(config: Config, dims: ParallelDims) -> int:

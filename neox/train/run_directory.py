@@ -36,7 +36,7 @@ def run_config(run: Path, overrides: Iterable[str] = (), asked: Config | None = 
     where its config names task files that would be loaded, and the command does not.
     """
     kept = run / "config.toml"
-    if not kept.is_file():
+    if not os.path.lexists(kept):
         if not complete_steps(run):
             raise ValueError(f"{run}: holds no run (no config.toml): start one with `neox train ... out={run}`")
 

@@ -4,7 +4,6 @@ It has the loss scaler, the spike detector, how the entries of data.train are bl
 entry were consumed.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from neox.config import Config
+from neox.config.structured import read_json
 from neox.data.blend import BlendedDataset, Phase
 from neox.data.loader import Loader, batch_sizes
 from neox.data.provenance import Provenance
@@ -208,7 +208,7 @@ def frozen_samples(config: Config, steps: Sequence[Path]) -> tuple[Config, int]:
     sizes, step = batch_sizes(config.train), 0
     for folder in reversed(steps):
         with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-            state = json.loads((folder / "state.json").read_bytes())
+            state = read_json(folder / "state.json")
             sizes, step = batch_sizes(config.train, state["batch_sizes"], state["step"]), state["step"]
             break
     ends = [*(first for first, _ in sizes[1:]), max(config.train.steps, step)]
@@ -223,5 +223,5 @@ def initial_weights(steps: Sequence[Path]) -> tuple[float, ...]:
     """Initial blend weights of a run, read from its newest readable checkpoint; empty without one."""
     for folder in reversed(steps):
         with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-            return tuple(map(float, json.loads((folder / "state.json").read_bytes())["blend"][0][1]))
+            return tuple(map(float, read_json(folder / "state.json")["blend"][0][1]))
     return ()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from neox.config import Config
+from neox.config.structured import read_json
 from neox.system.console import one_line
 from neox.system.files import write_atomic
 
@@ -146,7 +147,7 @@ class WeightsAndBiases:
         self.wandb, kept = wandb, run / "wandb.json"
         stored: Any = {}
         with suppress(OSError, ValueError):
-            stored = json.loads(kept.read_bytes())
+            stored = read_json(kept)
         project = config.log.wandb
         if not isinstance(stored, dict) or stored.get("project") != project or "id" not in stored:
             stored = {"project": project, "id": secrets.token_hex(4)}

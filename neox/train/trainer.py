@@ -32,7 +32,7 @@ from neox.system.processes import OtherProcessFailed, Processes, joined_processe
 from neox.train.batches import Batches, Prefetch, run_datasets
 from neox.train.goodput import Goodput
 from neox.train.lr_schedule import lr_factor
-from neox.train.memory import out_of_memory_explained, remembered_allocations
+from neox.train.memory import check_weights_fit, out_of_memory_explained, remembered_allocations
 from neox.train.metrics import Meter, make_row
 from neox.train.optim import build_optimizers, clip_gradients, set_lr
 from neox.train.run_directory import StopSignals, discard, is_evaluated, opened
@@ -324,6 +324,7 @@ class Trainer:
         processes, done = self.processes, complete_steps(self.run) if self.resume else []
         self.config, samples = frozen_samples(self.config, done)
         config = self.config
+        check_weights_fit(config, self.dims)
         with processes.rank_zero_first():
             if not self.resume and not processes.rank:
                 discard(config, self.run)

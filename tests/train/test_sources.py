@@ -36,7 +36,7 @@ def test_any_source_trains_the_same_model_and_resumes_without_it(tmp_path, sourc
         named = [f"data.train={source}", f"data.valid={source}", "text_key=body", f"out={run}"]
         assert cli.main(["train", *OPTIONS, *named]) == 0
         tokenizer = Tokenizer.from_file(run / "tokenizer.json")
-        prepare(source, tmp_path / "beside", tokenizer, text_key="body", progress=False)
+        prepare(source, tmp_path / "beside", tokenizer, text_key="body", progress=False, overwrite=True)
         for kind in ("train", "valid"):
             assert (run / "data" / f"{kind}-0.bin").read_bytes() == (tmp_path / "beside.bin").read_bytes()
         shutil.rmtree(source) if source.is_dir() else source.unlink()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from neox.config.options import Section
-from neox.config.sections.types import (
+from neox.config.sections import (
     NotNegative,
     NotNegativeFloat,
     OptionalInt,

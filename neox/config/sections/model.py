@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from neox.config.options import Section
-from neox.config.sections.types import Fraction, Ints, NotNegative, OptionalFloat, OptionalInt, Positive
+from neox.config.sections import Fraction, Ints, NotNegative, OptionalFloat, OptionalInt, Positive
 
 
 class ModelConfig(Section):
@@ -16,11 +16,11 @@ class ModelConfig(Section):
 
     model_type: Literal["gpt_neox", "gptj", "gpt_neo"] = "gpt_neox"
     """Family whose parameter names and file layout a Hugging Face export uses."""
-    vocab_size: Positive = 8192
+    vocab_size: int = Field(default=8192, gt=0, lt=2**31)
     """Rows of the embedding and of the head, padding rows included."""
-    hidden_size: Positive = 256
+    hidden_size: int = Field(default=256, gt=0, le=2**24)
     """Width of the residual stream."""
-    num_hidden_layers: Positive = 4
+    num_hidden_layers: int = Field(default=4, gt=0, le=10_000)
     """Number of blocks."""
     num_attention_heads: Positive = 4
     """Attention heads per block, a divisor of hidden_size."""
@@ -28,7 +28,7 @@ class ModelConfig(Section):
     """Width inside the MLP; none = 4 * hidden_size."""
     hidden_act: Literal["gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh"] = "gelu"
     """Activation of the MLP: gelu is exact (erf); the other three name one tanh approximation."""
-    max_position_embeddings: Positive = 2048
+    max_position_embeddings: int = Field(default=2048, gt=0, lt=2**31)
     """Longest context, in tokens."""
     rotary_pct: float = Field(default=0.25, ge=0, le=1)
     """Fraction of each head's dims that rotary embedding rotates."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from neox.config.options import Section
-from neox.config.sections.types import Fraction, Ints, NotNegative, OptionalInt, OptionalStr, Positive, listed, pairs
+from neox.config.sections import Fraction, Ints, NotNegative, OptionalInt, OptionalStr, Positive, listed, pairs
 
 
 class TrainConfig(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator
 
 from neox.config.options import Section
-from neox.config.sections.types import (
+from neox.config.sections import (
     Biases,
     Names,
     NotNegative,

@@ -19,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from neox.config.structured import parse_json
 from neox.corpus.clean.dedup import PARAMETERS, Method
 from neox.corpus.clean.duplicates import DuplicateSearch, read_counts, read_duplicates
 from neox.corpus.clean.overlap import RUN, Overlaps, cut, evaluation_texts
@@ -151,7 +152,7 @@ class Cleaning:
         def write(file: Any) -> None:
             for shard in self.shards:
                 for line in self._removed(shard.number).read_bytes().splitlines(keepends=True):
-                    row = json.loads(line)
+                    row = parse_json(line)
                     reasons[row["reason"]] += 1
                     reasons["whole"] += row.get("pieces") == 0
                     hit.update({overlap["set"] for overlap in row.get("overlaps", ())})

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from neox.config.structured import read_json
 from neox.corpus.clean.dedup import Method, find_duplicates, write_keys
 from neox.corpus.pool import Task, run_workers, worker_loop
 from neox.corpus.readers import ErrorPolicy, OnError, read_chunk
@@ -41,14 +42,14 @@ class DuplicateSearch:
         """
         with progress_bar("bytes", show=progress) as bar:
             done = _repeats(self.folder, 0).with_name("done.json")
-            if done.exists() and json.loads(done.read_bytes()) == list(self.keys):
+            if done.exists() and read_json(done, list) == list(self.keys):
                 return
             done.unlink(missing_ok=True)
             task = bar.add_task(f"dedup={self.dedup}", total=sum(shard.size for shard in self.shards) or None)
             self._write_all(workers, lock, partial(bar.advance, task))
             written = []
             for shard in self.shards:
-                marker = json.loads(_done_marker(self.folder, shard.number).read_bytes())
+                marker = read_json(_done_marker(self.folder, shard.number))
                 written.append((sum(marker["counts"]), _files(self.folder, shard.number, marker["files"])))
             size = sum(path.stat().st_size for _, files in written for path in files)
             task = bar.add_task("compare", total=size)
@@ -97,7 +98,7 @@ class DuplicateSearch:
         marker = _done_marker(self.folder, number)
         if not marker.exists():
             return False
-        known = json.loads(marker.read_bytes())
+        known = read_json(marker)
         files = _files(self.folder, number, known["files"])
         return known["key"] == self.keys[number] and all(path.exists() for path in files)
 
@@ -110,7 +111,7 @@ def read_duplicates(folder: Path, number: int) -> dict[int, tuple[int, int]]:
 
 def read_counts(folder: Path, number: int) -> list[int]:
     """Number of documents in each chunk of a shard."""
-    counts: list[int] = json.loads(_done_marker(folder, number).read_bytes())["counts"]
+    counts: list[int] = read_json(_done_marker(folder, number))["counts"]
     return counts
 
 
@@ -131,7 +132,7 @@ def main(folder: str) -> None:
     """Entry point of a process that writes keys, see `neox.corpus.pool`."""
 
     def begin() -> Task:
-        dedup, text_key, on_error, rows, keys = json.loads((Path(folder) / "search.json").read_bytes())
+        dedup, text_key, on_error, rows, keys = read_json(Path(folder) / "search.json", list)
         return DuplicateSearch(Path(folder), dedup, text_key, on_error, tuple(shards_of(rows)), tuple(keys)).write
 
     worker_loop(begin)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from neox.config.structured import parse_json
 from neox.corpus.clean.shingles import Numbers, placed, shingles, words
 from neox.corpus.readers.streams import COMPRESSED, FileStream
 from neox.system.console import one_line
@@ -164,7 +165,7 @@ def evaluation_texts(name: str) -> Iterator[str]:
             for number, line in enumerate(file, 1):
                 try:
                     if line.strip():
-                        yield _text(json.loads(line))
+                        yield _text(parse_json(line))
                 except ValueError as error:
                     raise ValueError(f"decontaminate: {name}:{number}: not a line of JSON: {error}") from None
     if stream.damage:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from neox.config.structured import read_json
 from neox.corpus.pile.statistics import ComponentCounts
 from neox.corpus.readers import Document, ErrorPolicy
 from neox.corpus.shards import Shard, documents
@@ -78,7 +79,7 @@ def count_components(prefix: Path) -> dict[str, ComponentCounts]:
     notes, listed = prefix.with_name(prefix.name + ".components"), prefix.with_name(prefix.name + ".components.json")
     manifest = Manifest.read(prefix)
     assert manifest, "a pair that was prepared has a manifest"
-    known = json.loads(listed.read_bytes()) if listed.exists() else {}
+    known = read_json(listed) if listed.exists() else {}
     if known.get("sha256") != manifest.sha256:
         known = {"sha256": manifest.sha256, **_merged(notes, prefix, bool(manifest.append_eod))}
         write_atomic(listed, json.dumps(known).encode())
