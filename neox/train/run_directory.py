@@ -1,6 +1,7 @@
 """A run directory: the config it resumes with, its lock, and signals that end the run with a save."""
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -12,8 +13,8 @@ from typing import Any
 from neox.checkpoint.steps import (
     complete_steps,
     folder_kind,
-    invalidate_after,
     is_due,
+    is_valid,
     latest_valid,
     read_step,
     step_folder,
@@ -21,7 +22,7 @@ from neox.checkpoint.steps import (
 )
 from neox.config import Config, load_config
 from neox.config.options import parse_override
-from neox.system.files import read_rows, try_lock, write_atomic
+from neox.system.files import read_rows, sync_folder, try_lock, write_atomic
 from neox.system.processes import Processes, launched
 
 CODE = ("include_path", "tasks")
@@ -71,6 +72,8 @@ def step_to_resume(path: Path) -> tuple[Path, int | None]:
     Raises ValueError where PATH is neither, or an incomplete checkpoint.
     """
     kind = folder_kind(path)
+    if kind == "absent" and begun_by_this_launch(path.parent):
+        return path.parent, None  # a restart, after the step that the launch began with was pruned
     if kind == "step" or _looks_like_step(path):
         if not (path / ".metadata").is_file():
             raise ValueError(f"{path}: is no complete checkpoint (no .metadata): resume={path.resolve().parent}")
@@ -88,6 +91,9 @@ def _looks_like_step(path: Path) -> bool:
 
 def refuse_existing(run: Path) -> None:
     """Raise ValueError if a new run cannot have the directory: it holds a run, or anything else of somebody's."""
+    for parent in run.absolute().parents:
+        if parent.name.startswith("step_") and folder_kind(parent) == "step":
+            raise ValueError(f"{run}: lies in the checkpoint {parent}: choose another out=")
     kind = folder_kind(run)
     if kind == "step":
         whole = run.resolve().parent
@@ -122,18 +128,32 @@ def check_checkpoints(run: Path, quiet: bool) -> None:
 
 
 def go_back(run: Path, step: int) -> None:
-    """Set aside what a run has beyond a step: its checkpoints, by their .metadata, and a copy of its rows."""
-    beyond = [step_number(folder) for folder in complete_steps(run) if step_number(folder) > step]
+    """Move the checkpoints beyond a step into RUN/set_aside, with copies of what the run has written of itself.
+
+    That folder is a run of its own; one line on stderr names it. Raises ValueError, and moves nothing, where the step's
+    checkpoint is damaged: the run would go on from an earlier one.
+    """
+    kept = step_folder(run, step)
+    if not is_valid(kept):
+        raise ValueError(f"{kept}: is damaged: go on from another step")
+    beyond = [folder for folder in complete_steps(run) if step_number(folder) > step]
     rows = run / "metrics.jsonl"
     if not beyond and not any(row.get("step", 0) > step for row in (read_rows(rows) if rows.exists() else ())):
         return
-    aside = [f"the checkpoint{'s' if len(beyond) > 1 else ''} of {', '.join(map(str, beyond))}"] if beyond else []
-    if rows.exists():
-        copy = run / f"metrics.before_step_{step:08d}.jsonl"
-        write_atomic(copy, rows.read_bytes())
-        aside.append(f"the rows, copied to {copy.name}")
-    invalidate_after(run, step_folder(run, step), "superseded")
-    print(f"neox: {run}: goes on from step {step}; set aside: {'; '.join(aside)}", file=sys.stderr)
+    number = next(n for n in itertools.count(1) if not (run / "set_aside" / f"{kept.name}-{n}").exists())
+    aside = run / "set_aside" / f"{kept.name}-{number}"
+    aside.mkdir(parents=True)
+    for name in ("config.toml", "metrics.jsonl", "samples.jsonl", "tokenizer.json"):
+        if (run / name).exists():
+            write_atomic(aside / name, (run / name).read_bytes())
+    for folder in reversed(beyond):  # of those that a crash leaves behind none is missing in the middle
+        folder.rename(aside / folder.name)
+    sync_folder(run)
+    names = ", ".join(str(step_number(folder)) for folder in beyond)
+    said = (
+        f"the checkpoint{'s' if len(beyond) > 1 else ''} of {names}, and the rows" if beyond else "the rows beyond it"
+    )
+    print(f"neox: {run}: goes on from step {step}; set aside in {aside}: {said}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -144,7 +164,7 @@ def opened(run: Path, resume: bool, processes: Processes, step: int | None = Non
     it. Raises ValueError where another process writes the directory, where it holds a run that is not to be continued
     or anything else than a run, and where the checkpoints of a run are gone.
     """
-    if folder_kind(run) not in ("run", "absent", "empty"):
+    if folder_kind(run) != "run":
         refuse_existing(run)  # before a file is written there
     run.mkdir(parents=True, exist_ok=True)
     with only_writer(run, processes):

@@ -9,6 +9,7 @@ import pytest
 import neox
 from neox import cli
 from neox.checkpoint.steps import folder_kind
+from neox.train import run_config
 from tests.tiny import ours
 from tests.train.helpers import TINY, complete, one_line, rows, token_pair
 
@@ -41,16 +42,32 @@ def numbers(run: Path) -> list[int]:
 def test_a_step_is_resumed_in_its_run(run, finished, capsys):
     """Nothing is written inside the checkpoint; what lies beyond is set aside, and said; the losses come again."""
     step = digests(run / "step_00000004")
-    for spelling in (run / "step_00000004", f"{run}/step_00000004/"):
+    for number, spelling in enumerate((run / "step_00000004", f"{run}/step_00000004/"), 1):
+        later = [digests(run / name) for name in ("step_00000006", "step_00000008")]
         assert cli.main(["train", f"resume={spelling}", "steps=8"]) == 0
         said = capsys.readouterr().err
-        assert "goes on from step 4; set aside: the checkpoints of 6, 8; the rows, copied to " in said
+        aside = run / "set_aside" / f"step_00000004-{number}"
+        assert f"goes on from step 4; set aside in {aside}: the checkpoints of 6, 8, and the rows" in said
+        assert [digests(aside / name) for name in ("step_00000006", "step_00000008")] == later, (
+            "bytes of what was there"
+        )
+        assert numbers(aside) == [6, 8]
+        assert run_config(aside).train.steps == 8, "a run of its own"
+        assert len(rows(aside)) == 8
         assert digests(run / "step_00000004") == step
         assert numbers(run) == [2, 4, 6, 8]
         assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(finished)]
-    kept = (run / "metrics.before_step_00000004.jsonl").read_bytes()
-    assert kept.count(b"\n") == 8
-    assert (run / "step_00000006" / ".metadata").is_file()
+
+
+def test_a_damaged_step_is_refused_and_nothing_is_set_aside(run, capsys):
+    file = run / "step_00000004" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    before = digests(run)
+    assert cli.main(["train", f"resume={run / 'step_00000004'}"]) == 1
+    one_line(capsys.readouterr().err, "step_00000004: is damaged: go on from another step")
+    assert digests(run) == before
 
 
 def test_a_step_with_nothing_beyond_is_the_run(run, capsys):
@@ -134,6 +151,7 @@ def test_a_new_run_writes_into_no_folder_of_others(finished, tmp_path, capsys):
     before = digests(tmp_path)
     for folder, words in (
         (tmp_path / "run" / "step_00000004", "is a checkpoint of"),
+        (tmp_path / "run" / "step_00000004" / "new", "lies in the checkpoint"),
         (tmp_path / "run", "holds a run"),
         (model, "holds files that are no part of a run"),
         (text, "holds files that are no part of a run"),
@@ -168,3 +186,12 @@ def test_kinds_of_folders(finished, tmp_path):
     kinds = {finished: "run", copied: "run", finished / "step_00000002": "step", model: "huggingface", empty: "empty"}
     kinds |= {tmp_path: "other", tmp_path / "absent": "absent", model / "config.json": "other"}
     assert {path: folder_kind(path) for path in kinds} == kinds
+
+
+def test_a_restart_goes_on_where_the_step_was_pruned(run, monkeypatch):
+    """torchrun gives each attempt the same arguments; the step that they name may be gone by then."""
+    shutil.rmtree(run / "step_00000002")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    (run / ".launch").write_text("job")
+    assert cli.main(["train", f"resume={run / 'step_00000002'}", "steps=9"]) == 0
+    assert numbers(run) == [4, 6, 8, 9]
