@@ -62,7 +62,8 @@ def complete_steps(run: Path) -> list[Path]:
 
 def is_step(folder: Path) -> bool:
     """Tell the folder of one checkpoint from that of a run."""
-    return (folder / ".metadata").exists() or folder.name.startswith("step_")
+    named = bool(_STEP.match(folder.resolve().name)) and not (folder / ".lock").exists()  # a run may have any name
+    return (folder / ".metadata").exists() or named
 
 
 FolderKind = Literal["absent", "empty", "step", "run", "huggingface", "other"]
@@ -76,9 +77,11 @@ def folder_kind(path: Path) -> FolderKind:
     if not path.is_dir():
         return "other" if path.exists() else "absent"
     names = {one.name for one in path.iterdir()}
+    if ".lock" in names:
+        return "run"
     if ".metadata" in names or (_STEP.match(path.resolve().name) and names & {"state.json", "config.toml"}):
         return "step"
-    if ".lock" in names or {"config.toml", "metrics.jsonl"} <= names or complete_steps(path):
+    if {"config.toml", "metrics.jsonl"} <= names or complete_steps(path):
         return "run"
     if "config.json" in names or any(name.endswith(".safetensors") for name in names):
         return "huggingface"

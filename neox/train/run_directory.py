@@ -14,6 +14,7 @@ from neox.checkpoint.steps import (
     complete_steps,
     folder_kind,
     is_due,
+    is_step,
     is_valid,
     latest_valid,
     read_step,
@@ -74,7 +75,7 @@ def step_to_resume(path: Path) -> tuple[Path, int | None]:
     kind = folder_kind(path)
     if kind == "absent" and begun_by_this_launch(path.parent):
         return path.parent, None  # a restart, after the step that the launch began with was pruned
-    if kind == "step" or _looks_like_step(path):
+    if kind == "step" or (kind != "absent" and is_step(path)):
         if not (path / ".metadata").is_file():
             raise ValueError(f"{path}: is no complete checkpoint (no .metadata): resume={path.resolve().parent}")
         return path.resolve().parent, step_number(path.resolve())
@@ -83,10 +84,6 @@ def step_to_resume(path: Path) -> tuple[Path, int | None]:
         advice = f"train.init={path} starts one from its weights" if kind == "huggingface" else start
         raise ValueError(f"{path}: holds no run (no config.toml): {advice}")
     return path, None
-
-
-def _looks_like_step(path: Path) -> bool:
-    return path.is_dir() and path.resolve().name.startswith("step_")
 
 
 def refuse_existing(run: Path) -> None:

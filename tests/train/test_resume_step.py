@@ -188,6 +188,15 @@ def test_kinds_of_folders(finished, tmp_path):
     assert {path: folder_kind(path) for path in kinds} == kinds
 
 
+def test_a_run_may_be_named_like_a_step(finished, tmp_path):
+    for name in ("step_test", "step_00000001"):
+        run = shutil.copytree(finished, tmp_path / name)
+        assert folder_kind(run) == "run"
+        neox.load(run)
+        assert cli.main(["train", f"resume={run}", "steps=9"]) == 0
+        assert numbers(run)[-1] == 9
+
+
 def test_a_restart_goes_on_where_the_step_was_pruned(run, monkeypatch):
     """torchrun gives each attempt the same arguments; the step that they name may be gone by then."""
     shutil.rmtree(run / "step_00000002")
