@@ -70,6 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    if argv[:2] == ["help", "options"]:
+        from neox.cli.reference import all_options
+
+        print(all_options())
+        return 0
+    if argv[:1] == ["help"] and len(argv) > 1:
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(_usage())
         return 0
@@ -124,7 +131,7 @@ def _usage() -> str:
         "  neox prepare corpus.txt out=data/corpus",
         "  neox train pythia-14m data.train=data/corpus out=runs/first",
         "",
-        "neox VERB --help says more, docs/options.md lists all options; neox --version prints the version.",
+        "neox help VERB says more, neox help options lists all options; neox --version prints the version.",
     ]
     return "\n".join(lines)
 

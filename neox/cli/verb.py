@@ -21,6 +21,8 @@ def resolve(targets: Sequence[str], options: Sequence[str]) -> Config:
     from neox.config import load_config, presets
 
     files = [t for t in targets if t not in presets.names() and (t.endswith(".toml") or os.path.isfile(t))]
+    if text := next((t for t in files if not t.endswith(".toml")), None):
+        raise UsageError(f"{text}: a run file ends in .toml; text to train on is data.train={text}")
     named = [t for t in targets if t not in files]
     if len(named) > 1:
         raise UsageError(f"one preset at a time, not {' and '.join(named)}")
@@ -46,7 +48,7 @@ def read_options(cls: type[S], texts: Iterable[str]) -> tuple[S, list[str]]:
             continue
         annotation = cls.model_fields[key].annotation
         verbatim = not section_of(cls, key) and get_origin(annotation) is not tuple and is_text(annotation)
-        value = raw if verbatim else literal(raw.strip(), annotation, text)
+        value = raw if verbatim else literal(raw, annotation, text)
         if get_origin(annotation) is tuple and key in values:
             value = [one for part in (values[key], value) for one in (part if isinstance(part, list) else [part])]
         values[key], origin[key] = value, f"from {text}"

@@ -66,13 +66,22 @@ def parse_override(text: str) -> tuple[str, str, Any]:
         if len(owners) > 1:
             raise ConfigError(f"{key}: is in several sections, write {' or '.join(f'{s}.{key}=' for s in owners)}", key)
         section = owners[0] if owners else ""
+        if name == "schedule":
+            raise ConfigError(
+                "schedule: write schedule.name= for the learning rate, or parallel.schedule= for the pipeline"
+            )
     if section not in SECTIONS or key not in SECTIONS[section].model_fields:
         raise ConfigError(f"{name}: no such key{suggest_key(section, key)} (from {text})", name)
-    return section, key, literal(raw.strip(), SECTIONS[section].model_fields[key].annotation, text)
+    return section, key, literal(raw, SECTIONS[section].model_fields[key].annotation, text)
 
 
 def literal(raw: str, annotation: Any, text: str) -> Any:
+    """A typed value: a TOML literal or else a bare string, whose white space counts where the option is text."""
     wants_list = get_origin(annotation) is tuple
+    if not is_text(annotation):
+        raw = raw.strip()
+    if annotation is bool and raw in ("True", "False"):  # as Python spells them
+        raw = raw.lower()
     try:
         table = tomllib.loads(f"value = {raw}")
         value = table["value"] if len(table) == 1 else raw
@@ -92,7 +101,11 @@ def is_text(annotation: Any) -> bool:
 
 
 def suggest_key(section: str, key: str) -> str:
-    """Hint for an unknown key: same name elsewhere, nearest here, nearest anywhere."""
+    """Hint for an unknown key: another program's word, same name elsewhere, nearest here, nearest anywhere."""
+    from neox.config.elsewhere import meaning
+
+    if named := meaning(key):
+        return f"; {named}"
     everywhere = [f"{s}.{k}" for s, cls in SECTIONS.items() for k in cls.model_fields]
     same = [name for name in everywhere if name.endswith(f".{key}")]
     here = [name for name in everywhere if name.startswith(f"{section}.")]
@@ -129,6 +142,9 @@ def _one_line(cls: type[Section], error: ValidationError) -> ConfigError:
         return ConfigError(f"{key}: is missing{more}", key)
     message = re.sub(r"^\w+ should", "must", first["msg"])
     got = repr(first["input"])
+    from neox.config.elsewhere import VALUES
+
+    more += f"; write {VALUES[first['input']]}" if first["input"] in list(VALUES) else ""
     return ConfigError(f"{key}: {message}, got {got if len(got) <= 60 else got[:57] + '...'}{more}", key)
 
 

@@ -191,7 +191,11 @@ def test_bare_keys():
         owners.setdefault(key, []).append(section)
     assert {key for key, sections in owners.items() if len(sections) > 1} == {"name", "vocab_size", "seed", "every"}
     for key, sections in owners.items():
-        if len(sections) > 1:
+        if key == "schedule":  # a section, and an option of another
+            assert "write schedule.name= for the learning rate, or parallel.schedule=" in error_of(
+                overrides=[f"{key}=1"]
+            )
+        elif len(sections) > 1:
             message = error_of(overrides=[f"{key}=1"])
             assert all(f"{section}.{key}=" in message for section in sections)
         else:

@@ -34,6 +34,13 @@ def json_text(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, Mapping) else none(value)
 
 
+def project(value: Any) -> Any:
+    """A project's name: a switch, as other programs have it, names none."""
+    if str(value).lower() in ("true", "yes", "1", "on"):
+        raise ValueError(f"{value} names no project: log.wandb=my-project")
+    return None if str(value).lower() in ("none", "false", "no", "0", "off") else value
+
+
 def separated(value: Any) -> Any:
     """Names as one writes them on a command line: a,b."""
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else listed(value)

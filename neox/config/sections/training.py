@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from neox.config.options import Section
-from neox.config.sections import Fraction, Ints, NotNegative, OptionalInt, OptionalStr, Positive, listed, pairs
+from neox.config.sections import Fraction, Ints, NotNegative, OptionalInt, OptionalStr, Positive, listed, pairs, project
 
 
 class TrainConfig(Section):
@@ -202,7 +202,7 @@ class LogConfig(Section):
     """Log the norms of gradients, parameters and update of embedding, attention, mlp, norms and head."""
     tensorboard: bool = False
     """Log to RUN/tensorboard as well."""
-    wandb: OptionalStr = None
+    wandb: Annotated[str | None, BeforeValidator(project)] = None
     """Weights & Biases project to log to; its own settings say where (WANDB_MODE=offline: to RUN/wandb)."""
     sample_every: NotNegative = 0
     """Steps between samples of generated text, drawn with temperature, top_k, top_p and seed of generate; 0 = never."""

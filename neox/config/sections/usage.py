@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -103,7 +104,10 @@ class SamplingConfig(Section):
     def _not_empty(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
         if not all(stop):
             raise ValueError("a stop text must not be empty")
-        return stop
+        # A shell passes '\\n' on as a backslash and an n, which no text ends with.
+        breaks = {r"\n": "\n", r"\t": "\t", r"\r": "\r"}
+        typed = re.compile(r"(\\[ntr])+")
+        return tuple(re.sub(r"\\.", lambda m: breaks[m[0]], one) if typed.fullmatch(one) else one for one in stop)
 
 
 class GenerateConfig(SamplingConfig):
