@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 TOKENIZER = "tokenizer.json"
+HAS_SAVED = ".saved"
+"""Empty file in a run directory: the run has had a complete checkpoint."""
 ALONE = Processes()
 FAILURES = (Exception, dcp.CheckpointException)  # torch derives the latter from BaseException
 Error = TypeVar("Error", bound=BaseException)

@@ -30,6 +30,7 @@ from neox.checkpoint.steps import (
     ALONE,
     FAILURES,
     FORMAT_VERSION,
+    HAS_SAVED,
     find_cause,
     named_state,
     prune,
@@ -171,6 +172,7 @@ class Saver:
             writer = _Writer(folder, files)
             dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self.processes.world == 1)
             if not self.processes.rank:
+                (self.run / HAS_SAVED).touch()
                 sync_folder(folder)
                 sync_folder(folder.parent)
         except BaseException as error:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from neox.checkpoint.steps import (
+    HAS_SAVED,
     complete_steps,
     folder_kind,
-    is_due,
     is_step,
     is_valid,
     latest_valid,
@@ -104,7 +104,7 @@ def refuse_existing(run: Path) -> None:
 
 
 def check_checkpoints(run: Path, quiet: bool) -> None:
-    """Raise ValueError where a run has got beyond a checkpoint that it must have saved, and has none.
+    """Raise ValueError where a run has saved a checkpoint, and has none.
 
     A disk that is not mounted and a purge look like this; going on would begin anew and drop the rows. A run that was
     killed before its first checkpoint begins again, with a line that says so.
@@ -113,12 +113,10 @@ def check_checkpoints(run: Path, quiet: bool) -> None:
     if not rows.is_file() or complete_steps(run):
         return
     last = max((row["step"] for row in read_rows(rows) if isinstance(row.get("step"), int)), default=0)
-    kept = load_config(files=[run / "config.toml"]).checkpoint
-    due = [step for step in range(last) if is_due(kept, step)]
-    if due and not any(run.glob("step_*")):
+    if (run / HAS_SAVED).exists():
         raise ValueError(
-            f"{run}: metrics.jsonl goes up to step {last}, but the checkpoints are gone (step {due[-1]} was saved): "
-            "put them back (is a disk not mounted?), or begin anew with another out="
+            f"{run}: metrics.jsonl goes up to step {last}, but the checkpoints are gone: put them back (is a disk not "
+            f"mounted?), or begin anew with another out=, or here after removing {HAS_SAVED} and metrics.jsonl"
         )
     if last and not quiet:
         print(f"neox: {run}: no checkpoint had been written: begins again at step 1", file=sys.stderr)

@@ -190,6 +190,8 @@ def cut_back(run: Path, copy: Path, step: int) -> Path:
     for folder in copy.glob("step_*"):
         if int(folder.name.removeprefix("step_")) > step:
             shutil.rmtree(folder)
+    if not step:
+        (copy / ".saved").unlink(missing_ok=True)
     return copy
 
 

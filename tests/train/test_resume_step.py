@@ -95,7 +95,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(run, capsys):
         arguments = [resume] if resume != "resume=auto" else [*TINY, f"out={run}", resume]
         assert cli.main(["train", *arguments, "steps=12"]) == 1
         one_line(
-            capsys.readouterr().err, "metrics.jsonl goes up to step 8, but the checkpoints are gone .step 6 was saved"
+            capsys.readouterr().err, "metrics.jsonl goes up to step 8, but the checkpoints are gone: put them back"
         )
         assert digests(run) == before | {".lock": digests(run)[".lock"]}
 
@@ -103,9 +103,8 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(run, capsys):
 def test_a_run_killed_before_its_first_checkpoint_begins_again_and_says_so(run, capsys):
     for folder in complete(run):
         shutil.rmtree(folder)
-    text = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(text.replace("every = 2", "every = 1000", 1))
-    assert cli.main(["train", f"resume={run}", "checkpoint.every=1000"]) == 0
+    (run / ".saved").unlink()  # its rows lie there
+    assert cli.main(["train", f"resume={run}"]) == 0
     assert "no checkpoint had been written: begins again at step 1" in capsys.readouterr().err
     assert [row["step"] for row in rows(run)] == list(range(1, 9))
 
@@ -204,3 +203,19 @@ def test_a_restart_goes_on_where_the_step_was_pruned(run, monkeypatch):
     (run / ".launch").write_text("job")
     assert cli.main(["train", f"resume={run / 'step_00000002'}", "steps=9"]) == 0
     assert numbers(run) == [4, 6, 8, 9]
+
+
+def test_a_run_that_saved_its_last_step_alone_is_not_begun_anew_either(finished, tmp_path, capsys):
+    """No checkpoint was due before the end: the rows alone do not say that there was one."""
+    run = tmp_path / "run"
+    settings = [*TINY, f"data.train={finished.parent / 'a'}", "steps=3", "checkpoint.every=0", "checkpoint.early=0"]
+    assert cli.main(["train", *settings, f"out={run}"]) == 0
+    assert numbers(run) == [3]
+    shutil.rmtree(run / "step_00000003")
+    before = digests(run)
+    assert cli.main(["train", f"resume={run}", "steps=4"]) == 1
+    one_line(capsys.readouterr().err, "the checkpoints are gone", "after removing .saved and metrics.jsonl")
+    assert digests(run) == before
+    for name in (".saved", "metrics.jsonl"):  # as the line says
+        (run / name).unlink()
+    assert cli.main(["train", f"resume={run}"]) == 0
