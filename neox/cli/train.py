@@ -1,9 +1,11 @@
 """Train a model on text or prepared tokens; continue a stopped run.
 
-neox train [PRESET] [FILE.toml ...] data.train=SOURCE [out=RUN_DIR] [key=value ...]
+neox train [PRESET or MODEL] [FILE.toml ...] data.train=SOURCE [out=RUN_DIR] [key=value ...]
 neox train resume=RUN_DIR[/step_N] [key=value ...]
 neox train ... out=RUN_DIR resume=auto
 
+MODEL is a run, a step or a Hugging Face folder to start from, as with train.init= (which takes hub
+ids too): shape, vocabulary and tokenizer are the model's.
 SOURCE is a prefix that `neox prepare` wrote, or text, which is tokenized first: everything that
 `neox prepare` reads.
 Ctrl-C and SIGTERM save after the current step; a run that was killed loses the steps since its
@@ -17,6 +19,7 @@ to, are started here; torchrun starts them on several hosts. Their number may ch
 Examples:
   neox train data.train=corpus.txt out=runs/first steps=200
   neox train pythia-14m data.train=data/corpus out=runs/14m dtype=bf16
+  neox train exported/ data.train=more.txt out=runs/tuned lr=1e-5
   neox train recipes/small.toml data.train=data/corpus parallel.dp_shard=2
   torchrun --standalone --nproc-per-node 2 -m neox train recipes/small.toml data.train=data/corpus
   neox train resume=runs/first
@@ -39,6 +42,7 @@ from neox.config import Section
 from neox.config.options import parse_override
 
 if TYPE_CHECKING:
+    from neox.checkpoint import WeightSource
     from neox.config import Config
     from neox.train import Trainer
 
@@ -114,6 +118,45 @@ def run(targets: list[str], options: list[str]) -> int:
     return 128 + result.signal
 
 
+def _new(targets: list[str], overrides: list[str]) -> Config:
+    """The config of a new run; shape and tokenizer follow from the model that it starts from, or from its tokens."""
+    from neox.checkpoint.steps import folder_kind
+
+    models = [one for one in targets if folder_kind(Path(one)) in ("run", "step", "huggingface")]
+    if len(models) > 1:
+        raise UsageError(f"one model to start from at a time, not {' and '.join(models)}")
+    rest = [one for one in targets if one not in models]
+    overrides = [*(f"train.init={one}" for one in models), *overrides]
+    config = resolve(rest, overrides)
+    if config.train.init and config.preset is None:
+        return resolve(rest, [*_of_model(config.train.init), *overrides])
+    if "vocab_size" not in config.model.model_fields_set and config.data.train:
+        from neox.corpus.for_training import padded_vocabulary
+
+        if size := padded_vocabulary(config):
+            return resolve(rest, [*overrides, f"model.vocab_size={size}"])
+    return config
+
+
+def _of_model(source: str) -> list[str]:
+    """Options that give a run the shape and the tokenizer of a model to start from; those of the command win."""
+    from neox.checkpoint import use_weights
+    from neox.config import DataConfig, ModelConfig
+    from neox.config.options import spell
+
+    def read(weights: WeightSource) -> list[str]:
+        default, config = ModelConfig(), weights.config
+        changed = [key for key in ModelConfig.model_fields if getattr(config, key) != getattr(default, key)]
+        options = [f"model.{key}={spell(getattr(config, key))}" for key in changed]
+        folder = weights.config_file.parent
+        files = [path for path in (folder / "tokenizer.json", folder.parent / "tokenizer.json") if path.is_file()]
+        context = config.max_position_embeddings
+        short = [f"data.seq_length={context}"] if context < DataConfig().seq_length else []
+        return options + short + [f"tokenizer.path={path}" for path in files[:1]]
+
+    return use_weights(source, read)
+
+
 def _asked(targets: list[str], options: list[str]) -> tuple[Config, bool, int | None]:
     """The config of a command, whether it may continue its run, and from which step if not from the newest."""
     from neox.checkpoint.steps import folder_kind
@@ -121,10 +164,10 @@ def _asked(targets: list[str], options: list[str]) -> tuple[Config, bool, int | 
 
     chosen, overrides = read_options(TrainOptions, options)
     if "resume" not in chosen.model_fields_set:
-        return resolve(targets, overrides), False, None
+        return _new(targets, overrides), False, None
     placed = [override for override in overrides if parse_override(override)[:2] == ("log", "out")]
     if chosen.resume == "auto":
-        begun = resolve(targets, overrides)
+        begun = _new(targets, overrides)
         run = Path(begun.log.out)
         if folder_kind(run) != "run" or not (run / "config.toml").is_file():
             return begun, True, None

@@ -41,6 +41,23 @@ def named_files(config: Config, run: Path) -> list[tuple[str, str, Path]]:
     ]
 
 
+def padded_vocabulary(config: Config) -> int | None:
+    """Vocabulary size that the tokens or the tokenizer of a new run need, padded as gpt-neox pads it; None for unknown.
+
+    128 rows for each process of tensor parallelism share a boundary.
+    """
+    sizes = []
+    for name in config.data.train:
+        if _is_prefix(name) and (manifest := Manifest.read_sound(name)):
+            sizes.append(manifest.vocab_size or 0)
+    if config.tokenizer.path:
+        sizes.append(Tokenizer.from_file(config.tokenizer.path).vocab_size)
+    if not any(sizes):
+        return None
+    multiple = 128 * config.parallel.tp
+    return -(-max(sizes) // multiple) * multiple
+
+
 def token_files(config: Config, run: Path, quiet: bool = False) -> TokenFiles:
     """Prefixes of .bin/.idx pairs for training and held-out text.
 
