@@ -21,6 +21,7 @@ import numpy.typing as npt
 from neox.config.structured import parse_json
 from neox.corpus.clean.shingles import Numbers, placed, shingles, words
 from neox.corpus.readers.streams import COMPRESSED, FileStream
+from neox.corpus.readers.text import BYTE_ORDER_MARK
 from neox.system.console import one_line
 from neox.system.files import write_whole
 from neox.system.optional import optional
@@ -164,8 +165,9 @@ def evaluation_texts(name: str) -> Iterator[str]:
         else:
             for number, line in enumerate(file, 1):
                 try:
-                    if line.strip():
-                        yield _text(parse_json(line))
+                    content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+                    if content.strip():
+                        yield _text(parse_json(content.decode("utf-8")))
                 except ValueError as error:
                     raise ValueError(f"decontaminate: {name}:{number}: not a line of JSON: {error}") from None
     if stream.damage:

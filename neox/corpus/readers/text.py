@@ -96,15 +96,22 @@ def read_jsonl(chunk: Chunk, text_key: str, policy: ErrorPolicy, meta_key: str |
 
 @cache
 def _fast_reader() -> Callable[[bytes], Any]:
-    """JSON reader: orjson's where it is installed.
+    """JSON reader of the common line: orjson's where it is installed.
 
-    The standard library judges what orjson refuses, such as a lone surrogate.
+    `_document` judges what it refuses, so that the same lines pass with and without orjson: the standard library's own
+    reader of bytes takes a byte order mark, UTF-16 and half of a surrogate pair.
     """
     with suppress(ImportError):
         import orjson
 
         return orjson.loads
-    return json.loads
+
+    def strict(content: bytes) -> Any:
+        if b"\\u" in content:
+            raise ValueError("an escape may be half of a surrogate pair")
+        return json.loads(content.decode("utf-8"))
+
+    return strict
 
 
 @cache
@@ -156,6 +163,8 @@ def _document(chunk: Chunk, number: int, offset: int, content: bytes, text_key: 
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise ReadError("not JSON", f"{where}: not JSON ({reason}); every line must be one JSON object{hint}") from None
+    if isinstance(value, str):  # a document by itself, as gpt-neox's lm_dataformat has it
+        value = {text_key: value}
     if not isinstance(value, dict):
         wanted = f'a JSON object such as {{"{text_key}": "..."}}; every line must be one{hint}'
         raise ReadError("no text", f"{where}: the line holds {kind(value)}, not {wanted}")

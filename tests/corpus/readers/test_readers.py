@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox.corpus import read_documents
-from neox.corpus.readers import ErrorPolicy, find_sources, read_source
+from neox.corpus.readers import ErrorPolicy, find_sources, read_source, text
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 
@@ -95,7 +96,6 @@ def test_jsonl_malformed_lines_are_named(tmp_path: Path) -> None:
         (b"[" * 200_000, "not JSON"),
         (b'{"n": ' + b"1" * 5000 + b"}", "not JSON"),
         (b'["a"]', "holds a list, not a JSON object"),
-        (b'"a"', "holds a string, not a JSON object"),
         (b"null", "holds null, not a JSON object"),
         (b"7.5", "holds a number, not a JSON object"),
         (b'{"content": "a", "id": 1}', "no key 'text' (keys here: 'content', 'id'); set data.text_key"),
@@ -114,6 +114,43 @@ def test_jsonl_malformed_lines_are_named(tmp_path: Path) -> None:
         found = error_of(path)
         assert found.startswith(f"{path}:3: "), line[:40]
         assert message in found, line[:40]
+
+
+ODD_LINES = [
+    b'{"text": "plain"}',
+    b'\xef\xbb\xbf{"text": "a mark in mid-file"}',
+    b'{"text": "a\\ud800b"}',
+    b'{"text": "pair \\ud83d\\ude42"}',
+    b'{"text": "tab \\u0009"}',
+    '{"text": "wide"}'.encode("utf-16"),
+    b'{"text": "nan", "score": NaN}',
+    b'{"text": "twice", "text": "last"}',
+    b'{"text": "deep", "tree": ' + b"[" * 2000 + b"]" * 2000 + b"}",
+    b'{"text": 1e999}',
+    b'"a document by itself"',
+    b'"half \\udc00"',
+    b"7",
+    b'{"text": "a\\u0000b"}',
+    b'{"text": "end"}\r',
+]
+
+
+def test_the_same_lines_pass_with_and_without_orjson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = lines(tmp_path / "a.jsonl", *ODD_LINES)
+    read: list[tuple[list[str], dict[str, int]]] = []
+    for present in (True, False):
+        if not present:
+            monkeypatch.setitem(sys.modules, "orjson", None)
+        text._fast_reader.cache_clear()
+        policy = ErrorPolicy("skip")
+        documents = [found for found, _ in records_of(path, policy=policy)]
+        read.append((documents, {reason: skipped.documents for reason, skipped in policy.skipped.items()}))
+    text._fast_reader.cache_clear()
+    assert read[0] == read[1]
+    assert read[0][0] == [
+        *("plain", "pair 🙂", "tab \t", "nan", "last", "a document by itself", "a\0b", "end"),
+    ]
+    assert read[0][1] == {"not JSON": 2, "lone surrogate": 2, "not UTF-8": 1, "no text": 2}
 
 
 def test_escaped_pairs_are_no_lone_surrogates(tmp_path: Path) -> None:
