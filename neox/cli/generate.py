@@ -89,7 +89,11 @@ def run(targets: list[str], options: list[str]) -> int | None:
         return launch(["generate", *targets, *options], chosen.tp, TrainConfig(restarts=0))
     prompt = chosen.prompt
     if prompt == "-" and is_first():
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+            prompt.encode("utf-8")  # under some locales bad bytes pass as lone surrogates
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise ValueError(f"standard input: not UTF-8 (at {error.start}): convert it") from None
     loading = {key: getattr(chosen, key) for key in (*LoadingOptions.model_fields, "slots", "speculate", "draft")}
     with shared_engine(model, chosen.tp, **loading) as engine:
         if engine is not None:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from neox.system.files import is_at, open_own, sync_folder, temporary_name, try_lock, write_atomic, write_error
 
 MAGIC = b"MMIDIDX\x00\x00"
+TNTIDX = b"TNTIDX\x00\x00"  # the magic bytes of the layout before
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, D
 DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
@@ -261,6 +262,8 @@ class TokenFile:
         found = self.idx.stat().st_size
         with self.idx.open("rb") as file:
             head = file.read(HEADER.size)
+        if head.startswith(TNTIDX):
+            raise self._foreign("it is the first layout of Megatron's indexed data sets (TNTIDX)")
         if head[: len(MAGIC)] != MAGIC[: len(head)]:
             raise self._broken(self.idx, f"it starts with {head[: len(MAGIC)]!r}, not with {MAGIC!r}")
         if len(head) < HEADER.size:
@@ -268,7 +271,9 @@ class TokenFile:
         _, version, code, count, marks = HEADER.unpack(head)
         if version != VERSION:
             raise self._broken(self.idx, f"expected version {VERSION}, found {version}")
-        if code not in DTYPE_OF_CODE or DTYPE_OF_CODE[code].kind not in "iu":
+        if code in DTYPE_OF_CODE and DTYPE_OF_CODE[code].kind not in "iu":
+            raise self._foreign(f"its values are {DTYPE_OF_CODE[code]}, no token ids")
+        if code not in DTYPE_OF_CODE:
             known = ", ".join(f"{c} ({d})" for c, d in DTYPE_OF_CODE.items() if d.kind in "iu")
             raise self._broken(self.idx, f"expected a dtype code of integers, {known}; found {code}")
         expected = HEADER.size + 12 * count + 8 * marks
@@ -314,6 +319,9 @@ class TokenFile:
                 )
             start = int(expected[-1] + sizes[-1])
         return start // self.dtype.itemsize
+
+    def _foreign(self, what: str) -> ValueError:
+        return ValueError(f"{self.idx}: is not supported: {what}; make token files of the text with `neox prepare`")
 
     def _broken(self, path: Path, what: str) -> ValueError:
         return ValueError(f"{path}: damaged or incomplete: {what}; run prepare again")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from neox.generate.prefix import PrefixTree, Stats
+from neox.generate.prompts import prompt_list, token_ids
 from neox.generate.requests import Completion, Event, Generation, Request, Score, Scoring, check_tokens, token_logprob
 from neox.generate.sampling import NOT_FINITE, Sampler, Sampling
 from neox.generate.scheduler import Scheduler
@@ -92,8 +93,7 @@ class Engine:
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
     ) -> list[Completion]:
         """Continue each prompt (text, or token ids); arguments and errors as in `events`."""
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        many: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[assignment,list-item]
+        many = prompt_list(prompts)
         done = {event.number: event.done for event in self.events(many, sampling, stream=False) if event.done}
         return [done[number] for number in range(len(many))]
 
@@ -191,7 +191,7 @@ class Engine:
                 raise ValueError("a prompt in text needs a tokenizer: this model was loaded without one")
             tokens = self.tokenizer.encode(prompt)
         else:
-            tokens = [int(token) for token in prompt]
+            tokens = token_ids(prompt)
         if not tokens:
             tokens = [self.eod or 0]
         context = self.model.config.max_position_embeddings

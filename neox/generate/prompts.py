@@ -1,7 +1,9 @@
 """Prompts from a file: one a line of a .txt or .jsonl."""
 
 import json
+import operator
 from pathlib import Path
+from typing import Any
 
 KEYS = ("prompt", "context")
 """Keys of the prompt in a line of JSON; gpt-neox writes the second."""
@@ -48,3 +50,22 @@ def _from_json(line: str, where: str) -> str:
     if not isinstance(prompt, str):
         raise ValueError(f"{where}: key {key} must hold a string")
     return prompt
+
+
+def token_ids(prompt: Any) -> list[int]:
+    """Token ids of a list, an array or a tensor of one dimension. Raises ValueError for values that are no integers."""
+    values = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        wrong = next(value for value in values if not hasattr(value, "__index__"))
+        raise ValueError(f"a prompt of token ids holds {wrong!r}: give whole numbers, one list a prompt") from None
+
+
+def prompt_list(prompts: Any) -> list[Any]:
+    """The prompts of a call: one is a text or a sequence of token ids; an array of two dimensions has one a row."""
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
+    first = prompts[0] if len(prompts) else None
+    single = isinstance(prompts, str) or isinstance(first, int | float) or getattr(first, "ndim", None) == 0
+    return [prompts] if single else list(prompts)

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
-from neox.generate.prompts import read_prompts
+from neox.generate.prompts import prompt_list, read_prompts, token_ids
 
 
 def test_a_line_of_text_is_a_prompt_as_it_stands(tmp_path):
@@ -45,3 +47,18 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, name, content, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.txt: no such file"):
         read_prompts(tmp_path / "absent.txt")
+
+
+def test_prompts_of_numbers_as_lists_arrays_and_tensors():
+    for prompts in ([1, 2, 3], np.array([1, 2, 3]), torch.tensor([1, 2, 3]), [np.int64(1), np.int64(2), np.int64(3)]):
+        (one,) = prompt_list(prompts)
+        assert token_ids(one) == [1, 2, 3]
+    rows = [[1, 2], [3, 4]]
+    for prompts in (rows, np.array(rows), torch.tensor(rows), [np.array([1, 2]), torch.tensor([3, 4])]):
+        assert [token_ids(one) for one in prompt_list(prompts)] == rows
+    assert prompt_list("text") == ["text"]
+    assert prompt_list(["a", [1]]) == ["a", [1]]
+    assert prompt_list([]) == []
+    for wrong in ([5.7], [[5.7]], np.array([5.7]), [[[1]]], [["a"]], [[None]], torch.rand(2, 2), torch.ones(2, 2, 2)):
+        with pytest.raises(ValueError, match="a prompt of token ids holds .*: give whole numbers, one list a prompt"):
+            [token_ids(one) for one in prompt_list(wrong)]
