@@ -178,5 +178,5 @@ def notes(name: str) -> tuple[str, ...]:
 def _row(name: str) -> Row:
     if name not in _BY_NAME:
         shown = name if len(name) <= 60 else name[:57] + "..."
-        raise ValueError(f"no preset {shown!r}; {did_you_mean(name, _BY_NAME)}")
+        raise ValueError(f"no preset {shown!r}; {did_you_mean(name, _BY_NAME, '`neox show` lists them')}")
     return _BY_NAME[name]

@@ -10,7 +10,7 @@ from neox.generate.engine import Engine
 from neox.generate.sampling import Sampling
 
 HELP = """Type a prompt and Enter; a line that ends in a backslash goes on in the next one.
-Ctrl-C stops the answer, Ctrl-D leaves. /temperature 0.7 sets an option, /help shows all of them;
+Ctrl-C stops the answer, Ctrl-D or /quit leaves. /temperature 0.7 sets an option, /help shows all of them;
 a prompt that itself begins with / is written with two."""
 WITHOUT_MEANING = {"logprobs", "slots"}
 
@@ -33,6 +33,8 @@ def converse(engine: Engine, config: GenerateConfig, read: Callable[[str], str] 
         except KeyboardInterrupt:
             print()
             continue
+        if prompt.strip() in ("/quit", "/exit", "/q"):
+            return
         try:
             if prompt.startswith("/") and not prompt.startswith("//"):
                 before, config = config, _command(config, prompt)

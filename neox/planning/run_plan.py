@@ -60,22 +60,23 @@ def plan(config: Config, name: str | None = None, device: GPU | None = None) -> 
 
 def render(config: Config, ranks: list[PipelineRank], name: str | None = None, device: GPU | None = None) -> str:
     """Write the plan of pipeline ranks that were dry-run."""
-    parallel = config.parallel
+    parallel, count = config.parallel, config.parallel.processes
     axes = " x ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items() if axis in AXES and size > 1)
     lines = [
-        f"Plan: {config.parallel.processes} processes ({axes or 'one'}), {len(config.microbatches)} microbatches of "
+        f"Plan: {count} process{'' if count == 1 else 'es'} ({axes or 'one'}), "
+        f"{len(config.microbatches)} microbatches of "
         f"{config.train.micro_batch_size} a step, zero={parallel.zero}, {config.train.dtype}, "
         f"checkpointing {config.train.activation_checkpointing}",
         "",
         "Peak memory of a process by kind: bytes of tensors in a dry run (a range: its first stage, which holds most)",
-        f"  {'stage':<9}{'layers':>6}{'parameters':>13}" + "".join(f"{kind:>12}" for kind in KINDS) + f"{'peak':>9}",
+        f"  {'stage':<9}{'layers':>6}{'parameters':>18}" + "".join(f"{kind:>12}" for kind in KINDS) + f"{'peak':>9}",
     ]
     alike = [list(group) for _, group in groupby(ranks, key=lambda rank: id(rank.cost))]
     names = [" - ".join(",".join(map(str, rank.stages)) for rank in [group[0], *group[1:][-1:]]) for group in alike]
     firsts = [group[0] for group in alike]
     for label, rank in zip(names, firsts, strict=True):
         held = "".join(f"{human_bytes(rank.cost.memory.get(kind, 0)):>12}" for kind in KINDS)
-        lines.append(f"  {label:<9}{rank.layers:>6}{rank.cost.parameters:>13,}{held}{human_bytes(rank.cost.peak):>9}")
+        lines.append(f"  {label:<9}{rank.layers:>6}{rank.cost.parameters:>18,}{held}{human_bytes(rank.cost.peak):>9}")
     lines += ["", "Bytes that a process sends in a step, counted in the dry run"]
     messages = sorted({message for rank in ranks for message in rank.cost.traffic})
     if messages and len(firsts) > 1:

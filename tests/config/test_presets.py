@@ -57,7 +57,7 @@ def test_unknown_names():
     for wrong, hint in (
         ("pythia-160", "did you mean pythia-160m?"),
         ("neox20b", "did you mean neox-20b?"),
-        ("xyz", "there are quickstart"),
+        ("xyz", "`neox show` lists them"),
     ):
         for function in (presets.preset, presets.notes):
             with pytest.raises(ValueError, match="^no preset ") as caught:

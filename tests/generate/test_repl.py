@@ -61,6 +61,14 @@ def test_each_prompt_is_answered_on_its_own_with_the_next_seed(engine, talk):
     assert (err, asked) == ("", ["> "] * 5)
 
 
+def test_quit_leaves(engine, capsys):
+    for word in ("/quit", "/exit", " /q"):
+        script = iter(["the", word, "never asked"])
+        converse(engine, CONFIG, lambda prompt, script=script: next(script))
+        assert next(script) == "never asked", word
+        assert capsys.readouterr().out == HELP + "\n" + answers(engine, ("the", seeded(0))), word
+
+
 def test_n_answers_a_prompt(engine, talk):
     out, _, _ = talk("the", "quick", config=CONFIG.model_copy(update={"n": 2}))
     expected = [("the", seeded(0)), ("the", seeded(1)), ("quick", seeded(2)), ("quick", seeded(3))]
