@@ -96,6 +96,10 @@ def evaluate(
             raise ValueError(f"{model}: failed: {one_line(error)}{resume}") from error
     if processes.rank:
         return {}
+    if not any(report.scores(results)):
+        raise ValueError(
+            f"{', '.join(config.tasks)}: nothing was measured: lm-eval knows none of the metrics in metric_list"
+        )
     results["config"] |= named
     tracker.log_end_time()
     results |= {"task_hashes": report.task_hashes(results.get("samples") or {}), **asdict(tracker)}

@@ -51,15 +51,26 @@ def rows(results: Results) -> Iterator[list[str]]:
 
 
 def markdown(results: Results) -> str:
-    """Results as an aligned Markdown table."""
+    """Results as an aligned Markdown table, and a line that says so where documents were left out."""
     table = [list(HEADS), *([cell.replace("|", "\\|") for cell in row] for row in rows(results))]
     head, *others = padded(table, "<" * len(HEADS))
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["-" * len(cell) for cell in head], *others))
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in (head, ["-" * len(cell) for cell in head], *others))
+    return lines + (f"\n{note}\n" if (note := limited(results)) else "")
+
+
+def limited(results: Results) -> str:
+    """Sentence about documents that `limit` left out; "" where all were asked."""
+    limit = results.get("config", {}).get("limit")
+    if not limit:
+        return ""
+    part = f"{limit:.3g} of the documents" if limit < 1 else f"{int(limit):,} documents"
+    return f"limit={limit:g}: only the first {part} of each task count here."
 
 
 def page(results: Results) -> str:
     """Results as a self-contained HTML page."""
     above = f"<p>lm-evaluation-harness {html.escape(results['lm_eval_version'])}</p>"
+    above += f"<p><strong>{html.escape(note)}</strong></p>" if (note := limited(results)) else ""
     return table_page(str(results["model_name"]), above, HEADS, rows(results))
 
 

@@ -85,11 +85,15 @@ def test_a_command_prints_and_writes_tables(folder, tasks, tmp_path, capsys, mon
     assert results["n-shot"]["sums_choose"] == 1
     table = (out / "results.md").read_text()
     assert printed.startswith(table)
-    cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+    said = "limit=5: only the first 5 documents of each task count here."
+    assert table.endswith(f"|\n\n{said}\n")
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in rows]
     found = results["results"]["sums_choose"]
     expected = ["sums_choose", "1", "none", "1", "acc", f"{found['acc,none']:.4f}", f"{found['acc_stderr,none']:.4f}"]
     assert expected in cells
     page = (out / "results.html").read_text()
+    assert f"<strong>{said}</strong>" in page
     assert [re.findall(r"<td>(.*?)</td>", line) for line in page.splitlines() if "<td>" in line] == cells[2:]
     assert cli.main([*command, "num_fewshot=1", "log_samples=true"]) == 0
     before = (out / "results.json").read_bytes()
@@ -214,7 +218,7 @@ def test_task_groups_and_yaml_files(folder, tasks, tmp_path, monkeypatch):
     neox.evaluate(folder, "sums", tmp_path, include_path=str(tasks), limit=3, progress=False)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["groups"]["sums"]["acc,none"] == results["results"]["sums_choose"]["acc,none"]
-    assert [line.split("|")[1][1:].rstrip() for line in (tmp_path / "results.md").read_text().splitlines()[2:]] == [
+    assert [line.split("|")[1][1:].rstrip() for line in (tmp_path / "results.md").read_text().splitlines()[2:5]] == [
         "sums",
         "  sums_choose",
         "  sums_write",
@@ -225,3 +229,15 @@ def test_task_groups_and_yaml_files(folder, tasks, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_lm_evals_own_tasks_are_known(folder, capsys):
     assert "did you mean lambada_openai" in said(capsys, folder, "tasks=lambada_opnai")
+
+
+def test_an_evaluation_that_measures_nothing_is_an_error(folder, tasks, tmp_path, capsys):
+    task = tmp_path / "odd.yaml"
+    text = (tasks / "choose.yaml").read_text()
+    task.write_text(
+        re.sub(r"metric_list: .*", "metric_list: [{metric: no_such_metric}]", text).replace("sums_choose", "odd")
+    )
+    status = cli.main(["eval", str(folder), f"tasks={task}", f"out={tmp_path / 'out'}", "limit=2"])
+    err = capsys.readouterr().err
+    assert status == 1, err
+    assert not (tmp_path / "out" / "results.json").exists()

@@ -48,3 +48,12 @@ def test_markdown_and_html_hold_the_rows():
     page = report.page(RESULTS)
     assert "<title>&lt;tiny&gt;</title>" in page
     assert [re.findall(r"<td>(.*?)</td>", line) for line in page.splitlines() if "<td>" in line] == expected
+
+
+def test_a_limit_is_said_and_only_a_limit():
+    for limit, words in ((None, ""), (20, "the first 20 documents of"), (0.1, "the first 0.1 of the documents of")):
+        results = {**RESULTS, "config": {"limit": limit}}
+        assert words in report.limited(results), limit
+        assert bool(report.limited(results)) == (limit is not None), limit
+        assert report.markdown(results).endswith("|\n") == (limit is None), limit
+        assert ("<strong>" in report.page(results)) == (limit is not None), limit
