@@ -110,6 +110,8 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(f"model_type {kind!r} is not one that neox runs: expected one of {', '.join(ARCHITECTURES)}")
+    if not raw.get("is_causal", True):
+        raise ValueError("is_causal = false asks for attention in both directions: neox has causal attention only")
     read = {"gpt_neox": _read_gpt_neox, "gptj": _read_gptj, "gpt_neo": _read_gpt_neo}[kind]
     try:
         return ModelConfig(**read(raw))
@@ -132,7 +134,9 @@ def _read_gpt_neox(raw: dict[str, Any]) -> dict[str, Any]:
         "hidden_act": raw.get("hidden_act", "gelu"),
         "rotary_pct": float(rope.get("partial_rotary_factor", raw.get("rotary_pct", 0.25))),
         "rotary_emb_base": float(rope.get("rope_theta", raw.get("rotary_emb_base", 10000.0))),
-        **_read_rope_scaling(rope, raw.get("max_position_embeddings", 2048)),
+        **_read_rope_scaling(
+            rope, raw.get("max_position_embeddings", 2048), raw.get("original_max_position_embeddings")
+        ),
         "layer_norm_eps": raw.get("layer_norm_eps", 1e-5),
         "use_parallel_residual": raw.get("use_parallel_residual", True),
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
@@ -143,8 +147,11 @@ def _read_gpt_neox(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_rope_scaling(rope: dict[str, Any], context: int) -> dict[str, Any]:
-    """Read context and rope scaling from the table `rope_parameters`, formerly `rope_scaling`, as transformers does."""
+def _read_rope_scaling(rope: dict[str, Any], context: int, original: int | None) -> dict[str, Any]:
+    """Read context and rope scaling from the table `rope_parameters`, formerly `rope_scaling`, as transformers does.
+
+    For yarn, `original` is the original context that stands beside the table; it wins over the one inside.
+    """
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear", "dynamic", "yarn"):
         raise ValueError(f"config.json asks for rope_type {kind!r}: neox has default, linear, dynamic and yarn")
@@ -159,7 +166,7 @@ def _read_rope_scaling(rope: dict[str, Any], context: int) -> dict[str, Any]:
         return {"max_position_embeddings": stretched, **read}
     if not rope.get("truncate", True):
         raise ValueError("config.json asks for yarn with truncate = false, which neox does not have")
-    original = rope.get("original_max_position_embeddings") or context
+    original = original or rope.get("original_max_position_embeddings") or context
     factor = float(context / original if factor is None else factor)
     attention = rope.get("attention_factor")
     if attention is None and rope.get("mscale") and rope.get("mscale_all_dim"):

@@ -196,6 +196,12 @@ def test_an_unknown_rope_scaling_is_refused(model):
         assert f"rope_type {kind!r}: neox has default, linear, dynamic and yarn" in message, (table, key)
 
 
+def test_attention_in_both_directions_is_refused(model):
+    """Transformers drops the causal mask then, in a causal model's own class too."""
+    rewrite_config(model, is_causal=False)
+    assert "is_causal = false asks for attention in both directions" in refused(model)
+
+
 RAW = {
     "gpt_neox": released.CONFIG_PYTHIA,
     "gptj": theirs("gptj").config.to_dict(),

@@ -24,6 +24,8 @@ SCALINGS = {
     "yarn": YARN,
     "yarn without a factor": YARN | {"factor": None},
     "yarn, all set": YARN | {"attention_factor": 1.3, "beta_fast": 16, "beta_slow": 2},
+    "yarn, original context beside the table": {"rope_type": "yarn", "factor": 3.0},
+    "yarn, original context twice": YARN | {"original_max_position_embeddings": LONG},
     "yarn, mscale": YARN | {"mscale": 1.5, "mscale_all_dim": 0.7},
 }
 
@@ -41,6 +43,8 @@ def pair(tmp_path, name: str, seed: int = 0):
     del raw["rope_parameters"]
     key = "rope_scaling" if name.startswith("legacy") else "rope_parameters"
     raw |= {key: SCALINGS[name], "rotary_pct": 1.0, "rotary_emb_base": 10000.0}
+    if "original context" in name:
+        raw["original_max_position_embeddings"] = ORIGINAL
     (folder / "config.json").write_text(json.dumps(raw))
     theirs = GPTNeoXForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     ours, _ = neox.load(folder)
