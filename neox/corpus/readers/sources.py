@@ -109,6 +109,8 @@ def find_sources(names: Name | Sequence[Name], text_key: str = "text", on_error:
     """
     if not (listed := list(names) if isinstance(names, Sequence) and not isinstance(names, str) else [names]):
         raise ValueError("no input files given")
+    if "" in listed:  # pathlib reads it as the current folder
+        raise ValueError("a source has an empty name: leave the option out for none")
     seen: dict[FileId, str] = {}
     sources = [_source(str(name), seen) if isinstance(name, str | Path) else name for name in listed]
     if on_error == "fail":

@@ -258,3 +258,11 @@ def test_jsonl_is_streamed(tmp_path: Path, suffix: str) -> None:
     tracemalloc.stop()
     assert count == 20_000
     assert peak < 1 << 20
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines(tmp_path / "a.jsonl", b'{"text": "a"}')
+    monkeypatch.chdir(tmp_path)
+    for names in ("", [""], ["a.jsonl", ""]):
+        with pytest.raises(ValueError, match="a source has an empty name: leave the option out for none"):
+            find_sources(names)
