@@ -142,14 +142,15 @@ def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def sample_rows(logits: Tensor, settings: Tensor | None, filtered: bool) -> Tensor:
-    """Sample tokens [S] from logits [S, V] as `Sampler` does, in operations of fixed shapes; -1 for logits of nan.
+    """Sample tokens [S] from logits [S, V] as `Sampler` does, in operations of fixed shapes; -1 for errors.
 
+    The token is -1 where the largest logit is not finite, or no weight is above 0.
     settings [5, S], float64, hold temperature, top_k, top_p, min_p and a uniform number for each row; None means that
     all rows are greedy. Without `filtered`, top_k, top_p and min_p are ignored.
     """
     logits = logits.float()
     highest, best = logits.max(dim=-1, keepdim=True)
-    good = highest[:, 0] < math.inf  # also false for nan
+    good = highest[:, 0].isfinite()
     if settings is None:
         return torch.where(good, best[:, 0], -1)
     temperature, top_k, top_p, min_p, uniform = settings
@@ -214,7 +215,7 @@ class Sampler:
             # One pass of numpy, for which nan and infinity are the largest; torch takes two, with threads.
             values = logits[: self.num_real_tokens].float().numpy()
             token = int(values.argmax())
-            if not values[token] < math.inf:
+            if not -math.inf < values[token] < math.inf:
                 raise ValueError(NOT_FINITE)
             return token
         if self.sampling.temperature == 0:

@@ -300,7 +300,11 @@ def test_weights_without_a_token_are_an_error():
         with pytest.raises(ValueError, match="no token has a probability above 0"):
             sampler(nothing)
     settings = torch.tensor([[1.0], [0], [1.0], [0], [0.5]], dtype=torch.float64)
-    assert sample_rows(nothing[None], settings, filtered=True).tolist() == [-1]
+    for row in (nothing, torch.tensor([1.0, math.nan, 0.0, 0.0]), torch.tensor([1.0, math.inf, 0.0, 0.0])):
+        assert sample_rows(row[None], settings, filtered=True).tolist() == [-1], row
+        assert sample_rows(row[None], None, filtered=False).tolist() == [-1], row
+        with pytest.raises(ValueError, match="not finite"):  # greedy, without a penalty: numpy's one pass
+            Sampler(Sampling(temperature=0), num_real_tokens=4)(row)
 
 
 def test_one_stop_string_is_a_list_of_one():
