@@ -91,6 +91,32 @@ def test_prepare_keeps_files_that_it_did_not_write(place, capsys):
     assert digests(place) == before
 
 
+def test_prepare_keeps_a_tokenizer_that_it_did_not_write(place, capsys):
+    """A tokenizer of another program at the name of the copy; a refusal leaves no tokenizer of its own behind."""
+    text, tokenizer = place / "data" / "text.txt", place / "data" / "tokenizer.json"
+    kept = place / "data" / "new-tokenizer.json"
+    command = ["prepare", str(text), f"out={place / 'data' / 'new'}", f"tokenizer={tokenizer}"]
+    kept.write_text('{"mine": 1}')
+    before = digests(place)
+    assert cli.main(command) == 1
+    assert "new-tokenizer.json: exists" in capsys.readouterr().err
+    assert digests(place) == before
+    assert cli.main([*command, "overwrite=true"]) == 0
+    assert kept.read_bytes() == tokenizer.read_bytes()
+    kept.unlink()  # tokens of another tokenizer than the one that would be trained
+    for name in ("new", "foreign", "begun"):
+        out = place / "data" / name
+        if name != "new":
+            Path(f"{out}.bin").write_bytes(b"somebody's")
+        if name == "begun":  # a folder that only looks like the parts of prepare
+            Path(f"{out}.parts").mkdir()
+            Path(f"{out}.parts", "letter.txt").write_text("dear")
+        before = digests(place)
+        assert cli.main(["prepare", str(text), f"out={out}", "vocab_size=284"]) == 1, name
+        assert "overwrite=true" in capsys.readouterr().err, name
+        assert digests(place) == before, name
+
+
 def test_the_same_work_again_is_done_before_or_replaced_on_request(place, capsys):
     text, tokenizer = place / "data" / "text.txt", place / "data" / "tokenizer.json"
     command = ["prepare", str(text), f"out={place / 'data' / 'new.v1'}", f"tokenizer={tokenizer}"]

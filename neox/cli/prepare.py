@@ -66,7 +66,7 @@ def run(targets: list[str], options: list[str]) -> None:
 
     from neox.config.pile import stand_in
     from neox.corpus.preparation import prepare
-    from neox.corpus.train_tokenizer import TRAINED, keep_tokenizer, trained_tokenizer
+    from neox.corpus.train_tokenizer import TRAINED, keep_tokenizer, refuse_other, trained_tokenizer
     from neox.data.token_file import beside
     from neox.tokenizer import Tokenizer
 
@@ -83,6 +83,8 @@ def run(targets: list[str], options: list[str]) -> None:
         sources = [target if Path(target).exists() else stand_in(target) for target in targets]
     if chosen.tokenizer:
         tokenizer = Tokenizer.from_file(chosen.tokenizer)
+        if not chosen.overwrite:
+            refuse_other(tokenizer, trained_to)
     else:
         tokenizer = trained_tokenizer(sources, trained_to, training, chosen.text_key, chosen.on_error, chosen.overwrite)
         print(f"{beside(trained_to, TRAINED)}: {tokenizer.vocab_size} tokens")

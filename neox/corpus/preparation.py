@@ -99,7 +99,7 @@ def prepare(
     options = options or PrepareConfig(**keywords)
     on_error = options.on_error
     settings = settings_of(tokenizer, options)
-    _check_foreign(out_prefix)
+    check_foreign(out_prefix)
     # All of them before the first is read: the tenth file's typing error should not cost an hour.
     every_source = find_sources(sources, options.text_key, on_error)
     if components:
@@ -328,7 +328,7 @@ def refuse_existing(out_prefix: str | Path) -> None:
     A pair without its `.idx` is that of a run that was killed, where its parts or its manifest are there.
     """
     bin_file, idx = pair(out_prefix)
-    begun = beside(out_prefix, ".parts").exists() or manifest_file(out_prefix).exists()
+    begun = ShardOutputs(out_prefix).plan_file.exists() or manifest_file(out_prefix).exists()
     if existing := next((path for path in (idx, bin_file) if path.exists() and (path == idx or not begun)), None):
         raise ValueError(
             f"{existing}: exists, and not from this text with these settings: choose another out=, or set "
@@ -336,8 +336,8 @@ def refuse_existing(out_prefix: str | Path) -> None:
         )
 
 
-def _check_foreign(out_prefix: str | Path) -> None:
-    """Refuse an output name whose `.json` another program wrote.
+def check_foreign(out_prefix: str | Path) -> None:
+    """Raise ValueError where another program wrote the `.json` of an output.
 
     It may be a corpus, and would be overwritten.
     """

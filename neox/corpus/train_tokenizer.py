@@ -9,7 +9,9 @@ from typing import Any
 
 from neox.config.structured import read_json
 from neox.corpus.plan import Plan
+from neox.corpus.preparation import check_foreign, refuse_existing
 from neox.corpus.readers import Name, OnError, find_sources, read_documents
+from neox.data.manifest import Manifest
 from neox.data.token_file import beside
 from neox.system.files import write_atomic
 from neox.tokenizer import Tokenizer, train_bpe
@@ -28,7 +30,8 @@ def trained_tokenizer(
     """Train the tokenizer `<out_prefix>-tokenizer.json`, unless it exists for these files and options.
 
     `training` holds the options of `train_bpe`. What it was made from is noted in `<out_prefix>-tokenizer.from.json`.
-    Raises what `read_documents` and `train_bpe` raise.
+    Raises what `read_documents` and `train_bpe` raise; ValueError, with nothing written, where the output holds other
+    tokens or another tokenizer and `overwrite` is false, and where another program wrote its `.json`.
     """
     path, origin = beside(out_prefix, TRAINED), beside(out_prefix, "-tokenizer.from.json")
     options = json.loads(json.dumps(training)) | {"text_key": text_key, "on_error": on_error}
@@ -43,7 +46,13 @@ def trained_tokenizer(
             f"{path}: exists, and was not trained on this text with these options: name it, tokenizer={path}, choose "
             "another out=, or set overwrite=true to train it anew"
         )
+    check_foreign(out_prefix)
+    manifest = Manifest.read(out_prefix)
+    if manifest is None and not overwrite:
+        refuse_existing(out_prefix)
     tokenizer = train_bpe(read_documents(found, text_key, on_error), **training)
+    if manifest and manifest.tokenizer_sha256 != tokenizer.sha256 and not overwrite:
+        refuse_existing(out_prefix)
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
     made_from["tokenizer_sha256"] = tokenizer.sha256
@@ -51,11 +60,25 @@ def trained_tokenizer(
     return tokenizer
 
 
+def is_kept(tokenizer: Tokenizer, out_prefix: str) -> bool:
+    """Tell whether `<out_prefix>-tokenizer.json` holds the tokenizer."""
+    with suppress(OSError, ValueError):
+        return Tokenizer.from_file(beside(out_prefix, TRAINED)).sha256 == tokenizer.sha256
+    return False
+
+
+def refuse_other(tokenizer: Tokenizer, out_prefix: str) -> None:
+    """Raise ValueError where `<out_prefix>-tokenizer.json` is another file than the tokenizer's."""
+    path = beside(out_prefix, TRAINED)
+    if path.exists() and not is_kept(tokenizer, out_prefix):
+        raise ValueError(
+            f"{path}: exists, and is not the tokenizer that tokenizer= names: choose another out=, or set "
+            "overwrite=true to replace it"
+        )
+
+
 def keep_tokenizer(tokenizer: Tokenizer, out_prefix: str) -> None:
     """Copy the tokenizer that tokens were made with to `<out_prefix>-tokenizer.json`, unless it lies there."""
-    path = beside(out_prefix, TRAINED)
-    with suppress(OSError, ValueError):
-        if Tokenizer.from_file(path).sha256 == tokenizer.sha256:
-            return
-    tokenizer.save(path)
-    beside(out_prefix, "-tokenizer.from.json").unlink(missing_ok=True)
+    if not is_kept(tokenizer, out_prefix):
+        tokenizer.save(beside(out_prefix, TRAINED))
+        beside(out_prefix, "-tokenizer.from.json").unlink(missing_ok=True)
